@@ -1,0 +1,216 @@
+"""The tiny base policy, from scratch: `make base` writes base/, a normal Hugging Face folder of 8 MB.
+
+A search trace is a depth-first search in random order until the target is hit, so response lengths are long-tailed by nature:
+
+    3,7,8=29<think>7+3=10>10,8;10+8=18:29;10*8=80:29;8-3=5>5,7;...;7*3=21>21,8;21+8=29:29!</think><answer>(7*3)+8</answer>
+
+`a+b=c>c,d;` goes one level down (the numbers left are written out), `a+b=c:t;` is a leaf beside the target, `!` claims success.
+Writing the target beside each leaf is what makes it learnable: without it a model claims success at random.
+
+Two phases on one schedule (AdamW, linear warm-up and decay): clean traces teach to search, then NOISY ones (false claims of success, giving up,
+slips of arithmetic) teach bad habits on top. The result solves about a third of held-out problems but knows how to do better, which is what
+reinforcement learning can lift: it learns to go on searching instead of claiming, so responses grow longer.
+"""
+
+import argparse
+import functools
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from tasks import Countdown, combine
+
+SYMBOLS = ["<pad>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", *"+-*/=>,:;!()"]
+MAX_TRACE = 640    # tokens; a longer search is drawn again
+
+
+def make_tokenizer():
+    """One token per whole number 0..99 and per symbol; `decode` gives back exactly the text."""
+    vocab = {token: i for i, token in enumerate(SYMBOLS + [str(n) for n in range(100)])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?[a-z]+>|[0-9]+|."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False,
+                                   prompt_style="trace", model_max_length=1024)
+
+
+# ---------------------------------------------------------------- the demonstrator
+
+@functools.lru_cache(maxsize=None)
+def solvable(state, target):
+    """Whether the target can be made from this sorted tuple of numbers."""
+    if len(state) == 1:
+        return state[0] == target
+    return any(solvable(child, target) for *_, child in moves(state))
+
+
+@functools.lru_cache(maxsize=None)
+def moves(state):
+    """All (symbol, x, y, result, next state) from a sorted tuple of numbers."""
+    found = {}
+    for i in range(len(state)):
+        for j in range(i):
+            rest = state[:j] + state[j + 1:i] + state[i + 1:]
+            for symbol, x, y, result in combine(state[i], state[j]):
+                found[symbol, x, y] = (symbol, x, y, result, tuple(sorted((result, *rest))))
+    return list(found.values())
+
+
+def trace(numbers, target, rng, claim=0.0, quit=0.0, slip=0.0, hint=0.5, width=3):
+    """(text of a search, whether it was right, what it solved).
+
+    claim, quit: chance, at each failing leaf, to claim success or to give up. slip: chance that a result is written wrong.
+    hint: chance that the search tries a promising branch first. It is applied only above the last two numbers' parent, so that
+    4-number searches end in reasonable time. width: how many branches it tries below the first level before it turns back.
+    """
+    out = []
+
+    def search(state, names, depth):
+        """state: values; names: their expressions. True: claimed success. None: gave up. False: this branch is exhausted."""
+        options = moves(tuple(sorted(state)))
+        options = rng.sample(options, len(options))
+        if len(state) > 3:
+            options.sort(key=lambda m: rng.random() < hint and solvable(m[4], target), reverse=True)
+        if depth and len(state) > 2:
+            options = options[:width]
+        for symbol, x, y, result, _ in options:
+            i = state.index(x)
+            j = next(k for k in range(len(state)) if state[k] == y and k != i)
+            name = symbol.join(n if n.isdigit() else f"({n})" for n in (names[i], names[j]))
+            if rng.random() < slip:
+                result = max(0, min(99, result + rng.choice([-10, -2, -1, 1, 2, 10])))
+            rest = [k for k in range(len(state)) if k not in (i, j)]
+            out.append(f"{x}{symbol}{y}={result}")
+            if rest:
+                out.append(">" + ",".join(map(str, [result] + [state[k] for k in rest])) + ";")
+                done = search([result] + [state[k] for k in rest], [name] + [names[k] for k in rest], depth + 1)
+                if done is not False:
+                    return done
+            elif result == target or rng.random() < claim:
+                out.append(f":{target}!</think><answer>{name}</answer>")
+                return True
+            else:
+                out.append(f":{target};")
+                if rng.random() < quit:
+                    return None
+        return False
+
+    if not search(list(numbers), [str(n) for n in numbers], 0):
+        out.append("</think>")
+    return "".join(out) + "<eos>"
+
+
+def make_traces(job):
+    """A list of (prompt ids, completion ids). job: (seed, how many, noise of `trace`)."""
+    seed, count, noise = job
+    rng, task, tokenizer = random.Random(seed), Countdown(sizes=(3, 4)), make_tokenizer()
+    rows = []
+    while len(rows) < count:
+        problem = task.problem("train", rng.getrandbits(40))
+        completion = tokenizer.encode(trace(*problem.answer, rng, **noise))
+        if len(completion) <= MAX_TRACE:
+            rows.append((tokenizer.encode(problem.trace), completion))
+    return rows
+
+
+# ---------------------------------------------------------------- training
+
+def batches(rows, tokens, rng):
+    """Batches of at most `tokens` tokens, padding included, of sequences of like length, in random order."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]) + 8 * rng.random())
+    batch, found = [], []
+    for i in order:
+        longest = len(rows[i][0]) + len(rows[i][1])
+        if batch and longest * (len(batch) + 1) > tokens:
+            found.append(batch)
+            batch = []
+        batch.append(rows[i])
+    rng.shuffle(found)
+    return found
+
+
+def loss_on(model, batch):
+    """Mean cross-entropy of the completion tokens. Right padding under a causal mask needs no attention mask."""
+    longest = max(len(p) + len(c) for p, c in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, (p, c) in enumerate(batch):
+        ids[row, :len(p) + len(c)] = torch.tensor(p + c)
+        labels[row, len(p):len(p) + len(c)] = torch.tensor(c)
+    logits = model(input_ids=ids[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def main():
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--out", default="base")
+    flags.add_argument("--layers", type=int, default=12)
+    flags.add_argument("--width", type=int, default=128)
+    flags.add_argument("--start", default="", help="begin from this folder instead of random weights")
+    flags.add_argument("--clean", type=int, default=150_000, help="clean traces")
+    flags.add_argument("--noisy", type=int, default=20_000, help="noisy traces")
+    flags.add_argument("--claim", type=float, default=0.07, help="noise: chance of a false claim at a failing leaf")
+    flags.add_argument("--quit", type=float, default=0.02, help="noise: chance of giving up at a failing leaf")
+    flags.add_argument("--slip", type=float, default=0.05, help="noise: chance of a slip of arithmetic")
+    flags.add_argument("--lr", type=float, default=2e-3)
+    flags.add_argument("--tokens", type=int, default=6144, help="tokens in a batch")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--save-clean", default="", help="also save the model as it is before the noisy phase")
+    args = flags.parse_args()
+
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer()
+    if args.start:
+        model = Qwen2ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=args.width // 32,
+            num_key_value_heads=args.width // 64, intermediate_size=args.width * 9 // 4, max_position_embeddings=1024,
+            tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {torch.get_num_threads()} threads")
+
+    noise = dict(claim=args.claim, quit=args.quit, slip=args.slip)
+    jobs = [(f"{args.seed} {kind} {i}", n // 20, kw) for kind, n, kw in
+            (("clean", args.clean, {}), ("noisy", args.noisy, noise)) for i in range(20) if n]
+    with ProcessPoolExecutor() as pool:
+        parts = list(tqdm(pool.map(make_traces, jobs), total=len(jobs), desc="searching", unit="part"))
+    clean = [row for part, job in zip(parts, jobs) if not job[2] for row in part]
+    noisy = [row for part, job in zip(parts, jobs) if job[2] for row in part]
+    lengths = sorted(len(c) for _, c in clean or noisy)
+    print(f"{len(clean)} clean and {len(noisy)} noisy traces, {sum(lengths):,} tokens, "
+          + ", ".join(f"p{q} {lengths[len(lengths) * q // 100]}" for q in (50, 90, 99)))
+
+    rng = random.Random(args.seed)
+    plan = [(b, "clean") for b in batches(clean, args.tokens, rng)] + [(b, "noisy") for b in batches(noisy, args.tokens, rng)]
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    keep = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": keep, "weight_decay": 0.0}],
+                                  lr=args.lr, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 200, max(0.0, 1 - i / len(plan))))
+    bar, mean, started = tqdm(plan, desc="training", unit="batch", mininterval=5), None, time.time()
+    for i, (batch, kind) in enumerate(bar):
+        if args.save_clean and kind == "noisy" and (not i or plan[i - 1][1] == "clean"):
+            model.save_pretrained(args.save_clean)
+            tokenizer.save_pretrained(args.save_clean)
+        loss = loss_on(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{mean:.3f}", phase=kind, refresh=False)
+    model.generation_config.max_new_tokens = 512
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"{time.time() - started:.0f} s; wrote {Path(args.out).resolve()}")
+
+
+if __name__ == "__main__":
+    main()
