@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Cache
+from transformers.utils import logging
 
 from tasks import UserError
 
@@ -157,6 +158,7 @@ def slot_attention(module, query, key, value, mask, scaling=None, dropout=0.0, *
     return out.transpose(1, 2), None
 
 
+logging.disable_progress_bar()  # "Loading weights" for each of N workers says nothing
 AttentionInterface.register("slots", slot_attention)  # a name without a mask function: transformers passes our masks, or None, untouched
 
 
@@ -165,7 +167,7 @@ def load_model(name, device="cpu", dtype=torch.float32):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="slots")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load a model from {name!r} (`make base` makes base/): {str(error).splitlines()[0]}") from error
     check_supported(model)
     return model.to(device).eval(), tokenizer
@@ -223,29 +225,36 @@ class Response:
     logprobs: torch.Tensor  # (len(tokens),) float32, cpu: log-probability under the behaviour policy at the sampling temperature
     stopped: bool   # False: cut at max_new
     hidden: torch.Tensor = None  # (len(tokens), D) last hidden state that each token was sampled from, if asked for
+    grade: object = None     # tasks.Grade, filled in by whoever grades
 
 
 class Engine:
-    """Generates responses for groups. slots: rows that run at once; context: longest prompt + response.
+    """Generates responses for groups. slots: rows that run at once; context: longest prompt + response (see `reserve`).
 
     stats counts rounds, tokens, rows (summed over rounds) and seconds of the last `generate`.
     """
 
-    def __init__(self, model, stop_tokens, slots=64, context=1024, keep_hidden=False):
-        limit = getattr(model.config, "max_position_embeddings", None) or context
+    def __init__(self, model, stop_tokens, slots=64, context=64, keep_hidden=False):
+        self.model, self.slots, self.keep_hidden, self.context = model, slots, keep_hidden, 0
+        self.stop = torch.tensor(sorted(stop_tokens), device=model.device)
+        self.reserve(context)
+
+    def reserve(self, context):
+        """Make room for sequences of `context` tokens, prompt and response together. Call it between rollouts. Raises UserError."""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or context
         if context > limit:
             raise UserError(f"prompt + response of {context} tokens is longer than the model's context of {limit}: lower --max-new or shorten the prompt")
-        self.model, self.slots, self.context, self.keep_hidden = model, slots, context, keep_hidden
-        device = model.device
-        self.stop = torch.tensor(sorted(stop_tokens), device=device)
-        self.cache = SlotCache(model.config, slots, context, model.dtype, device)
+        if context <= self.context:
+            return
+        self.context, config, slots, device = context, self.model.config, self.slots, self.model.device
+        self.cache = SlotCache(config, slots, context, self.model.dtype, device)
         self.lens = torch.zeros(slots, dtype=torch.long, device=device)      # valid cache entries of each row
         self.cur = torch.zeros(slots, dtype=torch.long, device=device)       # newest token, not in the cache yet
         self.made = torch.zeros(slots, dtype=torch.long, device=device)      # tokens generated
         self.seeds = torch.zeros(slots, 2, dtype=torch.int32, device=device)
         self.tokens = torch.zeros(slots, context, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(slots, context, device=device)
-        self.hidden = torch.zeros(slots, context, model.config.hidden_size, dtype=model.dtype, device=device) if keep_hidden else None
+        self.hidden = torch.zeros(slots, context, config.hidden_size, dtype=self.model.dtype, device=device) if self.keep_hidden else None
 
     def state(self):
         """Everything that belongs to a row, besides its cache: what moves when a row moves."""

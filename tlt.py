@@ -1,0 +1,191 @@
+"""TLT: GRPO on many workers, one per GPU (or CPU core). `python tlt.py` is the whole system; the loop itself is train_grpo.train.
+
+Three doors, one worker function:
+    RANK is set (torchrun, accelerate launch, several hosts)   -> join that group
+    one worker                                                 -> call it directly, so breakpoint() works
+    else                                                       -> spawn a process per GPU or CPU worker
+
+Work queue. A rollout's groups are numbered; `board.add("next")` hands out the next number to whichever worker has room, so fast workers take more.
+No collective runs while anybody generates: workers look at the Board (a TCP key-value store), and meet only when all responses exist.
+
+Every worker then holds all responses and updates the same weights: micro-batches are dealt out by content, gradients are summed, each worker steps the same
+optimizer. So 1, 2 and 3 workers make the same tokens and, to fp32 rounding, the same policy.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.multiprocessing as mp
+from torch.distributed import TCPStore
+
+from rollout import run
+from tasks import UserError
+from train_grpo import Alone, Config, flag, parse_flags, train
+
+
+@dataclass(frozen=True)
+class TLTConfig(Config):
+    out: str = flag("runs/tlt", Config.__dataclass_fields__["out"].metadata["help"])
+    workers: int = flag(0, "worker processes; 0: one per GPU, or one per CPU core without GPUs")
+
+    def __post_init__(self):
+        super().__post_init__()
+        gpus = torch.cuda.device_count() if self.device != "cpu" else 0
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers}: must be at least 1, or 0 for one per GPU or core")
+        if gpus and self.workers > gpus:
+            raise UserError(f"--workers {self.workers}: there are only {gpus} GPUs here; use --workers {gpus} or --device cpu")
+        if not gpus and self.workers > (os.cpu_count() or 1) * 4:
+            raise UserError(f"--workers {self.workers}: there are only {os.cpu_count()} cores here; workers beyond that slow each other down")
+
+
+class Board:
+    """What the workers tell each other while they work: counters in a TCP store that rank 0 serves. Every call returns at once."""
+
+    def __init__(self, rank, host, port, hosted=None):
+        self.store = hosted or TCPStore(host, port, is_master=False, timeout=timedelta(seconds=120))
+
+    @staticmethod
+    def host():
+        """A store on a free port, served by this process."""
+        return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=120))
+
+    def add(self, key, n=1):
+        """Add to a counter -> its new value. n = 0 reads it."""
+        return self.store.add(key, n)
+
+
+class Team(Alone):
+    """All workers, as the training loop sees them (Alone is the same for one)."""
+
+    def __init__(self, config):
+        from accelerate import Accelerator
+        from accelerate.utils import broadcast_object_list, gather_object
+        self.accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
+        self.gather = gather_object
+        self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
+        super().__init__(config)
+        self.device = str(self.accelerator.device)
+        hosted = Board.host() if self.rank == 0 else None
+        address = [os.environ.get("MASTER_ADDR", "127.0.0.1"), hosted.port if hosted else 0]
+        if self.size > 1:
+            broadcast_object_list(address)
+        self.board, self.rollouts = Board(self.rank, *address, hosted), 0
+
+    def rollout(self, engine, groups, sampling, grade, progress):
+        """As Alone.rollout, but the groups are shared out by the Board and the responses of all workers come back."""
+        self.rollouts += 1
+        name = f"rollout {self.rollouts} "  # fresh counters for each rollout: no reset, so no race
+        total = sum(len(g.seeds) for g in groups)
+
+        def mine():
+            while (i := self.board.add(name + "next") - 1) < len(groups):
+                yield groups[i]
+
+        self.clock.enter("rollout")
+        done = []
+        for r in engine.generate(mine(), sampling):
+            self.clock.enter("reward")
+            done.append(grade(r))
+            progress(self.board.add(name + "responses"))
+            self.clock.enter("rollout")
+        self.clock.enter("idle")
+        while (count := self.board.add(name + "responses", 0)) < total:  # the tail: nothing to do until the last worker is done
+            progress(count)
+            time.sleep(0.005)
+        done = self.everyone(done)
+        return sorted((r for part in done for r in part), key=lambda r: (r.group, r.sample))
+
+    def sum(self, tensors):
+        if self.size > 1:
+            flat = torch.cat([t.flatten() for t in tensors])  # one message instead of hundreds
+            flat = self.accelerator.reduce(flat, "sum")
+            for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+                t.copy_(part.view_as(t))
+
+    def everyone(self, value):
+        return self.gather([value]) if self.size > 1 else [value]
+
+
+def worker(config):
+    """The one worker function behind all three doors."""
+    torch.manual_seed(config.seed)
+    team = Team(config)
+    train(config, team)
+    team.accelerator.end_training()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def spawned(rank, config, count, port, threads):
+    """A child process: set what torchrun would set, and never outlive the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS=str(threads))
+    torch.set_num_threads(threads)
+    try:
+        worker(config)
+    except UserError as error:
+        print(f"tlt.py: {error}" if rank == 0 else "", end="\n" if rank == 0 else "", file=sys.stderr, flush=True)
+        os._exit(2)  # at once: the others may wait for this worker in a collective
+
+
+def spawn(config, count):
+    """Run `count` workers on this host; when one dies, stop the rest and say which."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = max(1, (os.cpu_count() or 1) // count)  # spawn does not divide the cores: without this they oversubscribe, 10x slower
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    context = mp.spawn(spawned, (config, count, port, threads), nprocs=count, join=False)
+
+    def stop():
+        for process in context.processes:
+            process.terminate()
+        for process in context.processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+
+    try:
+        while not context.join(timeout=1.0):
+            pass
+    except mp.ProcessExitedException as error:
+        stop()
+        if error.exit_code == 2:
+            sys.exit(2)  # a UserError; the worker has printed it
+        cause = f"signal {error.signal_name}" if error.signal_name else f"exit status {error.exit_code}"
+        sys.exit(f"tlt.py: worker {error.error_index} died ({cause}); the others were stopped. Continue with --resume.")
+    except mp.ProcessRaisedException as error:
+        stop()
+        sys.exit(f"tlt.py: worker {error.error_index} failed; the others were stopped. Continue with --resume.\n{error}")
+    except KeyboardInterrupt:
+        stop()
+        raise
+
+
+def main():
+    config = parse_flags(TLTConfig, __doc__)
+    if "RANK" in os.environ:
+        return worker(config)
+    count = config.workers or (torch.cuda.device_count() if config.device != "cpu" else 0) or os.cpu_count() or 1
+    worker(config) if count == 1 else spawn(config, count)
+
+
+if __name__ == "__main__":
+    run(main)

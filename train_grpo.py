@@ -1,0 +1,554 @@
+"""GRPO, plain: a policy learns from its own graded samples. Runs alone in one process; tlt.py puts workers and speculation under the same loop.
+
+One step:
+
+    rollout   G samples from each of P prompts                                  rollout.py
+    reward    r = 1 if the verifier accepts the answer, else 0                  tasks.py
+    advantage A = (r - mean of its group) / std of its group                    a group whose rewards are all equal teaches nothing: A = 0
+    update    maximise  sum_t w * min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)  - kl * w * k3,     rho = p(token) / p_old(token)
+
+    loss      w, the weight of each token                     advantage
+    grpo      1 / (number of responses * its length)          divided by std      DeepSeekMath, arXiv 2402.03300
+    dr_grpo   1 / (number of responses * max_new)             not divided         no bias to short right / long wrong answers, 2503.20783
+    dapo      1 / (number of tokens)                          divided by std      every token counts the same, 2503.14476
+
+    k3        exp(d) - d - 1,  d = log p_ref - log p          an unbiased, positive estimate of KL(policy || reference)
+
+Rules that keep the sums right (each has a test):
+- The denominators are those of the whole mini-batch, worked out before it is cut: the loss does not depend on micro-batches or workers.
+- Masks come from lengths, never from `!= pad`: the stop token is a decision and gets its gradient.
+- Scoring uses the sampling temperature. The first update of a rollout takes its own log-probabilities as the old ones, so rho is exactly 1; the rollout's
+  are compared with them (the `gap` in metrics.jsonl: the alarm that rollout and trainer are the same policy) and serve as p_old in later updates.
+- Only token ids cross from rollout to update. Who made a response, when, in which batch, must not reach the sums, so mini- and micro-batches are cut by content.
+
+Left out: a critic, DAPO's dynamic sampling and overlong shaping, reward models, replay of old rollouts.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from rollout import Engine, Group, Sampling, load_model, run, sequence_seed, stop_tokens
+from tasks import UserError, encode_prompt, make_task
+
+
+def flag(default, text, choices=None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings, each a command-line flag."""
+    model: str = flag("base", "policy to start from: a folder or a hub name")
+    task: str = flag("countdown", "countdown, countdown-hard (numbers to 99, for real language models) or gsm8k")
+    data: str = flag("", "gsm8k: a local folder with train.jsonl and test.jsonl instead of the hub")
+    prompt_style: str = flag("auto", "how problems become prompts", ("auto", "trace", "chat", "base"))
+    out: str = flag("runs/grpo", "folder for metrics.jsonl, curves.png, checkpoints and the final policy")
+    resume: bool = flag(False, "go on from the newest checkpoint in --out")
+    seed: int = flag(0, "seed of prompts and samples")
+    device: str = flag("auto", "cpu or cuda; auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
+
+    steps: int = flag(40, "RL steps")
+    prompts: int = flag(16, "prompts per step")
+    samples: int = flag(16, "samples per prompt, the group size G")
+    max_new: int = flag(512, "longest response in tokens")
+    temperature: float = flag(1.0, "sampling temperature, also used in scoring")
+    slots: int = flag(64, "rows that a worker generates at once")
+
+    loss: str = flag("grpo", "which weights and advantages (see above)", ("grpo", "dr_grpo", "dapo"))
+    clip_low: float = flag(0.2, "how far the ratio may fall below 1")
+    clip_high: float = flag(0.2, "how far the ratio may rise above 1 (dapo's authors use 0.28)")
+    kl: float = flag(0.0, "weight of the KL penalty to the starting policy; 0 keeps no reference model")
+    mask_truncated: bool = flag(False, "give no gradient to responses cut at max_new")
+    lr: float = flag(1e-4, "learning rate, constant after the warm-up")
+    warmup: int = flag(3, "updates until the learning rate is reached")
+    grad_clip: float = flag(1.0, "largest gradient norm")
+    epochs: int = flag(1, "passes over each rollout")
+    minibatches: int = flag(1, "updates per pass")
+    micro_tokens: int = flag(4096, "tokens, padding included, in one forward-backward")
+    bf16: bool = flag(False, "bfloat16 autocast in the update (always on for GPUs)")
+
+    eval_every: int = flag(20, "steps between evaluations (also before the first step and after the last); 0: never")
+    eval_problems: int = flag(128, "held-out problems per evaluation")
+    eval_samples: int = flag(4, "samples per held-out problem: pass@1 is their mean, pass@k for k up to this many")
+    save_every: int = flag(20, "steps between checkpoints; the last two are kept")
+    show_every: int = flag(20, "steps between printed samples; 0: never")
+
+    def __post_init__(self):
+        for name in ("steps", "prompts", "samples", "max_new", "slots", "epochs", "minibatches", "micro_tokens", "save_every",
+                     "eval_problems", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.temperature <= 0:
+            raise UserError(f"--temperature {self.temperature}: learning needs samples that differ, so it must be above 0")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+
+
+def parse_flags(config_class, description, argv=None):
+    """A config from the command line. Unknown flags and wrong values exit with status 2."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(config_class):
+        name, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} [{f.default}]"
+        if f.type in (bool, "bool"):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            parser.add_argument(name, type=f.type, default=f.default, choices=f.metadata["choices"], help=text)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+# ---------------------------------------------------------------- the mathematics
+
+
+def advantages(rewards, loss):
+    """rewards (P, G) float -> advantages (P, G); exactly 0 in groups whose rewards are all equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if loss != "dr_grpo":
+        centred = centred / (rewards.std(1, keepdim=True, correction=0) + 1e-6)
+    return torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), torch.zeros_like(rewards), centred)
+
+
+def token_weights(lengths, loss, max_new):
+    """lengths: of all responses of the mini-batch that count -> weight of a token of each, so that weighted sums are the loss."""
+    if loss == "grpo":
+        return [1 / (len(lengths) * n) for n in lengths]
+    return [1 / (len(lengths) * max_new) if loss == "dr_grpo" else 1 / sum(lengths)] * len(lengths)
+
+
+def policy_loss(logp, old, reference, advantage, weight, config):
+    """Sum over tokens, all arguments (N,) -> scalar. reference is None without KL."""
+    ratio = (logp - old).exp()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    if reference is not None:
+        d = reference - logp
+        loss = loss + config.kl * (d.exp() - d - 1)
+    return (weight * loss).sum()
+
+
+def token_logprobs(model, responses, temperature):
+    """Log-probability of every response token, concatenated (N,), under softmax(logits / temperature).
+
+    Right padding under a causal mask needs no attention mask; only the response's positions go through the head.
+    """
+    longest = max(len(r.prompt) + len(r.tokens) for r in responses) - 1
+    ids = torch.zeros(len(responses), longest, dtype=torch.long)
+    picked = torch.zeros(len(responses), longest, dtype=torch.bool)
+    for i, r in enumerate(responses):
+        row = (r.prompt + r.tokens)[:-1]
+        ids[i, :len(row)] = torch.tensor(row)
+        picked[i, len(r.prompt) - 1:len(row)] = True  # the position before a token predicts it, the stop token included
+    targets = torch.tensor([t for r in responses for t in r.tokens], device=model.device)
+    hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state  # (B, T, D)
+    logits = model.get_output_embeddings()(hidden[picked.to(model.device)]).float() / temperature    # (N, V)
+    return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def micro_batches(responses, tokens, workers):
+    """Cut by content: like lengths together, at most `tokens` with padding, the heaviest first to the least loaded worker.
+
+    -> a list of micro-batches for each worker. Depends on the responses alone, not on their order or origin.
+    """
+    batch, cut = [], []
+    for r in sorted(responses, key=lambda r: (-len(r.prompt) - len(r.tokens), r.group, r.sample)):
+        if batch and (len(batch) + 1) * (len(batch[0].prompt) + len(batch[0].tokens)) > tokens:
+            cut.append(batch)
+            batch = []
+        batch.append(r)
+    shares, load = [[] for _ in range(workers)], [0] * workers
+    for batch in cut + [batch] * bool(batch):
+        least = load.index(min(load))
+        shares[least].append(batch)
+        load[least] += len(batch) * (len(batch[0].prompt) + len(batch[0].tokens))
+    return shares
+
+
+def pass_at_k(n, right, k):
+    """Unbiased chance that at least one of k samples is right, seen `right` of n (Chen et al. 2021, arXiv 2107.03374)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+# ---------------------------------------------------------------- one process, and what the loop asks of it
+
+
+class Clock:
+    """Where a worker's time goes. It is in exactly one state at any moment, so the states' seconds sum to the whole."""
+
+    def __init__(self):
+        self.spans, self.state, self.since = [], "idle", time.time()
+
+    def enter(self, state):
+        now = time.time()
+        self.spans.append((self.state, self.since, now))
+        self.state, self.since = state, now
+
+    def since_then(self, moment):
+        """The spans (state, start, end) from that moment until now; earlier ones are forgotten."""
+        self.enter(self.state)
+        self.spans = [(state, max(start, moment), end) for state, start, end in self.spans if end > moment]
+        return self.spans
+
+
+class Alone:
+    """The loop's view of the workers, for one process. tlt.Team has the same members for many."""
+
+    rank, size = 0, 1
+
+    def __init__(self, config):
+        self.clock = Clock()
+        self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+    def rollout(self, engine, groups, sampling, grade, progress):
+        """All responses to the groups, graded, ordered by (group, sample). The same list on every worker."""
+        self.clock.enter("rollout")
+        done = []
+        for r in engine.generate(groups, sampling):
+            self.clock.enter("reward")
+            done.append(grade(r))
+            progress(len(done))
+            self.clock.enter("rollout")
+        return sorted(done, key=lambda r: (r.group, r.sample))
+
+    def sum(self, tensors):
+        """Add up each tensor over the workers, in place."""
+
+    def everyone(self, value):
+        """The values of all workers, a list by rank."""
+        return [value]
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(config, team):
+    """The training loop; every worker runs it. Returns the summary as a dict (the same on every worker)."""
+    out = Path(config.out)
+    if team.rank == 0:
+        prepare_folder(out, config)
+    task = make_task(config.task, config.data)
+    newest = newest_checkpoint(out) if config.resume else None
+    model, tokenizer = load_model(str(newest or config.model), team.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    first, metrics = load_state(newest, optimizer)
+    reference = load_model(config.model, team.device)[0].requires_grad_(False) if config.kl else None
+    # on a GPU the rollout runs on a bfloat16 copy of the fp32 policy; on a CPU on the policy itself
+    actor = copy.deepcopy(model).bfloat16().requires_grad_(False) if team.device != "cpu" else model
+    sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
+    engine = Engine(actor, stop_tokens(model, tokenizer), max(config.slots, config.samples, config.eval_samples))
+    for split in ("train", "test"):  # mistakes show here, before anything runs
+        engine.reserve(len(encode_prompt(task.problem(split, 0), tokenizer, config.prompt_style)) + config.max_new)
+    say = tqdm.write if team.rank == 0 else lambda *a: None
+    bar = tqdm(total=config.steps, initial=first, unit="step", disable=team.rank > 0, dynamic_ncols=True, smoothing=0.1)
+    table = Table(say)
+
+    def progress(text):
+        if team.rank == 0:
+            bar.set_postfix_str(text, refresh=time.time() > bar.last_print_t + 0.3)
+
+    def grade(response):
+        split, index = response.group
+        response.grade = task.grade(task.problem(split, index), tokenizer.decode(response.tokens, skip_special_tokens=False))
+        return response
+
+    def ask(split, indices, samples, *seed):
+        """Responses to problems of a split, `samples` each; `seed` names this rollout."""
+        prompts = [encode_prompt(task.problem(split, i), tokenizer, config.prompt_style) for i in indices]
+        engine.reserve(max(map(len, prompts)) + config.max_new)
+        groups = [Group((split, i), p, [sequence_seed(config.seed, *seed, i, k) for k in range(samples)]) for i, p in zip(indices, prompts)]
+        total = len(groups) * samples
+        return team.rollout(engine, groups, sampling, grade, lambda n: progress(f"{split} {n}/{total}"))
+
+    def evaluate(step):
+        started = time.time()
+        graded = ask("test", range(config.eval_problems), config.eval_samples, "eval")  # the same noise each time: paired
+        n = config.eval_samples
+        right = [sum(r.grade.strict for r in graded[i:i + n]) for i in range(0, len(graded), n)]
+        row = {"step": step, "eval": {f"pass@{k}": sum(pass_at_k(n, c, k) for c in right) / len(right) for k in sorted({1, n})},
+               "lenient": sum(r.grade.lenient for r in graded) / len(graded), "problems": len(right), "samples": n,
+               "length": sum(len(r.tokens) for r in graded) / len(graded), "seconds": time.time() - started}
+        say(f"held-out at step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in row["eval"].items())
+            + f", lenient {row['lenient']:.3f}, mean length {row['length']:.0f} ({len(right)} problems, {row['seconds']:.0f} s)")
+        return row
+
+    def keep(row):
+        metrics.append(row)
+        if team.rank == 0:
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    if team.rank == 0:  # steps after the checkpoint will be made again
+        write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
+    if config.eval_every and not first:
+        keep(evaluate(0))
+    for step in range(first, config.steps):
+        team.clock.enter("rollout")
+        started = team.clock.since
+        indices = range(step * config.prompts, (step + 1) * config.prompts)
+        responses = ask("train", indices, config.samples, step)
+        team.clock.enter("update")
+        rewards = torch.tensor([float(r.grade.strict) for r in responses]).view(config.prompts, config.samples)
+        stats = update(model, reference, optimizer, responses, advantages(rewards, config.loss).flatten().tolist(), step, config, team)
+        if actor is not model:
+            for a, m in zip(actor.parameters(), model.parameters()):
+                a.data.copy_(m.data)
+        team.clock.enter("idle")
+        spans = team.everyone(team.clock.since_then(started))
+        row = describe(step + 1, responses, rewards, stats, spans)
+        keep(row)
+        table.show(row, spans)
+        bar.update()
+        if config.show_every and (step + 1) % config.show_every == 0:
+            show_samples(say, responses, tokenizer)
+        if config.eval_every and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
+            keep(evaluate(step + 1))
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            team.clock.enter("checkpoint")
+            if team.rank == 0:
+                save_checkpoint(out, step + 1, model, tokenizer, optimizer, metrics)
+    bar.close()
+    summary = summarise(metrics, config)
+    if team.rank == 0:
+        draw_curves(metrics, out / "curves.png", config)
+        save_folder(out / "policy", lambda folder: save_policy(folder, model, tokenizer))
+        say(summary["text"])
+    return summary
+
+
+def update(model, reference, optimizer, responses, advantage, step, config, team):
+    """All optimizer steps on one rollout. responses: all workers' responses, in the same order everywhere; advantage: one number for each."""
+    for r, a in zip(responses, advantage):
+        r.advantage = a
+    counted = [r for r in responses if r.stopped or not config.mask_truncated]
+    stats = dict(loss=0.0, gap_sum=0.0, gap_max=0.0, tokens=0.0, clipped=0.0, kl=0.0)
+    norms = []
+    model.train()
+    for epoch in range(config.epochs):
+        for part in range(config.minibatches):
+            batch = counted[part::config.minibatches]  # strided: each mini-batch holds samples of every group
+            if not batch:
+                continue
+            for r, w in zip(batch, token_weights([len(r.tokens) for r in batch], config.loss, config.max_new)):
+                r.weight = w
+            useful = [r for r in batch if r.advantage or config.kl]  # advantage 0 without KL: the gradient is exactly 0, so don't compute it
+            fresh = epoch == part == 0
+            for micro in micro_batches(useful, config.micro_tokens, team.size)[team.rank]:
+                with torch.autocast(model.device.type, torch.bfloat16) if config.bf16 or team.device != "cpu" else contextlib.nullcontext():
+                    logp = token_logprobs(model, micro, config.temperature)
+                    with torch.no_grad():
+                        ref = token_logprobs(reference, micro, config.temperature) if reference else None
+                behaviour = torch.cat([r.logprobs for r in micro]).to(logp.device)
+                each = torch.tensor([len(r.tokens) for r in micro], device=logp.device)
+                spread = lambda name: torch.tensor([getattr(r, name) for r in micro], device=logp.device).repeat_interleave(each)
+                loss = policy_loss(logp, logp.detach() if fresh else behaviour, ref, spread("advantage"), spread("weight"), config)
+                loss.backward()
+                with torch.no_grad():
+                    gap = (logp - behaviour).abs()
+                    stats["loss"] += loss.item()
+                    if fresh:
+                        stats["gap_sum"] += gap.sum().item()
+                        stats["gap_max"] = max(stats["gap_max"], gap.max().item())
+                    stats["tokens"] += len(logp)
+                    ratio = (logp - behaviour).exp()
+                    stats["clipped"] += ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum().item() * (not fresh)
+                    if ref is not None:
+                        stats["kl"] += ((ref - logp).exp() - (ref - logp) - 1).sum().item()
+            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+            team.sum(grads)
+            for p, g in zip(model.parameters(), grads):
+                p.grad = g
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
+            done = step * config.epochs * config.minibatches + len(norms)  # updates so far, this one included
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * min(1.0, done / max(1, config.warmup))
+            optimizer.step()
+            optimizer.zero_grad()
+    model.eval()
+    stats["norm"] = sum(norms) / max(1, len(norms))
+    everyone = team.everyone(stats)
+    total = {k: sum(s[k] for s in everyone) for k in stats}
+    tokens = max(1.0, total["tokens"])
+    return {"loss": total["loss"], "grad_norm": stats["norm"], "gap_mean": total["gap_sum"] / tokens * config.epochs,
+            "gap_max": max(s["gap_max"] for s in everyone), "clipped": total["clipped"] / tokens, "kl": total["kl"] / tokens}
+
+
+# ---------------------------------------------------------------- reporting
+
+
+def describe(step, responses, rewards, stats, spans):
+    """One row of metrics.jsonl. spans: each worker's; the seconds by phase are means over the workers and sum to the step."""
+    lengths = sorted(len(r.tokens) for r in responses)
+    at = lambda q: lengths[min(len(lengths) - 1, int(q * len(lengths)))]
+    seconds = {phase: sum(end - start for mine in spans for state, start, end in mine if state == phase) / len(spans)
+               for phase in ("rollout", "idle", "reward", "update")}
+    seconds["step"] = sum(seconds.values())
+    return {"step": step, "reward": rewards.mean().item(), "solved": (rewards > 0).any(1).float().mean().item(),
+            "flat_groups": int((rewards == rewards[:, :1]).all(1).sum()), "lenient": sum(r.grade.lenient for r in responses) / len(responses),
+            "length": {"mean": sum(lengths) / len(lengths), "p50": at(0.5), "p95": at(0.95), "p99": at(0.99), "max": lengths[-1]},
+            "truncated": sum(not r.stopped for r in responses) / len(responses), "tokens": sum(lengths),
+            "tokens_per_second": sum(lengths) / max(1e-9, seconds["step"] - seconds["update"]), "seconds": seconds, **stats}
+
+
+class Table:
+    """One line per step, with the workers' Gantt below it when there are several."""
+
+    head = (" step  reward  solved  flat |  length: mean  p50  p95  max   cut | tok/s |"
+            "  rollout    idle  reward  update =  step s |    gap")
+    marks = {"rollout": "#", "idle": ".", "reward": "r", "update": "u", "checkpoint": "c"}
+
+    def __init__(self, say):
+        self.say, self.rows = say, 0
+
+    def show(self, row, spans):
+        if self.rows % 20 == 0:
+            self.say(self.head)
+        self.rows += 1
+        n, s = row["length"], row["seconds"]
+        self.say(f"{row['step']:5d}  {row['reward']:6.3f}  {row['solved']:6.2f}  {row['flat_groups']:4d} |  {n['mean']:12.0f} {n['p50']:4d} {n['p95']:4d} "
+                 f"{n['max']:4d} {row['truncated']:5.1%} | {row['tokens_per_second']:5.0f} |{s['rollout']:9.2f}{s['idle']:8.2f}{s['reward']:8.2f}"
+                 f"{s['update']:8.2f} ={s['step']:8.2f} |{row['gap_max']:7.0e}")
+        if len(spans) > 1:
+            for rank, mine in enumerate(spans):
+                self.say(f"       worker {rank} |{gantt(mine, spans[0][0][1], s['step'])}|")
+
+
+def gantt(spans, started, seconds, width=96):
+    """A line of `width` characters: in each the state that held most of that moment. Legend: Table.marks."""
+    line = ""
+    for i in range(width):
+        a, b = started + seconds * i / width, started + seconds * (i + 1) / width
+        share = {}
+        for state, start, end in spans:
+            share[state] = share.get(state, 0.0) + max(0.0, min(b, end) - max(a, start))
+        line += Table.marks.get(max(share, key=share.get), "?") if share and max(share.values()) > 0 else " "
+    return line
+
+
+def show_samples(say, responses, tokenizer):
+    ranked = sorted(responses, key=lambda r: (r.grade.strict, r.grade.lenient, -len(r.tokens)))
+    for name, r in (("best", ranked[-1]), ("worst", ranked[0])):
+        text = tokenizer.decode(r.prompt + r.tokens)
+        say(f"  {name} ({len(r.tokens)} tokens, {'right' if r.grade.strict else 'wrong'}): {text if len(text) < 400 else text[:200] + ' ... ' + text[-200:]}")
+
+
+def summarise(metrics, config):
+    evals = [m for m in metrics if "eval" in m]
+    steps = [m for m in metrics if "eval" not in m]
+    total = {k: sum(m["seconds"][k] for m in steps) for k in steps[-1]["seconds"]} if steps else {"step": 0.0}
+    text = f"{len(steps)} steps in {total['step']:.0f} s: " + ", ".join(
+        f"{k} {v / max(1e-9, total['step']):.0%}" for k, v in total.items() if k != "step")
+    if len(evals) > 1:
+        a, b = evals[0], evals[-1]
+        text += "\n" + "\n".join(f"held-out {k}: {a['eval'][k]:.3f} -> {b['eval'][k]:.3f} ({b['eval'][k] - a['eval'][k]:+.3f})" for k in a["eval"])
+        text += f"\nmean length: {a['length']:.0f} -> {b['length']:.0f} tokens   ({a['problems']} problems x {a['samples']} samples, seed {config.seed})"
+    text += f"\nin {config.out}: policy/ (a Hugging Face folder), metrics.jsonl, curves.png, the last checkpoints"
+    return {"evals": evals, "seconds": total, "text": text}
+
+
+def draw_curves(metrics, path, config):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    steps, evals = [m for m in metrics if "eval" not in m], [m for m in metrics if "eval" in m]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    x = [m["step"] for m in steps]
+    axes[0].plot(x, [m["reward"] for m in steps], lw=1, color="0.6", label="reward (training)")
+    for k in evals[0]["eval"] if evals else []:
+        axes[0].plot([m["step"] for m in evals], [m["eval"][k] for m in evals], "o-", label=f"held-out {k}")
+    axes[0].set(title=f"{config.task}, {config.loss}, seed {config.seed}", xlabel="RL step", ylim=(0, 1))
+    axes[0].legend()
+    for k in ("mean", "p50", "p95", "max"):
+        axes[1].plot(x, [m["length"][k] for m in steps], label=k)
+    axes[1].set(title="response length (tokens)", xlabel="RL step")
+    axes[1].legend()
+    names = [k for k in (steps[0]["seconds"] if steps else {}) if k != "step"]
+    axes[2].stackplot(x, [[m["seconds"][k] for m in steps] for k in names], labels=names)
+    axes[2].set(title="seconds per step", xlabel="RL step")
+    axes[2].legend(loc="upper left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- files: everything appears whole or not at all
+
+
+def prepare_folder(out, config):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "config.json", json.dumps(asdict(config), indent=1))
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error.strerror or error})") from error
+    if config.resume and newest_checkpoint(out) is None:
+        raise UserError(f"--resume: no checkpoint in {out}; start without it")
+
+
+def write_atomically(path, text):
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def save_folder(folder, fill):
+    """Let `fill(path)` write a folder beside its final place, then rename it."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    fill(part)
+    for path in part.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def save_policy(folder, model, tokenizer):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_checkpoint(out, step, model, tokenizer, optimizer, metrics):
+    """checkpoint-NNNNNN: a Hugging Face folder plus optimizer.pt and state.json. Seeds and data follow from the step, so they need no state."""
+    def fill(folder):
+        save_policy(folder, model, tokenizer)
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        (folder / "state.json").write_text(json.dumps({"step": step, "metrics": metrics}))
+    save_folder(out / f"checkpoint-{step:06d}", fill)
+    for old in sorted(out.glob("checkpoint-??????"))[:-2]:
+        shutil.rmtree(old)
+
+
+def newest_checkpoint(out):
+    found = sorted(out.glob("checkpoint-??????"))
+    return found[-1] if found else None
+
+
+def load_state(checkpoint, optimizer):
+    """(first step to do, metrics so far); fills the optimizer."""
+    if checkpoint is None:
+        return 0, []
+    state = json.loads((checkpoint / "state.json").read_text())
+    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    return state["step"], state["metrics"]
+
+
+def main():
+    config = parse_flags(Config, __doc__)
+    torch.manual_seed(config.seed)
+    train(config, Alone(config))
+
+
+if __name__ == "__main__":
+    run(main)
