@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks import Countdown, combine
 
@@ -153,13 +153,13 @@ def main():
     flags.add_argument("--layers", type=int, default=12)
     flags.add_argument("--width", type=int, default=128)
     flags.add_argument("--start", default="", help="begin from this folder instead of random weights")
-    flags.add_argument("--clean", type=int, default=150_000, help="clean traces")
-    flags.add_argument("--noisy", type=int, default=20_000, help="noisy traces")
-    flags.add_argument("--claim", type=float, default=0.07, help="noise: chance of a false claim at a failing leaf")
-    flags.add_argument("--quit", type=float, default=0.02, help="noise: chance of giving up at a failing leaf")
+    flags.add_argument("--clean", type=int, default=100_000, help="clean traces")
+    flags.add_argument("--noisy", type=int, default=16_000, help="noisy traces")
+    flags.add_argument("--claim", type=float, default=0.10, help="noise: chance of a false claim at a failing leaf")
+    flags.add_argument("--quit", type=float, default=0.03, help="noise: chance of giving up at a failing leaf")
     flags.add_argument("--slip", type=float, default=0.05, help="noise: chance of a slip of arithmetic")
     flags.add_argument("--lr", type=float, default=2e-3)
-    flags.add_argument("--tokens", type=int, default=6144, help="tokens in a batch")
+    flags.add_argument("--tokens", type=int, default=4096, help="tokens in a batch")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--save-clean", default="", help="also save the model as it is before the noisy phase")
     args = flags.parse_args()
@@ -167,12 +167,12 @@ def main():
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     if args.start:
-        model = Qwen2ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
-    else:
-        model = Qwen2ForCausalLM(Qwen2Config(
+        model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    else:  # Llama with Qwen2's biases: AutoTokenizer gives every folder of type qwen2 the Qwen2 tokenizer, which splits our numbers
+        model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=args.width // 32,
             num_key_value_heads=args.width // 64, intermediate_size=args.width * 9 // 4, max_position_embeddings=1024,
-            tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+            attention_bias=True, tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     print(f"{sum(p.numel() for p in model.parameters()):,} weights, {torch.get_num_threads()} threads")
 
     noise = dict(claim=args.claim, quit=args.quit, slip=args.slip)

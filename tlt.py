@@ -179,8 +179,29 @@ def spawn(config, count):
         raise
 
 
+def demo_flags():
+    """The demo's settings for this machine: a language model if there is a GPU and the hub answers, else the tiny policy in base/."""
+    if not torch.cuda.is_available():
+        why = "torch sees no GPU"
+    else:
+        try:
+            from huggingface_hub import model_info
+            model_info("Qwen/Qwen2.5-0.5B", timeout=10)
+            print("demo: Qwen/Qwen2.5-0.5B on countdown-hard, one worker per GPU")
+            return ["--model", "Qwen/Qwen2.5-0.5B", "--task", "countdown-hard", "--lr", "1e-6", "--max-new", "1024", "--slots", "256", "--prompts", "32",
+                    "--steps", "100", "--micro-tokens", "16384"]
+        except Exception as error:  # many kinds of network failure, one consequence
+            why = f"the hub does not answer ({type(error).__name__})"
+    print(f"demo: the tiny policy in base/ on countdown, two CPU workers, because {why}")
+    return ["--model", "base", "--device", "cpu", "--workers", "2"]
+
+
 def main():
-    config = parse_flags(TLTConfig, __doc__)
+    argv = sys.argv[1:]
+    if "--demo" in argv:
+        argv.remove("--demo")
+        argv = demo_flags() + argv  # what is given by hand comes later and wins
+    config = parse_flags(TLTConfig, __doc__ + "\n--demo: settings for a demonstration on this machine; other flags override them", argv)
     if "RANK" in os.environ:
         return worker(config)
     count = config.workers or (torch.cuda.device_count() if config.device != "cpu" else 0) or os.cpu_count() or 1
