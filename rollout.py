@@ -101,7 +101,7 @@ def sample(logits, sampling, seeds, index):
 
 
 class SlotCache(Cache):
-    """Keys and values of all layers in one static tensor (layers, 2, slots, length, kv heads, head width); each row has its own length.
+    """Keys and values of all layers in one static tensor (layers, 2, slots, kv heads, length, head width); each row has its own length.
 
     Before a forward, `place` says where the new tokens go; rejected or stale entries beyond a row's length are never seen (the mask) and
     are overwritten later, so going back is free: only the row's length changes.
@@ -109,37 +109,38 @@ class SlotCache(Cache):
 
     def __init__(self, config, slots, length, dtype, device):
         self.layers = []  # the base class asks
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.groups = config.num_attention_heads // self.heads  # query heads per key head
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.data = torch.zeros(config.num_hidden_layers, 2, slots, length, heads, width, dtype=dtype, device=device)
-        self.length = length
+        self.data = torch.zeros(config.num_hidden_layers, 2, slots, self.heads, length, width, dtype=dtype, device=device)
+        self.pairs = [(k, v, k.flatten(0, 2), v.flatten(0, 2)) for k, v in self.data]  # views, made once: at batch 1 their making shows
 
     def place(self, rows, slots, view):
         """rows: the slice of rows that take part; slots (B, T): positions of the new tokens; view: how far anyone looks."""
         self.rows, self.view = rows, view
-        first = torch.arange(rows.start, rows.stop, device=slots.device)
-        self.flat = (first[:, None] * self.length + slots).flatten()  # (B*T,) into (slots * length)
+        head = torch.arange(rows.start * self.heads, rows.stop * self.heads, device=slots.device).view(-1, self.heads, 1)
+        self.flat = (head * self.data.shape[4] + slots[:, None]).flatten()  # (B * heads * T,) into (slots * heads * length)
 
     def update(self, key, value, layer, *args, **kwargs):
         """key, value (B, heads, T, width) -> all that the rows may look at, (B, heads, view, width)."""
-        seen = []
-        for cache, new in zip(self.data[layer], (key, value)):
-            cache.flatten(0, 1).index_copy_(0, self.flat, new.transpose(1, 2).flatten(0, 1))
-            seen.append(cache[self.rows, :self.view].transpose(1, 2))
-        return seen
+        k, v, k_flat, v_flat = self.pairs[layer]
+        k_flat.index_copy_(0, self.flat, key.flatten(0, 2))
+        v_flat.index_copy_(0, self.flat, value.flatten(0, 2))
+        return k[self.rows, :, :self.view], v[self.rows, :, :self.view]
 
     def get_seq_length(self, layer=0):
         return 0  # positions are always given
 
     def move(self, source, target, length):
         """Copy the first `length` entries of row `source` to the rows `target` (a slice)."""
-        self.data[:, :, target, :length] = self.data[:, :, source, None, :length].clone()  # a row may be among its own targets
+        self.data[:, :, target, :, :length] = self.data[:, :, source, None, :, :length].clone()  # a row may be among its own targets
 
 
 def slot_attention(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
     """query (B, heads, T, w), key and value (B, kv heads, S, w) -> (B, T, heads, w). The one attention function of this project.
 
-    With a mask (the engine): heads that share a key fold into query rows, (B, kv heads, heads/kv * T, w), so nothing is copied.
+    With a mask (the engine): heads that share a key fold into query rows, (B, kv heads, heads/kv * T, w), so nothing is copied;
+    the mask (B, 1, heads/kv * T, S) is folded alike.
     Without one (training): plain causal attention over right-padded rows.
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
@@ -151,8 +152,6 @@ def slot_attention(module, query, key, value, mask, scaling=None, dropout=0.0, *
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, dropout_p=dropout)
     else:
         folded = query.reshape(batch, key.shape[1], groups * length, width)
-        if groups > 1:
-            mask = mask.expand(-1, -1, length, -1).repeat(1, 1, groups, 1)
         out = torch.nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
         out = out.reshape(batch, heads, length, -1)
     return out.transpose(1, 2), None
@@ -199,7 +198,8 @@ def forward(model, cache, rows, ids, lens, view):
     """Feed ids (B, T) to the rows (a slice), whose first lens (B,) cache entries are valid -> hidden (B, T, D), logits (B, T, V)."""
     slots = lens[:, None] + torch.arange(ids.shape[1], device=ids.device)  # (B, T)
     hidden_from = torch.arange(view, device=ids.device) > slots[..., None]  # (B, T, view)
-    mask = torch.zeros(hidden_from.shape, dtype=cache.data.dtype, device=ids.device).masked_fill_(hidden_from, -torch.inf)[:, None]
+    mask = torch.zeros(hidden_from.shape, dtype=cache.data.dtype, device=ids.device).masked_fill_(hidden_from, -torch.inf)
+    mask = mask.repeat(1, cache.groups, 1)[:, None]  # (B, 1, groups * T, view): made once for all layers
     cache.place(rows, slots, view)
     hidden = model.get_decoder()(input_ids=ids, position_ids=slots, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
     return hidden, model.get_output_embeddings()(hidden)

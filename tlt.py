@@ -72,7 +72,7 @@ class Team(Alone):
         self.gather = gather_object
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
         super().__init__(config)
-        self.device = str(self.accelerator.device)
+        self.device = "cpu" if self.accelerator.device.type == "cpu" else str(self.accelerator.device)  # accelerate says "cpu:0"
         hosted = Board.host() if self.rank == 0 else None
         address = [os.environ.get("MASTER_ADDR", "127.0.0.1"), hosted.port if hosted else 0]
         if self.size > 1:

@@ -32,6 +32,7 @@ import math
 import os
 import shutil
 import time
+import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -251,9 +252,12 @@ def train(config, team):
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=team.rank > 0, dynamic_ncols=True, smoothing=0.1)
     table = Table(say)
 
+    shown = [0.0]
+
     def progress(text):
-        if team.rank == 0:
-            bar.set_postfix_str(text, refresh=time.time() > bar.last_print_t + 0.3)
+        if time.time() > shown[0] + 0.5:
+            bar.set_postfix_str(text)
+            shown[0] = time.time()
 
     def grade(response):
         split, index = response.group
@@ -395,6 +399,7 @@ def describe(step, responses, rewards, stats, spans):
             "flat_groups": int((rewards == rewards[:, :1]).all(1).sum()), "lenient": sum(r.grade.lenient for r in responses) / len(responses),
             "length": {"mean": sum(lengths) / len(lengths), "p50": at(0.5), "p95": at(0.95), "p99": at(0.99), "max": lengths[-1]},
             "truncated": sum(not r.stopped for r in responses) / len(responses), "tokens": sum(lengths),
+            "digest": zlib.crc32(repr([r.tokens for r in responses]).encode()),  # equal digests: the same tokens, every one
             "tokens_per_second": sum(lengths) / max(1e-9, seconds["step"] - seconds["update"]), "seconds": seconds, **stats}
 
 
