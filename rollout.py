@@ -1,16 +1,25 @@
-"""The rollout engine: many sequences through one Hugging Face causal LM, fast, reproducible token by token.
+"""The rollout engine: many sequences through one Hugging Face causal LM, fast, reproducible token by token, and speculative.
 
-One round feeds every live row its newest token `cur` (not in the cache yet) and samples the next one:
+One round feeds every live row its newest token `cur` (not in the cache yet) and k drafts behind it, and samples the policy's own token at each:
 
-    slots = lens[:, None] + arange(T)            where row b's new keys and values go          (B, T)
-    mask  = arange(view) <= slots                what they see: view = max(lens) + T           (B, 1, T, view)
-    y     = argmax(logits / temperature + g)     g = Gumbel noise, see below                   (B, T)
-    lens += 1
+    ids   = [cur, d1 .. dk]                                                               (B, T),  T = k + 1
+    slots = lens[:, None] + arange(T)            where row b's new keys and values go     (B, T)
+    mask  = arange(view) <= slots                what they see: view = max(lens) + T      (B, 1, T, view)
+    y     = argmax(logits / temperature + g)     g = Gumbel noise, see below              (B, T)
+    accepted = (y[:, :k] == ids[:, 1:]).cumprod(1).sum(1)                                 (B,)
+    emit y[:, :accepted + 1];  lens += accepted + 1      THIS is the rollback: rejected slots are overwritten later
+
+k = 0 is plain decoding: the same code.
 
 Coupled sampling. g[v] = G(seed of the sequence, index of the token, v) is a counter-based hash, not a generator's state. argmax(logits + g) is an
 exact sample of softmax(logits) (the Gumbel-max trick), and it depends on nothing but the sequence: not on the batch it ran in, the slot, the worker, or
-what ran before. The same seed gives the same rollout on 1 or 8 workers. (Up to ties: fp32 kernels round differently at different batch
-shapes, which parts two runs at about one token in a million. That is a change of sample, never of distribution.)
+what ran before. Drafters sample with the SAME noise on THEIR logits, so a drafter that knows the policy's distribution guesses its sample, at any temperature.
+Every emitted token is the policy's own sample: no drafter, tree or strategy can bias it, and the same seed gives the same rollout with speculation on or off,
+on 1 or 8 workers. (Up to ties: fp32 kernels round differently at different shapes, which parts two runs at about one token in a million. That is
+a change of sample, never of distribution.) `verify_ratio` is the textbook alternative (Leviathan et al. 2211.17192), for comparison.
+
+Trees. With width w each draft has w - 1 siblings, the next best tokens of the drafter under the same noise: leaves beside the chain. If the policy leaves the
+chain for a sibling, that sibling is accepted too, and its keys and values move into the chain's place.
 
 Continuous batching. Rows that end leave at once: the last live row moves into the hole, so the live rows stay contiguous and a round costs what
 its live rows cost. Free slots are refilled from an iterator of groups; a group's prompt is prefilled once and its keys and values are copied to its samples.
@@ -18,15 +27,16 @@ its live rows cost. Free slots are refilled from an iterator of groups; a group'
 The model is the stock Hugging Face module. Two small things make it fast: a cache with one length per row (`SlotCache`), and an attention
 function that folds grouped query heads into query rows instead of copying keys and values (`slot_attention`).
 
-Legend: B live rows, T new tokens per row, V vocabulary, D model width, G samples per prompt.
-Left out: paged memory (a slot holds a whole sequence), prefix sharing between prompts, prefill in chunks, beam search.
+Legend: B live rows, T new tokens per row, k draft length, V vocabulary, D model width, G samples per prompt.
+Left out: paged memory (a slot holds a whole sequence), prefix sharing between prompts, prefill in chunks, beam search, deeper trees than chain-and-siblings.
 """
 
 import argparse
+import functools
 import hashlib
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Cache
@@ -74,11 +84,8 @@ class Sampling:
                 raise UserError(f"{name} = {getattr(self, name)} makes no sense: temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_new >= 1")
 
 
-def sample(logits, sampling, seeds, index):
-    """Tokens (B, T) and their log-probabilities (B, T) under softmax(logits / temperature). logits (B, T, V) of any float type.
-
-    top-k and top-p narrow what may be drawn, not the log-probability: that is what the trainer recomputes.
-    """
+def narrow(logits, sampling):
+    """(logits / temperature, the same with what top-k and top-p forbid at -inf), float32, shape as logits (..., V)."""
     logits = logits.float()
     if sampling.temperature > 0:
         logits = logits / sampling.temperature
@@ -91,10 +98,43 @@ def sample(logits, sampling, seeds, index):
         p = sorted_logits.softmax(-1)
         drop = p.cumsum(-1) - p >= sampling.top_p  # keep the smallest set that reaches top_p: always at least one
         allowed = allowed.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
-    if sampling.temperature > 0:
-        allowed = allowed + gumbel(seeds, index, logits.shape[-1])
-    y = allowed.argmax(-1)
-    return y, logits.gather(-1, y[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    return logits, allowed
+
+
+def noise_for(sampling, seeds, index, vocab, stream=0):
+    """Gumbel noise (B, T, V), or 0 when greedy. Streams are independent of each other: ratio verification needs three."""
+    return gumbel(seeds, index + (stream << 20), vocab) if sampling.temperature > 0 else torch.zeros((), device=seeds.device)
+
+
+def logprob_of(logits, y):
+    """log softmax(logits)[y]. Of the logits before top-k and top-p: they narrow what may be drawn; the trainer scores without them."""
+    return logits.gather(-1, y[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def sample(logits, sampling, noise):
+    """Tokens (B, T) and their log-probabilities (B, T). logits (B, T, V) of any float type, noise from `noise_for`."""
+    scaled, allowed = narrow(logits, sampling)
+    y = (allowed + noise).argmax(-1)
+    return y, logprob_of(scaled, y)
+
+
+def verify_ratio(logits, q_logits, drafts, sampling, seeds, index):
+    """Speculative sampling by probability ratio: accept draft d with chance min(1, p(d) / q(d)), else draw from max(p - q, 0).
+
+    logits (B, k+1, V) of the policy, q_logits (B, k, V) that the drafts (B, k) were sampled from, index (B, k+1).
+    -> tokens y (B, k+1), log-probabilities, accepted (B,): y[:, :accepted + 1] count, as with coupled verification.
+    The distribution is the policy's; the tokens are not those of plain decoding.
+    """
+    scaled, allowed = narrow(logits, sampling)
+    p, q = allowed.softmax(-1), narrow(q_logits, sampling)[1].softmax(-1)
+    chosen = drafts[..., None]
+    u = torch.exp(-torch.exp(-noise_for(sampling, seeds, index[:, :-1], 1, stream=2)))  # the Gumbel's own uniform; (B, k, 1)
+    accepted = (u * q.gather(-1, chosen) < p[:, :-1].gather(-1, chosen))[..., 0].long().cumprod(1).sum(1)
+    residual = torch.cat([(p[:, :-1] - q).clamp(min=0), p[:, -1:]], 1)  # after the last draft there is nothing to subtract
+    y = (residual.log() + noise_for(sampling, seeds, index, p.shape[-1])).argmax(-1)
+    kept = torch.arange(drafts.shape[1], device=drafts.device) < accepted[:, None]
+    y = torch.cat([torch.where(kept, drafts, y[:, :-1]), y[:, -1:]], 1)
+    return y, logprob_of(scaled, y), accepted
 
 
 # ---------------------------------------------------------------- cache and attention
@@ -107,12 +147,12 @@ class SlotCache(Cache):
     are overwritten later, so going back is free: only the row's length changes.
     """
 
-    def __init__(self, config, slots, length, dtype, device):
+    def __init__(self, config, slots, length, dtype, device, layers=None):
         self.layers = []  # the base class asks
         self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.groups = config.num_attention_heads // self.heads  # query heads per key head
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.data = torch.zeros(config.num_hidden_layers, 2, slots, self.heads, length, width, dtype=dtype, device=device)
+        self.data = torch.zeros(layers or config.num_hidden_layers, 2, slots, self.heads, length, width, dtype=dtype, device=device)
         self.pairs = [(k, v, k.flatten(0, 2), v.flatten(0, 2)) for k, v in self.data]  # views, made once: at batch 1 their making shows
 
     def place(self, rows, slots, view):
@@ -134,6 +174,10 @@ class SlotCache(Cache):
     def move(self, source, target, length):
         """Copy the first `length` entries of row `source` to the rows `target` (a slice)."""
         self.data[:, :, target, :, :length] = self.data[:, :, source, None, :, :length].clone()  # a row may be among its own targets
+
+    def relocate(self, rows, source, target):
+        """In each of the rows (B,), copy the entry at position source (B,) to position target (B,)."""
+        self.data[:, :, rows, :, target] = self.data[:, :, rows, :, source]
 
 
 def slot_attention(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
@@ -194,14 +238,28 @@ def check_supported(model):
         raise UserError(f"{name}: the engine's logits differ from the model's own by {gap:.2g}, so it is not supported")
 
 
-def forward(model, cache, rows, ids, lens, view):
-    """Feed ids (B, T) to the rows (a slice), whose first lens (B,) cache entries are valid -> hidden (B, T, D), logits (B, T, V)."""
-    slots = lens[:, None] + torch.arange(ids.shape[1], device=ids.device)  # (B, T)
-    hidden_from = torch.arange(view, device=ids.device) > slots[..., None]  # (B, T, view)
-    mask = torch.zeros(hidden_from.shape, dtype=cache.data.dtype, device=ids.device).masked_fill_(hidden_from, -torch.inf)
-    mask = mask.repeat(1, cache.groups, 1)[:, None]  # (B, 1, groups * T, view): made once for all layers
+def attend(cache, rows, lens, view, columns, tree=None):
+    """Where T new entries go and what they see -> positions (B, T), additive mask (B, 1, groups * T, view). Tells the cache, too.
+
+    tree: None for a chain, or (depth (T,), sees (T, T) bool): how deep each entry is, and which of the new entries it sees.
+    """
+    slots = lens[:, None] + torch.arange(columns, device=lens.device)  # (B, T)
+    place = torch.arange(view, device=lens.device)
+    if tree is None:
+        positions, unseen = slots, place > slots[..., None]  # (B, T, view)
+    else:
+        depth, sees = tree
+        positions, new = lens[:, None] + depth, place - lens[:, None]  # (B, T), (B, view)
+        unseen = ~((new < 0)[:, None] | (sees[:, new.clamp(0, columns - 1)].transpose(0, 1) & (new < columns)[:, None]))
+    mask = torch.zeros(unseen.shape, dtype=cache.data.dtype, device=lens.device).masked_fill_(unseen, -torch.inf)
     cache.place(rows, slots, view)
-    hidden = model.get_decoder()(input_ids=ids, position_ids=slots, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
+    return positions, mask.repeat(1, cache.groups, 1)[:, None]  # folded as slot_attention wants it, once for all layers
+
+
+def forward(model, cache, rows, ids, lens, view, tree=None):
+    """Feed ids (B, T) to the rows (a slice), whose first lens (B,) cache entries are valid -> hidden (B, T, D), logits (B, T, V)."""
+    positions, mask = attend(cache, rows, lens, view, ids.shape[1], tree)
+    hidden = model.get_decoder()(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
     return hidden, model.get_output_embeddings()(hidden)
 
 
@@ -224,19 +282,45 @@ class Response:
     tokens: list    # with the stop token, if one came
     logprobs: torch.Tensor  # (len(tokens),) float32, cpu: log-probability under the behaviour policy at the sampling temperature
     stopped: bool   # False: cut at max_new
-    hidden: torch.Tensor = None  # (len(tokens), D) last hidden state that each token was sampled from, if asked for
+    hidden: torch.Tensor = None  # (len(prompt) + len(tokens) - 1, D), cpu: last hidden state at every position but the last, if kept
     grade: object = None     # tasks.Grade, filled in by whoever grades
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A way to draft one round. kind: a key of Engine.drafters; k: draft length, 0 is plain decoding; width: 1 is a chain."""
+    kind: str = ""
+    k: int = 0
+    width: int = 1
+
+
+@dataclass
+class Row:
+    """The host's view of a live row."""
+    group: Group
+    sample: int
+    tokens: list
+
+    @property
+    def length(self):
+        """Valid cache entries: all but the newest token."""
+        return len(self.group.prompt) + len(self.tokens) - 1
 
 
 class Engine:
     """Generates responses for groups. slots: rows that run at once; context: longest prompt + response (see `reserve`).
 
-    stats counts rounds, tokens, rows (summed over rounds) and seconds of the last `generate`.
+    drafters: name -> drafter, for speculation (drafter.LearnedDrafts, drafter.NGramDrafts); verify: "coupled" or "ratio".
+    stats tells of the last `generate`: rounds, spec_rounds, tokens, row_rounds, drafted and accepted by depth, seconds in all, drafting, verifying.
     """
 
-    def __init__(self, model, stop_tokens, slots=64, context=64, keep_hidden=False):
-        self.model, self.slots, self.keep_hidden, self.context = model, slots, keep_hidden, 0
-        self.stop = torch.tensor(sorted(stop_tokens), device=model.device)
+    LONGEST = 16  # drafts and siblings in a round, at most
+
+    def __init__(self, model, stop_tokens, slots=64, context=64, keep_hidden=False, drafters=None, verify="coupled"):
+        self.model, self.slots, self.context, self.verify = model, slots, 0, verify
+        self.drafters = drafters or {}
+        self.keep_hidden = keep_hidden or any(d.needs_hidden for d in self.drafters.values())
+        self.stop_set, self.stop = set(stop_tokens), torch.tensor(sorted(stop_tokens), device=model.device)
         self.reserve(context)
 
     def reserve(self, context):
@@ -247,28 +331,28 @@ class Engine:
         if context <= self.context:
             return
         self.context, config, slots, device = context, self.model.config, self.slots, self.model.device
-        self.cache = SlotCache(config, slots, context, self.model.dtype, device)
-        self.lens = torch.zeros(slots, dtype=torch.long, device=device)      # valid cache entries of each row
-        self.cur = torch.zeros(slots, dtype=torch.long, device=device)       # newest token, not in the cache yet
-        self.made = torch.zeros(slots, dtype=torch.long, device=device)      # tokens generated
+        room = context + self.LONGEST + 1  # rejected drafts may stand beyond the end
+        self.cache = SlotCache(config, slots, room, self.model.dtype, device)
+        self.lens = torch.zeros(slots, dtype=torch.long, device=device)   # valid cache entries of each row
+        self.start = torch.zeros(slots, dtype=torch.long, device=device)  # length of its prompt
         self.seeds = torch.zeros(slots, 2, dtype=torch.int32, device=device)
-        self.tokens = torch.zeros(slots, context, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(slots, context, device=device)
-        self.hidden = torch.zeros(slots, context, config.hidden_size, dtype=self.model.dtype, device=device) if self.keep_hidden else None
-
-    def state(self):
-        """Everything that belongs to a row, besides its cache: what moves when a row moves."""
-        return [x for x in (self.lens, self.cur, self.made, self.seeds, self.tokens, self.logprobs, self.hidden) if x is not None]
+        self.tokens = torch.zeros(slots, room, dtype=torch.long, device=device)   # x_t; the newest, `cur`, stands at lens
+        self.logprobs = torch.zeros(slots, room, device=device)                   # of x_t
+        self.hidden = torch.zeros(slots, room, config.hidden_size, dtype=self.model.dtype, device=device) if self.keep_hidden else None  # h_t
+        for drafter in self.drafters.values():
+            drafter.reserve(self, slots, room)
 
     @torch.inference_mode()
-    def generate(self, groups, sampling, on_token=None):
+    def generate(self, groups, sampling, choose=None, on_token=None):
         """Yields a Response as each one ends. groups: an iterable of Group, asked for the next one only when its rows fit.
 
+        choose(number of live rows) -> Draft, asked before each round; without it decoding is plain.
         on_token(group index, sample, token), if given, hears every token as it is made (for streaming).
         """
-        groups, waiting, live = iter(groups), None, []  # live: [group, sample, length of the prompt part in the cache] per row
-        self.stats = dict(rounds=0, tokens=0, rows=0, seconds=0.0)
-        started = time.perf_counter()
+        groups, waiting, self.live = iter(groups), None, []
+        self.stats = dict(rounds=0, spec_rounds=0, tokens=0, row_rounds=0, spec_row_rounds=0, spec_tokens=0, seconds=0.0, draft_seconds=0.0,
+                          verify_seconds=0.0, drafted=[0] * self.LONGEST, accepted=[0] * self.LONGEST)
+        started, live = time.perf_counter(), self.live
         while True:
             batch = []
             while groups is not None:  # take all groups that fit
@@ -282,18 +366,13 @@ class Engine:
                 batch.append(waiting)
                 waiting = None
             if batch:
-                self.admit(batch, live)
+                self.admit(batch)
             if not live:
                 self.stats["seconds"] = time.perf_counter() - started
                 return
-            y, done = self.round(len(live), max(g_len for *_, g_len in live) + 1, sampling)
-            for row in live:
-                row[2] += 1
-            if on_token:
-                for (group, k, _), token in zip(live, y.tolist()):
-                    on_token(group.index, k, token)
-            for row in [i for i, d in enumerate(done.tolist()) if d][::-1]:  # from the back: the last row fills the hole
-                yield self.take(row, live)
+            ended = self.round(choose(len(live)) if choose else Draft(), sampling, on_token)
+            for i in reversed(ended):  # from the back: the last row fills the hole
+                yield self.take(i)
 
     def check(self, group, sampling):
         need = len(group.prompt) + sampling.max_new
@@ -304,61 +383,133 @@ class Engine:
         if len(group.seeds) > self.slots:
             raise UserError(f"a group of {len(group.seeds)} samples does not fit {self.slots} slots: raise --slots")
 
-    def admit(self, batch, live):
+    def admit(self, batch):
         """Prefill prompt[:-1] of each group once, in the rows behind the live ones, then give every sample its copy. cur = prompt[-1]."""
-        first, device = len(live), self.lens.device
-        longest = max(len(g.prompt) for g in batch) - 1
+        first, device = len(self.live), self.lens.device
+        prompts = torch.nn.utils.rnn.pad_sequence([torch.tensor(g.prompt) for g in batch], batch_first=True).to(device)  # (n, longest)
+        longest = prompts.shape[1] - 1
         if longest:
-            ids = torch.tensor([g.prompt[:-1] + [0] * (longest + 1 - len(g.prompt)) for g in batch], device=device)
-            forward(self.model, self.cache, slice(first, first + len(batch)), ids, torch.zeros(len(batch), dtype=torch.long, device=device), longest)
+            hidden, _ = forward(self.model, self.cache, slice(first, first + len(batch)), prompts[:, :-1],
+                                torch.zeros(len(batch), dtype=torch.long, device=device), longest)
         ends = [first]
         for g in batch:
             ends.append(ends[-1] + len(g.seeds))
-            live += [[g, k, len(g.prompt) - 1] for k in range(len(g.seeds))]
+            self.live += [Row(g, k, []) for k in range(len(g.seeds))]
         for i in reversed(range(len(batch))):  # group i sits in row first + i: spread from the back, so that no prompt is overwritten early
-            self.cache.move(first + i, slice(ends[i], ends[i + 1]), len(batch[i].prompt) - 1)
-        rows = slice(first, ends[-1])
-        new = live[first:]
-        self.lens[rows] = torch.tensor([n for _, _, n in new], device=device)
-        self.cur[rows] = torch.tensor([g.prompt[-1] for g, _, _ in new], device=device)
-        self.made[rows] = 0
-        seeds = torch.tensor([g.seeds[k] for g, k, _ in new], device=device)
+            rows = slice(ends[i], ends[i + 1])
+            self.cache.move(first + i, rows, len(batch[i].prompt) - 1)
+            self.tokens[rows, :longest + 1] = prompts[i]
+            if self.keep_hidden and longest:
+                self.hidden[rows, :longest] = hidden[i]
+        rows, new = slice(first, ends[-1]), self.live[first:]
+        self.start[rows] = torch.tensor([len(r.group.prompt) for r in new], device=device)
+        self.lens[rows] = self.start[rows] - 1
+        seeds = torch.tensor([r.group.seeds[r.sample] for r in new], device=device)
         self.seeds[rows] = torch.stack([seeds, seeds >> 32], 1).int()  # .int() keeps the low 32 bits
+        for drafter in self.drafters.values():
+            drafter.admit(rows)
 
-    def round(self, n, view, sampling):
-        """One token for each of the n live rows -> tokens (n,), done (n,)."""
-        rows = slice(0, n)
-        hidden, logits = forward(self.model, self.cache, rows, self.cur[rows, None], self.lens[rows], view)
-        y, logprob = sample(logits, sampling, self.seeds[rows], self.made[rows, None])
-        at = self.made[rows, None]
-        self.tokens[rows].scatter_(1, at, y)
-        self.logprobs[rows].scatter_(1, at, logprob)
+    def round(self, draft, sampling, on_token=None):
+        """Draft, verify, accept for all live rows -> indices of the rows that ended."""
+        n, k, width, live = len(self.live), draft.k, draft.width, self.live
+        if k * width > self.LONGEST:
+            raise UserError(f"draft length {k} x width {width}: at most {self.LONGEST} drafts fit a round")
+        rows, each = slice(0, n), torch.arange(n, device=self.lens.device)
+        lens, steps = self.lens[rows], torch.arange(k + 1, device=self.lens.device)
+        index = (lens + 1 - self.start[rows])[:, None] + steps  # which token of the response each column samples, (B, k+1)
+        began = time.perf_counter()
+        noise = noise_for(sampling, self.seeds[rows], index, self.model.config.vocab_size)  # once, for drafter and verifier
+        ids, tree = self.tokens[each, lens][:, None], None
+        if k:
+            theirs = noise if self.verify == "coupled" else noise_for(sampling, self.seeds[rows], index, noise.shape[-1], stream=1)
+            drafts, q_logits = self.drafters[draft.kind].propose(self, n, k, width, theirs, sampling)  # (B, k, width), (B, k, V)
+            ids = torch.cat([ids, drafts[..., 0], drafts[..., 1:].flatten(1)], 1)  # (B, 1 + k * width): cur, chain, siblings by depth
+            tree = caterpillar(k, width, ids.device) if width > 1 else None
+        drafted = time.perf_counter()
+        hidden, logits = forward(self.model, self.cache, rows, ids, lens, max(r.length for r in live) + ids.shape[1], tree)
+        if k and self.verify == "ratio":
+            y, logprob, accepted = verify_ratio(logits, q_logits, ids[:, 1:k + 1], sampling, self.seeds[rows], index)
+        else:
+            y, logprob = sample(logits, sampling, noise if tree is None or noise.ndim == 0 else noise[:, tree[0]])
+            accepted = (y[:, :k] == ids[:, 1:k + 1]).long().cumprod(1).sum(1)
+        if tree is not None:  # did the policy leave the chain for a sibling?
+            hit = (drafts[each, accepted.clamp(max=k - 1), 1:] == y.gather(1, accepted[:, None])) & (accepted < k)[:, None]  # (B, width - 1)
+            leaf = k + 1 + accepted.clamp(max=k - 1) * (width - 1) + hit.long().argmax(1)  # its column
+            accepted = accepted + hit.any(1)
+            path = torch.where(hit.any(1)[:, None] & (steps == accepted[:, None]), leaf[:, None], steps)  # (B, k+1) columns of the accepted path
+            y, logprob, hidden = y.gather(1, path), logprob.gather(1, path), hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
+            to = accepted.clamp(max=k)
+            self.cache.relocate(each, lens + path.gather(1, to[:, None])[:, 0], lens + to)
+        # a stop token or the length limit may come inside the accepted run
+        is_stop = torch.isin(y, self.stop)
+        before_stop = torch.where(is_stop, steps, k + 1).amin(1)
+        emitted = torch.minimum(torch.minimum(accepted, before_stop) + 1, sampling.max_new - index[:, 0])  # (B,)
+        at = lens[:, None] + steps
+        self.tokens[rows].scatter_(1, at + 1, y)
+        self.logprobs[rows].scatter_(1, at + 1, logprob)
         if self.keep_hidden:
             self.hidden[rows].scatter_(1, at[..., None].expand_as(hidden), hidden)
-        y = y[:, 0]
-        self.cur[rows] = y
-        self.lens[rows] += 1
-        self.made[rows] += 1
-        self.stats["rounds"] += 1
-        self.stats["tokens"] += n
-        self.stats["rows"] += n
-        return y, torch.isin(y, self.stop) | (self.made[rows] >= sampling.max_new)
+        self.lens[rows] += emitted
+        host = torch.cat([emitted[:, None], accepted[:, None], y], 1).tolist()  # the round's one wait for the device
+        ended, stats = [], self.stats
+        for i, (row, (count, right, *new)) in enumerate(zip(live, host)):
+            row.tokens += new[:count]
+            if new[count - 1] in self.stop_set or len(row.tokens) >= sampling.max_new:
+                ended.append(i)
+            if on_token:
+                for token in new[:count]:
+                    on_token(row.group.index, row.sample, token)
+            for j in range(min(right + 1, k)):
+                stats["drafted"][j] += 1
+                stats["accepted"][j] += j < right
+            stats["tokens"] += count
+            stats["spec_tokens"] += count if k else 0
+        stats["rounds"] += 1
+        stats["row_rounds"] += n
+        if k:
+            stats["spec_rounds"] += 1
+            stats["spec_row_rounds"] += n
+        stats["draft_seconds"] += drafted - began
+        stats["verify_seconds"] += time.perf_counter() - drafted
+        return ended
 
-    def take(self, row, live):
-        """The finished response in `row`; the last live row moves into its slot."""
-        group, k, length = live[row]
-        made = length - len(group.prompt) + 1
-        tokens = self.tokens[row, :made]
-        response = Response(group.index, k, group.prompt, tokens.tolist(), self.logprobs[row, :made].cpu().clone(),
-                            bool(torch.isin(tokens[-1], self.stop)), self.hidden[row, :made].cpu().clone() if self.keep_hidden else None)
-        last = len(live) - 1
-        if row != last:
-            self.cache.move(last, slice(row, row + 1), live[last][2])
-            for x in self.state():
-                x[row] = x[last]
-            live[row] = live[last]
-        live.pop()
+    def take(self, i):
+        """The finished response in row i; the last live row moves into its slot."""
+        row, last = self.live[i], self.live.pop()
+        end = row.length + 1
+        response = Response(row.group.index, row.sample, row.group.prompt, row.tokens, self.logprobs[i, len(row.group.prompt):end].cpu().clone(),
+                            row.tokens[-1] in self.stop_set, self.hidden[i, :end - 1].cpu().clone() if self.keep_hidden else None)
+        if last is not row:
+            source, end = len(self.live), last.length + 1
+            self.cache.move(source, slice(i, i + 1), end)
+            for x in (self.lens, self.start, self.seeds):
+                x[i] = x[source]
+            for x in (self.tokens, self.logprobs, self.hidden):
+                if x is not None:
+                    x[i, :end] = x[source, :end]
+            for drafter in self.drafters.values():
+                drafter.move(source, i)
+            self.live[i] = last
         return response
+
+
+@functools.lru_cache
+def caterpillar(k, width, device):
+    """(depth (T,), sees (T, T)) of a chain of k drafts with width - 1 siblings each: T = 1 + k * width, in the order of `round`."""
+    chain = list(range(k + 1))
+    depth = torch.tensor(chain + [j for j in chain[1:] for _ in range(width - 1)])
+    columns = torch.arange(len(depth))
+    sees = (columns <= k) & (depth < depth[:, None]) | (columns == columns[:, None])  # the chain above it, and itself
+    return depth.to(device), sees.to(device)
+
+
+def report(stats):
+    """One line about a rollout."""
+    s, spec = stats, stats["spec_row_rounds"]
+    depth = " ".join(f"{a / d:.2f}" for a, d in zip(s["accepted"], s["drafted"]) if d)
+    return (f"{s['rounds']} rounds, {s['tokens']} tokens, {s['tokens'] / max(1e-9, s['seconds']):.0f} tokens/s, "
+            + (f"{s['spec_tokens'] / spec:.2f} tokens per row and speculative round ({s['spec_rounds'] / s['rounds']:.0%} of rounds), "
+               f"acceptance by depth {depth}, " if spec else "") + f"draft {s['draft_seconds']:.2f} s, verify {s['verify_seconds']:.2f} s")
 
 
 def stop_tokens(model, tokenizer):
@@ -401,12 +552,11 @@ def main():
                 shown["text"] = text
 
     print(args.prompt, end="")
-    others = [r for r in engine.generate([group], sampling, stream) if r.sample]
+    others = [r for r in engine.generate([group], sampling, on_token=stream) if r.sample]
     print()
     for r in sorted(others, key=lambda r: r.sample):
         print(args.prompt + tokenizer.decode(r.tokens, skip_special_tokens=True))
-    s = engine.stats
-    print(f"[{s['tokens']} tokens, {s['tokens'] / s['seconds']:.0f} tokens/s]", file=sys.stderr)
+    print(f"[{report(engine.stats)}]", file=sys.stderr)
 
 
 def run(main):

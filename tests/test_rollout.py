@@ -9,7 +9,7 @@ from transformers import (AutoModelForCausalLM, CohereConfig, Gemma2Config, Llam
                           Qwen3Config, Qwen3NextConfig)
 
 import rollout
-from rollout import Engine, Group, Sampling, check_supported, gumbel, sample, sequence_seed
+from rollout import Engine, Group, Sampling, check_supported, gumbel, noise_for, sample, sequence_seed
 from tasks import UserError
 
 FAMILIES = {"llama": (LlamaConfig, {}), "qwen2": (Qwen2Config, {}), "qwen3": (Qwen3Config, {"head_dim": 16}), "mistral": (MistralConfig, {"sliding_window": None}),
@@ -36,9 +36,10 @@ def check_against_full_forward(model, groups, sampling, slots=10):
     """Every token and log-probability equals what one ordinary forward over the whole sequence gives: slots, refills and moves leave no trace."""
     for (g, k), r in run_engine(model, groups, sampling, slots, keep_hidden=True).items():
         with torch.no_grad():
-            hidden = model.model(input_ids=torch.tensor([(r.prompt + r.tokens)[:-1]])).last_hidden_state[:, len(r.prompt) - 1:]
-            logits = model.lm_head(hidden)
-        y, logp = sample(logits, sampling, seed_tensor([next(x for x in groups if x.index == g).seeds[k]]), torch.arange(len(r.tokens))[None])
+            hidden = model.model(input_ids=torch.tensor([(r.prompt + r.tokens)[:-1]])).last_hidden_state
+            logits = model.lm_head(hidden[:, len(r.prompt) - 1:])
+        seeds = seed_tensor([next(x for x in groups if x.index == g).seeds[k]])
+        y, logp = sample(logits, sampling, noise_for(sampling, seeds, torch.arange(len(r.tokens))[None], 118))
         assert y[0].tolist() == r.tokens, (g, k)
         assert torch.allclose(logp[0], r.logprobs, atol=1e-4) and torch.allclose(hidden[0], r.hidden, atol=1e-3)
         assert r.stopped == (r.tokens[-1] == 1) and 1 not in r.tokens[:-1] and (r.stopped or len(r.tokens) == sampling.max_new)
@@ -62,7 +63,7 @@ def test_engine_equals_full_forward_on_random_shapes(seed, slots, max_new):
 def test_broken_engines_are_caught(broken, monkeypatch):
     if broken == "positions off by one":
         whole = rollout.forward
-        monkeypatch.setattr(rollout, "forward", lambda m, c, r, ids, lens, view: whole(m, c, r, ids, lens + 1, view + 1))
+        monkeypatch.setattr(rollout, "forward", lambda m, c, r, ids, lens, view, *tree: whole(m, c, r, ids, lens + 1, view + 1, *tree))
     elif broken == "rows moved without their cache":
         move = rollout.SlotCache.move
         monkeypatch.setattr(rollout.SlotCache, "move", lambda self, a, b, n: move(self, a, b, n) if b.stop - b.start > 1 else None)
@@ -105,7 +106,7 @@ def check_distribution(temperature_of_truth=1.0, index_of=lambda i: i):
     """20,000 samples of 6 tokens against softmax; and tokens of one sequence are independent of each other."""
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
     seeds = seed_tensor([sequence_seed("chi", i) for i in range(10_000)])
-    y, _ = sample(logits.expand(10_000, 2, 6), Sampling(), seeds, index_of(torch.arange(2)).expand(10_000, 2))
+    y, _ = sample(logits.expand(10_000, 2, 6), Sampling(), noise_for(Sampling(), seeds, index_of(torch.arange(2)).expand(10_000, 2), 6))
     p = (logits / temperature_of_truth).softmax(-1).double()
     for column in y.T:
         counts = torch.bincount(column, minlength=6)
@@ -134,11 +135,11 @@ def test_noise_is_a_function_of_its_key_alone():
 def test_top_k_top_p_and_temperature_narrow_what_is_drawn():
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0]).expand(2000, 1, 4)
     seeds = seed_tensor([sequence_seed(i) for i in range(2000)])
-    drawn = lambda **kw: set(sample(logits, Sampling(**kw), seeds, torch.zeros(2000, 1).long())[0].flatten().tolist())
+    drawn = lambda **kw: set(sample(logits, Sampling(**kw), noise_for(Sampling(**kw), seeds, torch.zeros(2000, 1).long(), 4))[0].flatten().tolist())
     assert drawn() == {0, 1, 2, 3} and drawn(top_k=2) == {0, 1} and drawn(top_p=0.65) == {0, 1} and drawn(top_p=0.6) == {0}
     assert drawn(top_p=1e-6) == {0} == drawn(temperature=0) == drawn(top_k=1)
-    logp = sample(logits[:1], Sampling(temperature=0.5), seeds[:1], torch.zeros(1, 1).long())
-    assert torch.isclose(logp[1][0, 0], (logits[0, 0] / 0.5).log_softmax(-1)[logp[0][0, 0]])
+    y, logp = sample(logits[:1], Sampling(temperature=0.5), torch.zeros(()))
+    assert torch.isclose(logp[0, 0], (logits[0, 0] / 0.5).log_softmax(-1)[y[0, 0]])
     for bad in (dict(temperature=-1), dict(top_p=0), dict(top_k=-1), dict(max_new=0)):
         with pytest.raises(UserError):
             Sampling(**bad)

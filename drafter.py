@@ -1,0 +1,319 @@
+"""The one-layer EAGLE drafter: guesses the policy's next tokens from its last hidden state, at a fraction of its cost.
+
+    h' = layer(fc([embed(x_{t+1}); h_t]))          logits of token t+2 = lm_head(h')
+
+h_t is the policy's last hidden state (after the final norm) at position t. The layer is of the policy's own class; embedding, head and rotary angles are
+the LIVE policy's, by reference: they follow it for free and are never touched by drafter training.
+
+    training row t :   input (x_{t+1}, h_t)   ->   target h_{t+1} and softmax(lm_head(h_{t+1}))
+    inference      :   over accepted tokens with the TRUE h; then k - 1 more steps on its own tokens and features
+
+The shift is the classic trap: pairing (x_t, h_t) trains just as smoothly and guesses badly, since x_{t+1} is what h_t was uncertain about.
+
+    loss = soft cross-entropy + feature_weight * SmoothL1(h', h_{t+1})       (EAGLE, arXiv 2401.15077; masked to the response)
+
+Several sequences are packed into one row: positions restart, a block-diagonal mask keeps them apart, and the last position of each has no target.
+
+Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a reduced draft vocabulary, a separate draft head.
+"""
+
+import argparse
+import random
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from rollout import Draft, Engine, Group, Sampling, SlotCache, attend, load_model, narrow, report, run, sequence_seed, stop_tokens
+from tasks import UserError, encode_prompt, make_task
+
+
+class Drafter(torch.nn.Module):
+    """One decoder layer on top of [embedding; feature]. Its parameters are only its own; the policy's parts are borrowed."""
+
+    def __init__(self, policy):
+        super().__init__()
+        decoder, config = policy.get_decoder(), policy.config
+        device, dtype = policy.device, policy.dtype
+        self.borrowed = (decoder.embed_tokens, decoder.rotary_emb, policy.get_output_embeddings(), config)  # a tuple: not registered as submodules
+        self.fc = torch.nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False, device=device, dtype=dtype)
+        self.layer = type(decoder.layers[0])(config, layer_idx=0).to(device, dtype)
+        for p in self.parameters():
+            if p.ndim > 1:
+                torch.nn.init.normal_(p, std=p.shape[1] ** -0.5 * 0.5)
+
+    def forward(self, ids, features, angles, mask, cache=None):
+        """ids (B, T): tokens x_{t+1}; features (B, T, D): h_t; angles: of positions t -> guessed features h_{t+1}, (B, T, D)."""
+        with torch.no_grad():
+            embedded = self.borrowed[0](ids)
+        x = self.fc(torch.cat([embedded, features], -1))
+        return self.layer(x, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, position_embeddings=angles)
+
+    def angles(self, positions):
+        """Rotary cosines and sines of positions (B, T)."""
+        return self.borrowed[1](self.fc.weight, positions)
+
+    def logits(self, features):
+        return self.borrowed[2](features)
+
+    def save(self, folder):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "drafter.safetensors")
+
+    def load(self, folder):
+        path = Path(folder) / "drafter.safetensors"
+        try:
+            self.load_state_dict(load_file(path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot load a drafter for this policy from {path}: {str(error).splitlines()[0]}") from error
+
+
+# ---------------------------------------------------------------- guessing, inside the engine
+
+
+class LearnedDrafts:
+    """The drafter at work: its own one-layer slot cache beside the engine's. Entry t of a row holds (x_{t+1}, h_t).
+
+    Each round first catches up: every entry that now has its true feature is (re)computed, which also overwrites last round's guesses. After plain rounds,
+    or right after prefill, that gap is just longer: speculation can begin at any time without touching the policy.
+    """
+
+    needs_hidden = True
+
+    def __init__(self, drafter):
+        self.drafter = drafter
+
+    def reserve(self, engine, slots, room):
+        self.cache = SlotCache(engine.model.config, slots, room, engine.model.dtype, engine.model.device, layers=1)
+        self.have = [0] * slots  # entries of each row computed from true features
+
+    def admit(self, rows):
+        self.have[rows] = [0] * (rows.stop - rows.start)
+
+    def move(self, source, target):
+        self.cache.move(source, slice(target, target + 1), self.have[source])
+        self.have[target] = self.have[source]
+
+    def propose(self, engine, n, k, width, noise, sampling):
+        """k guesses for each of the n live rows -> tokens (n, k, width), best first, and the logits they come from (n, k, V). noise (n, k+1, V) or 0."""
+        rows, device = slice(0, n), engine.lens.device
+        each, lens = torch.arange(n, device=device), engine.lens[rows]
+        ends = [row.length for row in engine.live]
+        gap = max(1, max(end - have for end, have in zip(ends, self.have)))
+        have = torch.tensor(self.have[:n], device=device)
+        self.have[:n] = ends
+        columns = have[:, None] + torch.arange(gap, device=device)  # (n, gap); beyond a row's own gap: stale, and overwritten before anyone looks
+        positions, mask = attend(self.cache, rows, have, max(ends) + gap, gap)
+        out = self.drafter(engine.tokens[rows].gather(1, columns + 1), engine.hidden[each[:, None], columns], self.drafter.angles(positions), mask, self.cache)
+        feature = out[each, (lens - have - 1).clamp(min=0)][:, None]  # (n, 1, D), h' at position lens
+        # angles, masks and slots of all the single steps at once
+        positions, mask = attend(self.cache, rows, lens, max(ends) + k, k)  # (n, k), (n, 1, groups * k, view)
+        cos, sin = self.drafter.angles(positions)
+        mask = mask.view(n, 1, -1, k, mask.shape[-1])
+        slots = self.cache.flat.view(n, -1, k)
+        tokens, logits = [], []
+        for i in range(k):
+            logits.append(self.drafter.logits(feature))
+            score = narrow(logits[-1], sampling)[1] + (noise[:, i:i + 1] if noise.ndim else noise)
+            tokens.append(score.argmax(-1, keepdim=True) if width == 1 else score.topk(width).indices)  # (n, 1, width)
+            if i + 1 < k:
+                self.cache.flat = slots[..., i].flatten()
+                feature = self.drafter(tokens[-1][..., 0], feature, (cos[:, i:i + 1], sin[:, i:i + 1]), mask[:, :, :, i], self.cache)
+        return torch.cat(tokens, 1), torch.cat(logits, 1)
+
+
+class NGramDrafts:
+    """No parameters: what followed the longest recent suffix (n to 1 tokens), in this response, its siblings, or earlier rollouts of the same prompt."""
+
+    needs_hidden = False
+
+    def __init__(self, n=4, prompts=1024):
+        self.n, self.prompts, self.tables = n, prompts, {}
+
+    def reserve(self, engine, slots, room):
+        pass
+
+    def admit(self, rows):
+        pass
+
+    def move(self, source, target):
+        pass
+
+    def propose(self, engine, n, k, width, noise, sampling):
+        """As LearnedDrafts.propose; one guess per depth, and no logits."""
+        found = []
+        for row in engine.live:
+            table = self.learn(row)
+            tokens = row.tokens
+            match = next((table[gram] for m in range(min(self.n, len(tokens)), 0, -1) if (gram := tuple(tokens[-m:])) in table), None)
+            guess = match[0][match[1]:match[1] + k] if match else []
+            found.append(guess + [0] * (k - len(guess)))
+        drafts = torch.tensor(found, device=engine.lens.device)[..., None]  # (n, k, 1)
+        return (drafts if width == 1 else drafts.expand(-1, -1, width)), None
+
+    def learn(self, row):
+        """Enter the row's new tokens in its prompt's table: suffix -> (the text, where it goes on). The newest occurrence wins."""
+        key = tuple(row.group.prompt)
+        if key not in self.tables and len(self.tables) >= self.prompts:
+            self.tables.pop(next(iter(self.tables)))  # the oldest prompt
+        table, tokens = self.tables.setdefault(key, {}), row.tokens
+        for end in range(getattr(row, "learned", 1), len(tokens)):
+            for m in range(1, min(self.n, end) + 1):
+                table[tuple(tokens[end - m:end])] = (tokens, end)
+        row.learned = max(1, len(tokens))
+        return table
+
+
+# ---------------------------------------------------------------- training
+
+
+class FeatureBuffer:
+    """Finished responses with their features, bounded by bytes: the oldest leave first."""
+
+    def __init__(self, limit=256 << 20):
+        self.rows, self.bytes, self.limit = deque(), 0, limit
+
+    def add(self, response):
+        """Keep response.prompt + tokens and response.hidden (L - 1, D): features of every position but the last."""
+        row = (torch.tensor(response.prompt + response.tokens), response.hidden, len(response.prompt))
+        self.rows.append(row)
+        self.bytes += row[1].nbytes
+        while self.bytes > self.limit and len(self.rows) > 1:
+            self.bytes -= self.rows.popleft()[1].nbytes
+
+    def pack(self, tokens, rng):
+        """Random sequences, together about `tokens` long, as one packed batch."""
+        picked, total = [], 0
+        while total < tokens:
+            row = self.rows[rng.randrange(len(self.rows))]
+            if len(row[0]) > 2:  # shorter ones have no target
+                picked.append(row)
+            total += len(row[0])
+        return pack(picked)
+
+
+def pack(rows):
+    """rows: (ids (L,), hidden (L-1, D), prompt length) -> ids (1, N), features, targets (1, N, D), positions (1, N), owner (N,), counted (N,).
+
+    Entry t of a sequence holds x_{t+1}, h_t and the target h_{t+1}, for t = 0 .. L-3: the last feature has nothing to predict.
+    """
+    ids = torch.cat([x[1:-1] for x, _, _ in rows])
+    features, targets = (torch.cat([h[cut] for _, h, _ in rows]) for cut in (slice(None, -1), slice(1, None)))
+    lengths = [len(x) - 2 for x, _, _ in rows]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
+    starts = torch.tensor([p for *_, p in rows]).repeat_interleave(torch.tensor(lengths))
+    return ids[None], features[None], targets[None], positions[None], owner, positions >= starts - 2  # entry t guesses token t+2
+
+
+def block_mask(owner, positions, groups, dtype):
+    """Additive mask (1, 1, groups * N, N): an entry sees the earlier entries of its own sequence. Folded for `slot_attention`."""
+    seen = (owner[:, None] == owner) & (positions[0][:, None] >= positions[0])
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+    return mask.repeat(groups, 1)[None, None]
+
+
+def drafter_loss(drafter, batch, feature_weight=0.1):
+    """-> (loss, share of entries whose likeliest token is the policy's). batch: see `pack`."""
+    ids, features, targets, positions, owner, counted = batch
+    config = drafter.borrowed[3]
+    groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    guessed = drafter(ids, features, drafter.angles(positions), block_mask(owner, positions, groups, features.dtype).to(features.device))[0][counted]
+    wanted = targets[0][counted]
+    with torch.no_grad():
+        p = drafter.logits(wanted).float().softmax(-1)
+    logits = drafter.logits(guessed).float()
+    loss = -(p * logits.log_softmax(-1)).sum(-1).mean() + feature_weight * torch.nn.functional.smooth_l1_loss(guessed, wanted)
+    return loss, (logits.argmax(-1) == p.argmax(-1)).float().mean()
+
+
+class Trainer:
+    """The drafter's optimizer. `step` is the micro-step between which training can be stopped at any time."""
+
+    def __init__(self, drafter, lr=2e-3, tokens=1024, seed=0):
+        self.drafter, self.tokens, self.rng = drafter, tokens, random.Random(seed)
+        self.optimizer = torch.optim.AdamW(drafter.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.steps, self.lr, self.warmup = 0, lr, 20
+
+    def step(self, buffer):
+        """One micro-step on the buffer -> (loss, agreement)."""
+        batch = [x.to(self.drafter.fc.weight.device) for x in buffer.pack(self.tokens, self.rng)]
+        loss, agreement = drafter_loss(self.drafter, batch)
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss, inputs=list(self.drafter.parameters()))  # nothing reaches the borrowed head
+        torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, self.steps / self.warmup)
+        self.optimizer.step()
+        return loss.item(), agreement.item()
+
+
+def fit(trainer, buffer, seconds, progress=True):
+    """Train for so many seconds. -> mean loss and agreement of the last steps."""
+    end, recent = time.time() + seconds, deque(maxlen=50)
+    bar = tqdm(total=round(seconds), unit="s", desc="drafter", disable=not progress)
+    while (left := end - time.time()) > 0:
+        recent.append(trainer.step(buffer))
+        bar.update(min(round(seconds - left), bar.total) - bar.n)
+        bar.set_postfix(loss=f"{recent[-1][0]:.3f}", steps=trainer.steps, refresh=False)
+    bar.close()
+    return [sum(x) / max(1, len(recent)) for x in zip(*recent)]
+
+
+# ---------------------------------------------------------------- command line: warm start
+
+
+def main():
+    flags = argparse.ArgumentParser(description="Warm-start a drafter for a policy from the policy's own rollouts. Nobody has to: "
+                                    "a random drafter is a valid start, and training goes on while workers idle.")
+    flags.add_argument("--model", default="base")
+    flags.add_argument("--out", default="runs/drafter", help="folder for drafter.safetensors")
+    flags.add_argument("--start", default="", help="go on from the drafter in this folder")
+    flags.add_argument("--task", default="countdown")
+    flags.add_argument("--data", default="")
+    flags.add_argument("--prompt-style", default="auto")
+    flags.add_argument("--prompts", type=int, default=64, help="prompts to roll out, 16 samples each")
+    flags.add_argument("--seconds", type=float, default=60, help="training time")
+    flags.add_argument("--k", type=int, default=4, help="draft length of the measurement before and after")
+    flags.add_argument("--max-new", type=int, default=512)
+    flags.add_argument("--threads", type=int, default=torch.get_num_threads())
+    flags.add_argument("--seed", type=int, default=0)
+    args = flags.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    task, drafter = make_task(args.task, args.data), Drafter(model)
+    if args.start:
+        drafter.load(args.start)
+    engine = Engine(model, stop_tokens(model, tokenizer), slots=64, drafters={"learned": LearnedDrafts(drafter)}, keep_hidden=True)
+    sampling = Sampling(max_new=args.max_new)
+
+    def groups(split, count, samples):
+        found = [Group(i, encode_prompt(task.problem(split, i), tokenizer, args.prompt_style), [sequence_seed(args.seed, split, i, k) for k in range(samples)])
+                 for i in range(count)]
+        engine.reserve(max(len(g.prompt) for g in found) + args.max_new)
+        return found
+
+    def measure(when):
+        list(engine.generate(groups("test", 16, 4), sampling, lambda live: Draft("learned", args.k)))
+        print(f"{when}: {report(engine.stats)}")
+
+    measure("before")
+    buffer, wanted = FeatureBuffer(), groups("train", args.prompts, 16)
+    for response in tqdm(engine.generate(wanted, sampling), total=16 * args.prompts, desc="rollout", unit="response"):
+        buffer.add(response)
+    trainer = Trainer(drafter, seed=args.seed)
+    loss, agreement = fit(trainer, buffer, args.seconds)
+    print(f"{trainer.steps} steps, loss {loss:.3f}, likeliest token right {agreement:.1%}")
+    measure("after")
+    drafter.save(args.out)
+    print(f"wrote {args.out}/drafter.safetensors")
+
+
+if __name__ == "__main__":
+    run(main)
