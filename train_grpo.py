@@ -59,7 +59,7 @@ class Config:
     seed: int = flag(0, "seed of prompts and samples")
     device: str = flag("auto", "cpu or cuda; auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
 
-    steps: int = flag(40, "RL steps")
+    steps: int = flag(30, "RL steps")
     prompts: int = flag(16, "prompts per step")
     samples: int = flag(16, "samples per prompt, the group size G")
     max_new: int = flag(512, "longest response in tokens")
@@ -76,14 +76,14 @@ class Config:
     grad_clip: float = flag(1.0, "largest gradient norm")
     epochs: int = flag(1, "passes over each rollout")
     minibatches: int = flag(1, "updates per pass")
-    micro_tokens: int = flag(4096, "tokens, padding included, in one forward-backward")
+    micro_tokens: int = flag(2048, "tokens, padding included, in one forward-backward")
     bf16: bool = flag(False, "bfloat16 autocast in the update (always on for GPUs)")
 
-    eval_every: int = flag(20, "steps between evaluations (also before the first step and after the last); 0: never")
+    eval_every: int = flag(15, "steps between evaluations (also before the first step and after the last); 0: never")
     eval_problems: int = flag(128, "held-out problems per evaluation")
     eval_samples: int = flag(4, "samples per held-out problem: pass@1 is their mean, pass@k for k up to this many")
-    save_every: int = flag(20, "steps between checkpoints; the last two are kept")
-    show_every: int = flag(20, "steps between printed samples; 0: never")
+    save_every: int = flag(10, "steps between checkpoints; the last two are kept")
+    show_every: int = flag(10, "steps between printed samples; 0: never")
 
     def __post_init__(self):
         for name in ("steps", "prompts", "samples", "max_new", "slots", "epochs", "minibatches", "micro_tokens", "save_every",
