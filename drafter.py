@@ -12,6 +12,10 @@ The shift is the classic trap: pairing (x_t, h_t) trains just as smoothly and gu
 
     loss = soft cross-entropy + feature_weight * SmoothL1(h', h_{t+1})       (EAGLE, arXiv 2401.15077; masked to the response)
 
+From the second guess on, inference feeds the drafter its own h', not the true h. Training shows it both: a first pass without gradient guesses all features,
+and the trained pass sees, at a random half of the positions, the guess in place of h_t (scheduled sampling, 1506.03099: a cheap form of EAGLE-3's
+training-time test). On base/, 60 s on one core: 3.69 -> 3.93 tokens per round at k = 4, 4.67 -> 5.72 at k = 8, although a step then costs a third more.
+
 Several sequences are packed into one row: positions restart, a block-diagonal mask keeps them apart, and the last position of each has no target.
 
 Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a reduced draft vocabulary, a separate draft head.
@@ -213,19 +217,24 @@ def pack(rows):
 def block_mask(owner, positions, groups, dtype):
     """Additive mask (1, 1, groups * N, N): an entry sees the earlier entries of its own sequence. Folded for `slot_attention`."""
     seen = (owner[:, None] == owner) & (positions[0][:, None] >= positions[0])
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=owner.device).masked_fill_(~seen, -torch.inf)
     return mask.repeat(groups, 1)[None, None]
 
 
-def drafter_loss(drafter, batch, feature_weight=0.1):
-    """-> (loss, share of entries whose likeliest token is the policy's). batch: see `pack`."""
+def drafter_loss(drafter, batch, feature_weight=0.5, own=0.5):
+    """-> (loss, share of entries whose likeliest token is the policy's). batch: see `pack`. own: share of entries that see a guessed feature."""
     ids, features, targets, positions, owner, counted = batch
     config = drafter.borrowed[3]
     groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    guessed = drafter(ids, features, drafter.angles(positions), block_mask(owner, positions, groups, features.dtype).to(features.device))[0][counted]
+    mask, angles = block_mask(owner, positions, groups, features.dtype), drafter.angles(positions)
     wanted = targets[0][counted]
     with torch.no_grad():
         p = drafter.logits(wanted).float().softmax(-1)
+        if own:
+            guess = drafter(ids, features, angles, mask).roll(1, dims=1)  # entry t - 1 guesses h_t
+            swap = (torch.rand(ids.shape, device=ids.device) < own) & (positions > 0)
+            features = torch.where(swap[..., None], guess, features)
+    guessed = drafter(ids, features, angles, mask)[0][counted]
     logits = drafter.logits(guessed).float()
     loss = -(p * logits.log_softmax(-1)).sum(-1).mean() + feature_weight * torch.nn.functional.smooth_l1_loss(guessed, wanted)
     return loss, (logits.argmax(-1) == p.argmax(-1)).float().mean()
@@ -234,7 +243,7 @@ def drafter_loss(drafter, batch, feature_weight=0.1):
 class Trainer:
     """The drafter's optimizer. `step` is the micro-step between which training can be stopped at any time."""
 
-    def __init__(self, drafter, lr=2e-3, tokens=1024, seed=0):
+    def __init__(self, drafter, lr=3e-3, tokens=512, seed=0):
         self.drafter, self.tokens, self.rng = drafter, tokens, random.Random(seed)
         self.optimizer = torch.optim.AdamW(drafter.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.steps, self.lr, self.warmup = 0, lr, 20
@@ -254,14 +263,16 @@ class Trainer:
 
 
 def fit(trainer, buffer, seconds, progress=True):
-    """Train for so many seconds. -> mean loss and agreement of the last steps."""
-    end, recent = time.time() + seconds, deque(maxlen=50)
-    bar = tqdm(total=round(seconds), unit="s", desc="drafter", disable=not progress)
+    """Train for so many seconds, the learning rate falling to 0 in the second half. -> mean loss and agreement of the last steps."""
+    end, recent, lr = time.time() + seconds, deque(maxlen=50), trainer.lr
+    bar = tqdm(total=round(seconds), unit="s", desc="drafter", disable=not progress, mininterval=1)
     while (left := end - time.time()) > 0:
+        trainer.lr = lr * min(1.0, 2 * left / seconds)
         recent.append(trainer.step(buffer))
         bar.update(min(round(seconds - left), bar.total) - bar.n)
         bar.set_postfix(loss=f"{recent[-1][0]:.3f}", steps=trainer.steps, refresh=False)
     bar.close()
+    trainer.lr = lr
     return [sum(x) / max(1, len(recent)) for x in zip(*recent)]
 
 
