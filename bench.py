@@ -142,7 +142,7 @@ def speculation(args):
     rows = []
     for batch in args.batches:
         coupled, tokenizer = drafted_engine(args, min(batch, args.slots))
-        ratio, _ = drafted_engine(args, min(batch, args.slots), "ratio")
+        ratio, _ = drafted_engine(args, min(batch, args.slots), "ratio")  # its tokens are others, with the same distribution
         groups = groups_for(Countdown(), tokenizer, batch, args.seed)
         notes, lengths = {}, []
 
@@ -151,6 +151,7 @@ def speculation(args):
             engine.reserve(room(groups, args))
 
             def go():
+                engine.drafters["n-gram"].tables.clear()  # each turn generates the same tokens: it must not remember them
                 made = sum(len(r.tokens) for r in engine.generate(groups, Sampling(max_new=args.max_new), lambda live: draft))
                 s = engine.stats
                 notes[name] = (s["spec_tokens"] / max(1, s["spec_row_rounds"]), s["draft_seconds"] / s["seconds"], s["rounds"])

@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from rollout import Draft, Engine, Group, Sampling, SlotCache, attend, load_model, narrow, report, run, sequence_seed, stop_tokens
+from rollout import Draft, Engine, Group, Sampling, SlotCache, attend, fuse, load_model, narrow, report, run, sequence_seed, stop_tokens
 from tasks import UserError, encode_prompt, make_task
 
 
@@ -91,6 +91,16 @@ class LearnedDrafts:
     def __init__(self, drafter):
         self.drafter = drafter
 
+    def begin(self):
+        """A rollout begins: take the drafter's weights as they are now."""
+        self.quick = fuse([self.drafter.layer], self.drafter.borrowed[3], self.drafter.borrowed[1])
+
+    def run(self, ids, features, angles, mask):
+        drafter = self.drafter
+        if self.quick is None:
+            return drafter(ids, features, angles, mask, self.cache)
+        return self.quick[0](drafter.fc(torch.cat([drafter.borrowed[0](ids), features], -1)), mask, self.cache, angles, 0)
+
     def reserve(self, engine, slots, room):
         self.cache = SlotCache(engine.model.config, slots, room, engine.model.dtype, engine.model.device, layers=1)
         self.have = [0] * slots  # entries of each row computed from true features
@@ -112,7 +122,7 @@ class LearnedDrafts:
         self.have[:n] = ends
         columns = have[:, None] + torch.arange(gap, device=device)  # (n, gap); beyond a row's own gap: stale, and overwritten before anyone looks
         positions, mask = attend(self.cache, rows, have, max(ends) + gap, gap)
-        out = self.drafter(engine.tokens[rows].gather(1, columns + 1), engine.hidden[each[:, None], columns], self.drafter.angles(positions), mask, self.cache)
+        out = self.run(engine.tokens[rows].gather(1, columns + 1), engine.hidden[each[:, None], columns], self.drafter.angles(positions), mask)
         feature = out[each, (lens - have - 1).clamp(min=0)][:, None]  # (n, 1, D), h' at position lens
         # angles, masks and slots of all the single steps at once
         positions, mask = attend(self.cache, rows, lens, max(ends) + k, k)  # (n, k), (n, 1, groups * k, view)
@@ -126,7 +136,7 @@ class LearnedDrafts:
             tokens.append(score.argmax(-1, keepdim=True) if width == 1 else score.topk(width).indices)  # (n, 1, width)
             if i + 1 < k:
                 self.cache.flat = slots[..., i].flatten()
-                feature = self.drafter(tokens[-1][..., 0], feature, (cos[:, i:i + 1], sin[:, i:i + 1]), mask[:, :, :, i], self.cache)
+                feature = self.run(tokens[-1][..., 0], feature, (cos[:, i:i + 1], sin[:, i:i + 1]), mask[:, :, :, i])
         return torch.cat(tokens, 1), torch.cat(logits, 1)
 
 
@@ -137,6 +147,9 @@ class NGramDrafts:
 
     def __init__(self, n=4, prompts=1024):
         self.n, self.prompts, self.tables = n, prompts, {}
+
+    def begin(self):
+        pass
 
     def reserve(self, engine, slots, room):
         pass

@@ -24,8 +24,9 @@ chain for a sibling, that sibling is accepted too, and its keys and values move 
 Continuous batching. Rows that end leave at once: the last live row moves into the hole, so the live rows stay contiguous and a round costs what
 its live rows cost. Free slots are refilled from an iterator of groups; a group's prompt is prefilled once and its keys and values are copied to its samples.
 
-The model is the stock Hugging Face module. Two small things make it fast: a cache with one length per row (`SlotCache`), and an attention
-function that folds grouped query heads into query rows instead of copying keys and values (`slot_attention`).
+The model is the stock Hugging Face module. Three small things make it fast: a cache with one length per row (`SlotCache`), an attention
+function that folds grouped query heads into query rows instead of copying keys and values (`slot_attention`), and for small models of the
+Llama kind layers without the modules' overhead (`FusedLayer`).
 
 Legend: B live rows, T new tokens per row, k draft length, V vocabulary, D model width, G samples per prompt.
 Left out: paged memory (a slot holds a whole sequence), prefix sharing between prompts, prefill in chunks, beam search, deeper trees than chain-and-siblings.
@@ -205,6 +206,59 @@ logging.disable_progress_bar()  # "Loading weights" for each of N workers says n
 AttentionInterface.register("slots", slot_attention)  # a name without a mask function: transformers passes our masks, or None, untouched
 
 
+class FusedLayer:
+    """A decoder layer of the Llama kind, for inference: the same numbers with joined projections and none of the module's overhead."""
+
+    def __init__(self, layer, config):
+        attention, mlp = layer.self_attn, layer.mlp
+
+        def join(*linears):
+            bias = any(x.bias is not None for x in linears)
+            return torch.cat([x.weight for x in linears]), torch.cat([torch.zeros_like(x.weight[:, 0]) if x.bias is None else x.bias for x in linears]) if bias else None
+        self.qkv, self.out = join(attention.q_proj, attention.k_proj, attention.v_proj), join(attention.o_proj)
+        self.up, self.down = join(mlp.gate_proj, mlp.up_proj), join(mlp.down_proj)
+        self.norms = [(n.weight, n.variance_epsilon) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.module, self.heads = attention, (config.num_attention_heads, config.num_key_value_heads, attention.head_dim)
+
+    def __call__(self, x, mask, cache, angles, index):
+        """x (B, T, D) -> (B, T, D). index: the layer's place in the cache."""
+        F, (h, kv, w) = torch.nn.functional, self.heads
+        qkv = F.linear(F.rms_norm(x, x.shape[-1:], *self.norms[0]), *self.qkv).view(*x.shape[:2], h + 2 * kv, w).transpose(1, 2)  # (B, heads, T, w)
+        turn, value = qkv[:, :h + kv], qkv[:, h + kv:]
+        cos, sin = (a[:, None] for a in angles)
+        turn = turn * cos + torch.cat([-turn[..., w // 2:], turn[..., :w // 2]], -1) * sin  # queries and keys rotate together
+        key, value = cache.update(turn[:, h:], value, index)
+        seen, _ = slot_attention(self.module, turn[:, :h], key, value, mask, scaling=w ** -0.5)
+        x = x + F.linear(seen.reshape(*x.shape[:2], -1), *self.out)
+        gate, up = F.linear(F.rms_norm(x, x.shape[-1:], *self.norms[1]), *self.up).chunk(2, -1)
+        return x + F.linear(F.silu(gate) * up, *self.down)
+
+
+@torch.inference_mode()
+def fuse(layers, config, rotary):
+    """FusedLayers with the weights as they are now, or None where the modules should run: in models of over 100M weights, where the overhead does not
+    show and a second copy of the weights would, and in layers of another kind, which is not looked up but tried on random input."""
+    weight = next(layers[0].parameters())
+    if sum(p.numel() for layer in layers for p in layer.parameters()) > 100_000_000:
+        return None
+    x, outs = torch.randn(2, 3, config.hidden_size, device=weight.device, generator=torch.Generator(weight.device).manual_seed(0)).to(weight.dtype), []
+    try:
+        quick = [FusedLayer(layer, config) for layer in layers]
+        for run in (lambda mask, cache, angles: layers[0](x, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=angles),
+                    lambda mask, cache, angles: quick[0](x, mask, cache, angles, 0)):
+            cache = SlotCache(config, 2, 4, weight.dtype, weight.device, layers=1)
+            positions, mask = attend(cache, slice(0, 2), torch.zeros(2, dtype=torch.long, device=weight.device), 3, 3)
+            outs.append(run(mask, cache, rotary(x, positions)))
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+    return quick if torch.allclose(*outs, atol=1e-4 if weight.dtype == torch.float32 else 0.1) else None
+
+
+def fuse_model(model):
+    decoder = model.get_decoder()
+    return fuse(decoder.layers, model.config, decoder.rotary_emb) if all(hasattr(decoder, x) for x in ("embed_tokens", "rotary_emb", "norm")) else None
+
+
 def load_model(name, device="cpu", dtype=torch.float32):
     """(model, tokenizer) from a folder or the hub. Raises UserError naming what is missing."""
     try:
@@ -230,7 +284,8 @@ def check_supported(model):
         with torch.inference_mode():
             ids = torch.arange(1, 6, device=model.device)[None] % config.vocab_size
             cache = SlotCache(config, 1, 8, model.dtype, model.device)
-            parts = [forward(model, cache, slice(0, 1), ids[:, i:j], torch.tensor([i], device=ids.device), j)[1] for i, j in ((0, 3), (3, 5))]
+            quick = fuse_model(model)
+            parts = [forward(model, cache, slice(0, 1), ids[:, i:j], torch.tensor([i], device=ids.device), j, quick=quick)[1] for i, j in ((0, 3), (3, 5))]
             gap = (torch.cat(parts, 1) - model(input_ids=ids, use_cache=False).logits).abs().max().item()
     except (AttributeError, TypeError, RuntimeError, IndexError) as error:
         raise UserError(f"{name}: the engine cannot run it ({type(error).__name__}: {error})") from error
@@ -256,10 +311,21 @@ def attend(cache, rows, lens, view, columns, tree=None):
     return positions, mask.repeat(1, cache.groups, 1)[:, None]  # folded as slot_attention wants it, once for all layers
 
 
-def forward(model, cache, rows, ids, lens, view, tree=None):
-    """Feed ids (B, T) to the rows (a slice), whose first lens (B,) cache entries are valid -> hidden (B, T, D), logits (B, T, V)."""
+def forward(model, cache, rows, ids, lens, view, tree=None, quick=None):
+    """Feed ids (B, T) to the rows (a slice), whose first lens (B,) cache entries are valid -> hidden (B, T, D), logits (B, T, V).
+
+    quick: from `fuse`, or None for the model's own modules.
+    """
     positions, mask = attend(cache, rows, lens, view, ids.shape[1], tree)
-    hidden = model.get_decoder()(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
+    decoder = model.get_decoder()
+    if quick:
+        x = decoder.embed_tokens(ids)
+        angles = decoder.rotary_emb(x, positions)
+        for i, layer in enumerate(quick):
+            x = layer(x, mask, cache, angles, i)
+        hidden = decoder.norm(x)
+    else:
+        hidden = decoder(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
     return hidden, model.get_output_embeddings()(hidden)
 
 
@@ -353,6 +419,9 @@ class Engine:
         self.stats = dict(rounds=0, spec_rounds=0, tokens=0, row_rounds=0, spec_row_rounds=0, spec_tokens=0, seconds=0.0, draft_seconds=0.0,
                           verify_seconds=0.0, drafted=[0] * self.LONGEST, accepted=[0] * self.LONGEST)
         started, live = time.perf_counter(), self.live
+        self.quick = fuse_model(self.model)
+        for drafter in self.drafters.values():
+            drafter.begin()
         while True:
             batch = []
             while groups is not None:  # take all groups that fit
@@ -390,7 +459,7 @@ class Engine:
         longest = prompts.shape[1] - 1
         if longest:
             hidden, _ = forward(self.model, self.cache, slice(first, first + len(batch)), prompts[:, :-1],
-                                torch.zeros(len(batch), dtype=torch.long, device=device), longest)
+                                torch.zeros(len(batch), dtype=torch.long, device=device), longest, quick=self.quick)
         ends = [first]
         for g in batch:
             ends.append(ends[-1] + len(g.seeds))
@@ -426,7 +495,7 @@ class Engine:
             ids = torch.cat([ids, drafts[..., 0], drafts[..., 1:].flatten(1)], 1)  # (B, 1 + k * width): cur, chain, siblings by depth
             tree = caterpillar(k, width, ids.device) if width > 1 else None
         drafted = time.perf_counter()
-        hidden, logits = forward(self.model, self.cache, rows, ids, lens, max(r.length for r in live) + ids.shape[1], tree)
+        hidden, logits = forward(self.model, self.cache, rows, ids, lens, max(r.length for r in live) + ids.shape[1], tree, self.quick)
         if k and self.verify == "ratio":
             y, logprob, accepted = verify_ratio(logits, q_logits, ids[:, 1:k + 1], sampling, self.seeds[rows], index)
         else:

@@ -230,6 +230,7 @@ def check_alignment(packer):
         trained = drafter(ids, features, drafter.angles(positions), drafter_module.block_mask(owner, positions, 2, features.dtype))[0]
         engine, learned = make_engine(model, drafter), LearnedDrafts(drafter)
         learned.reserve(engine, 10, 120)
+        learned.begin()
         rows = responses[:10]
         made = [1] * len(rows)
         for i, r in enumerate(rows):

@@ -5,7 +5,7 @@ import torch
 from conftest import caught, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config,
+from transformers import (AttentionInterface, AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config,
                           Qwen3Config, Qwen3NextConfig)
 
 import rollout
@@ -63,7 +63,7 @@ def test_engine_equals_full_forward_on_random_shapes(seed, slots, max_new):
 def test_broken_engines_are_caught(broken, monkeypatch):
     if broken == "positions off by one":
         whole = rollout.forward
-        monkeypatch.setattr(rollout, "forward", lambda m, c, r, ids, lens, view, *tree: whole(m, c, r, ids, lens + 1, view + 1, *tree))
+        monkeypatch.setattr(rollout, "forward", lambda m, c, r, ids, lens, view, *rest, **kw: whole(m, c, r, ids, lens + 1, view + 1, *rest, **kw))
     elif broken == "rows moved without their cache":
         move = rollout.SlotCache.move
         monkeypatch.setattr(rollout.SlotCache, "move", lambda self, a, b, n: move(self, a, b, n) if b.stop - b.start > 1 else None)
@@ -75,9 +75,20 @@ def test_broken_engines_are_caught(broken, monkeypatch):
 
         def leaky(module, q, k, v, mask, **kw):
             return attention(module, q, k, v, None if mask is None else torch.zeros_like(mask), **kw)
-        from transformers import AttentionInterface
+        monkeypatch.setattr(rollout, "slot_attention", leaky)  # where the fused layers look it up, and where the modules do
         monkeypatch.setitem(AttentionInterface._global_mapping, "slots", leaky)
     caught(check_against_full_forward, tiny(), groups_of(9, random.Random(1)), Sampling(max_new=40))
+
+
+@pytest.mark.parametrize("family, kind", [("llama", True), ("qwen2", True), ("mistral", True), ("qwen3", False), ("olmo2", False), ("phi3", False)])
+def test_fused_layers_are_used_only_where_they_agree(family, kind):
+    model = tiny(FAMILIES[family][0], **FAMILIES[family][1])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                p.add_(torch.randn_like(p) * 0.3)  # trained values, not the initial ones and zeros
+    assert (rollout.fuse_model(model) is not None) == kind
+    check_against_full_forward(model, groups_of(5, random.Random(1)), Sampling(max_new=20))
 
 
 def check_batch_independence(model):
