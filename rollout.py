@@ -601,13 +601,21 @@ def main():
     flags.add_argument("--prompt", required=True, help="the text as it is; no chat template is added")
     flags.add_argument("--samples", type=int, default=1)
     flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--drafter", default="", help="folder of a drafter (see drafter.py): decode speculatively, the same tokens faster")
+    flags.add_argument("--k", type=int, default=6, help="draft length with --drafter")
     for name, kind in Sampling.__annotations__.items():
         flags.add_argument("--" + name.replace("_", "-"), type=kind, default=getattr(Sampling, name))
     args = flags.parse_args()
     sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__annotations__})
     model, tokenizer = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     ids = tokenizer.encode(args.prompt, add_special_tokens=False)
-    engine = Engine(model, stop_tokens(model, tokenizer), slots=max(1, args.samples), context=len(ids) + sampling.max_new)
+    drafters, choose = {}, None
+    if args.drafter:
+        from drafter import Drafter, LearnedDrafts  # here, because drafter.py builds on this file
+        drafter = Drafter(model)
+        drafter.load(args.drafter)
+        drafters, choose = {"learned": LearnedDrafts(drafter)}, lambda live: Draft("learned", args.k)
+    engine = Engine(model, stop_tokens(model, tokenizer), slots=max(1, args.samples), context=len(ids) + sampling.max_new, drafters=drafters)
     group = Group(0, ids, [sequence_seed(args.seed, 0, 0, k) for k in range(args.samples)])
 
     shown = {}  # text is decoded again at each token: some tokens are parts of a character
@@ -621,7 +629,7 @@ def main():
                 shown["text"] = text
 
     print(args.prompt, end="")
-    others = [r for r in engine.generate([group], sampling, on_token=stream) if r.sample]
+    others = [r for r in engine.generate([group], sampling, choose, stream) if r.sample]
     print()
     for r in sorted(others, key=lambda r: r.sample):
         print(args.prompt + tokenizer.decode(r.tokens, skip_special_tokens=True))
