@@ -213,8 +213,9 @@ class FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
 
         def join(*linears):
-            bias = any(x.bias is not None for x in linears)
-            return torch.cat([x.weight for x in linears]), torch.cat([torch.zeros_like(x.weight[:, 0]) if x.bias is None else x.bias for x in linears]) if bias else None
+            biases = [torch.zeros_like(x.weight[:, 0]) if x.bias is None else x.bias for x in linears]
+            return torch.cat([x.weight for x in linears]), torch.cat(biases) if any(x.bias is not None for x in linears) else None
+
         self.qkv, self.out = join(attention.q_proj, attention.k_proj, attention.v_proj), join(attention.o_proj)
         self.up, self.down = join(mlp.gate_proj, mlp.up_proj), join(mlp.down_proj)
         self.norms = [(n.weight, n.variance_epsilon) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
@@ -241,22 +242,32 @@ def fuse(layers, config, rotary):
     weight = next(layers[0].parameters())
     if sum(p.numel() for layer in layers for p in layer.parameters()) > 100_000_000:
         return None
-    x, outs = torch.randn(2, 3, config.hidden_size, device=weight.device, generator=torch.Generator(weight.device).manual_seed(0)).to(weight.dtype), []
+    x = torch.randn(2, 3, config.hidden_size, device=weight.device, generator=torch.Generator(weight.device).manual_seed(0)).to(weight.dtype)
+    cache = SlotCache(config, 2, 4, weight.dtype, weight.device, layers=1)
+    positions, mask = attend(cache, slice(0, 2), torch.zeros(2, dtype=torch.long, device=weight.device), 3, 3)
+    angles = rotary(x, positions)
     try:
         quick = [FusedLayer(layer, config) for layer in layers]
-        for run in (lambda mask, cache, angles: layers[0](x, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=angles),
-                    lambda mask, cache, angles: quick[0](x, mask, cache, angles, 0)):
-            cache = SlotCache(config, 2, 4, weight.dtype, weight.device, layers=1)
-            positions, mask = attend(cache, slice(0, 2), torch.zeros(2, dtype=torch.long, device=weight.device), 3, 3)
-            outs.append(run(mask, cache, rotary(x, positions)))
+        own = layers[0](x, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=angles)
+        return quick if torch.allclose(own, quick[0](x, mask, cache, angles, 0), atol=1e-4 if weight.dtype == torch.float32 else 0.1) else None
     except (AttributeError, TypeError, RuntimeError):
         return None
-    return quick if torch.allclose(*outs, atol=1e-4 if weight.dtype == torch.float32 else 0.1) else None
 
 
 def fuse_model(model):
+    """`fuse` for all of a model's layers."""
     decoder = model.get_decoder()
     return fuse(decoder.layers, model.config, decoder.rotary_emb) if all(hasattr(decoder, x) for x in ("embed_tokens", "rotary_emb", "norm")) else None
+
+
+@torch.inference_mode()
+def agrees(model, quick):
+    """Whether five tokens through the engine's path (with or without fused layers) give the logits of the model's own -> (bool, largest gap)."""
+    ids = torch.arange(1, 6, device=model.device)[None] % model.config.vocab_size
+    cache = SlotCache(model.config, 1, 8, model.dtype, model.device)
+    parts = [forward(model, cache, slice(0, 1), ids[:, i:j], torch.tensor([i], device=ids.device), j, quick=quick)[1] for i, j in ((0, 3), (3, 5))]
+    gap = (torch.cat(parts, 1) - model(input_ids=ids, use_cache=False).logits).abs().max().item()
+    return gap < (1e-3 if model.dtype == torch.float32 else 0.5), gap
 
 
 def load_model(name, device="cpu", dtype=torch.float32):
@@ -281,15 +292,10 @@ def check_supported(model):
         raise UserError(f"{name}: its cache is not plain attention ({', '.join(odd) or 'sliding_window'}); "
                         "Llama, Qwen2, Qwen3, Mistral without a window and the like work")
     try:
-        with torch.inference_mode():
-            ids = torch.arange(1, 6, device=model.device)[None] % config.vocab_size
-            cache = SlotCache(config, 1, 8, model.dtype, model.device)
-            quick = fuse_model(model)
-            parts = [forward(model, cache, slice(0, 1), ids[:, i:j], torch.tensor([i], device=ids.device), j, quick=quick)[1] for i, j in ((0, 3), (3, 5))]
-            gap = (torch.cat(parts, 1) - model(input_ids=ids, use_cache=False).logits).abs().max().item()
+        good, gap = agrees(model, None)
     except (AttributeError, TypeError, RuntimeError, IndexError) as error:
         raise UserError(f"{name}: the engine cannot run it ({type(error).__name__}: {error})") from error
-    if gap > (1e-3 if model.dtype == torch.float32 else 0.5):
+    if not good:
         raise UserError(f"{name}: the engine's logits differ from the model's own by {gap:.2g}, so it is not supported")
 
 
@@ -386,6 +392,8 @@ class Engine:
         self.model, self.slots, self.context, self.verify = model, slots, 0, verify
         self.drafters = drafters or {}
         self.keep_hidden = keep_hidden or any(d.needs_hidden for d in self.drafters.values())
+        quick = fuse_model(model)
+        self.fusable = bool(quick) and agrees(model, quick)[0]
         self.stop_set, self.stop = set(stop_tokens), torch.tensor(sorted(stop_tokens), device=model.device)
         self.reserve(context)
 
@@ -419,7 +427,7 @@ class Engine:
         self.stats = dict(rounds=0, spec_rounds=0, tokens=0, row_rounds=0, spec_row_rounds=0, spec_tokens=0, seconds=0.0, draft_seconds=0.0,
                           verify_seconds=0.0, drafted=[0] * self.LONGEST, accepted=[0] * self.LONGEST)
         started, live = time.perf_counter(), self.live
-        self.quick = fuse_model(self.model)
+        self.quick = fuse_model(self.model) if self.fusable else None  # the weights as they are now
         for drafter in self.drafters.values():
             drafter.begin()
         while True:

@@ -54,7 +54,7 @@ class Config:
     task: str = flag("countdown", "countdown, countdown-hard (numbers to 99, for real language models) or gsm8k")
     data: str = flag("", "gsm8k: a local folder with train.jsonl and test.jsonl instead of the hub")
     prompt_style: str = flag("auto", "how problems become prompts", ("auto", "trace", "chat", "base"))
-    out: str = flag("runs/grpo", "folder for metrics.jsonl, curves.png, checkpoints and the final policy")
+    out: str = flag("runs/grpo", "folder for metrics.jsonl, curves.png, checkpoints and the final policy; without --resume an earlier run there is replaced")
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
     seed: int = flag(0, "seed of prompts and samples")
     device: str = flag("auto", "cpu or cuda; auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
@@ -495,6 +495,9 @@ def prepare_folder(out, config):
         raise UserError(f"--out {out}: cannot write there ({error.strerror or error})") from error
     if config.resume and newest_checkpoint(out) is None:
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
+    if not config.resume:
+        for old in out.glob("checkpoint-??????"):  # or a later --resume could go on from another run
+            shutil.rmtree(old)
 
 
 def write_atomically(path, text):

@@ -6,7 +6,7 @@ from conftest import caught, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (AttentionInterface, AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config,
-                          Qwen3Config, Qwen3NextConfig)
+                          Qwen3Config, Qwen3NextConfig, SmolLM3Config)
 
 import rollout
 from rollout import Engine, Group, Sampling, check_supported, gumbel, noise_for, sample, sequence_seed
@@ -88,6 +88,13 @@ def test_fused_layers_are_used_only_where_they_agree(family, kind):
             if "norm" in name or "bias" in name:
                 p.add_(torch.randn_like(p) * 0.3)  # trained values, not the initial ones and zeros
     assert (rollout.fuse_model(model) is not None) == kind
+    check_against_full_forward(model, groups_of(5, random.Random(1)), Sampling(max_new=20))
+
+
+def test_fused_layers_are_not_used_when_a_later_layer_is_of_another_kind():
+    model = tiny(SmolLM3Config, num_hidden_layers=4)  # its fourth layer has no rotary positions
+    assert rollout.fuse_model(model) is not None and not Engine(model, {1}, 2, 30).fusable
+    check_supported(model)
     check_against_full_forward(model, groups_of(5, random.Random(1)), Sampling(max_new=20))
 
 
