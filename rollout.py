@@ -88,7 +88,7 @@ class Sampling:
 def narrow(logits, sampling):
     """(logits / temperature, the same with what top-k and top-p forbid at -inf), float32, shape as logits (..., V)."""
     logits = logits.float()
-    if sampling.temperature > 0:
+    if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
     allowed = logits
     if sampling.top_k:
