@@ -92,19 +92,19 @@ def drafted_engine(args, batch, verify="coupled"):
     model, tokenizer = load_model(args.model)
     torch.manual_seed(args.seed)
     drafter = Drafter(model)
-    made = Engine(model, stop_tokens(model, tokenizer), slots=batch, drafters={"learned": LearnedDrafts(drafter), "n-gram": NGramDrafts()}, verify=verify)
     if args.drafter:
         drafter.load(args.drafter)
     else:
         groups, buffer, trainer = groups_for(Countdown(), tokenizer, 1024, args.seed, "train"), FeatureBuffer(), Trainer(drafter, seed=args.seed)
-        made.reserve(room(groups, args))
-        for response in made.generate(groups, Sampling(max_new=args.max_new)):
+        source = Engine(model, stop_tokens(model, tokenizer), 64, room(groups, args), keep_hidden=True)
+        for response in source.generate(groups, Sampling(max_new=args.max_new)):
             buffer.add(response)
         loss, agreement = fit(trainer, buffer, args.warm)
         print(f"warm start: {trainer.steps} steps in {args.warm:.0f} s, {torch.get_num_threads()} threads, loss {loss:.3f}, likeliest token right {agreement:.1%}")
         args.drafter = tempfile.mkdtemp()
         drafter.save(args.drafter)
-    return made, tokenizer
+    drafters = {"learned": LearnedDrafts(drafter), "n-gram": NGramDrafts()}
+    return Engine(model, stop_tokens(model, tokenizer), slots=batch, drafters=drafters, verify=verify), tokenizer
 
 
 def identity(args):
