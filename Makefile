@@ -12,13 +12,13 @@ help:  ## what can be made
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-demo: .venv/installed  ## train a policy with GRPO and show what it learned (about 8 minutes on 2 cores); longer: make demo STEPS=300
+demo: .venv/installed  ## train a policy with GRPO and show what it learned (about 8 minutes on 2 cores); longer: make demo STEPS=60
 	$(RUN) tlt.py --demo --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 
 test: .venv/installed  ## all tests (about 3 minutes on 2 cores)
 	$(RUN) -m pytest -q tests
 
-bench: .venv/installed  ## the speeds in the README, side by side (about 15 minutes on 2 cores)
+bench: .venv/installed  ## the speeds in the README, side by side (about 10 minutes on 2 cores)
 	mkdir -p runs
 	$(RUN) bench.py engine --json runs/bench-engine.json
 	$(RUN) bench.py identity --json runs/bench-identity.json
