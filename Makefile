@@ -3,6 +3,10 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 STEPS ?=
 OUT ?= runs/demo
+MODEL ?= base
+START ?=
+DRAFTER ?= runs/drafter
+K ?= 4
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -24,8 +28,8 @@ bench: .venv/installed  ## the speeds in the README, side by side (about 10 minu
 	$(RUN) bench.py identity --json runs/bench-identity.json
 	$(RUN) bench.py speculation --threads 1 --json runs/bench-speculation.json
 
-drafter: .venv/installed  ## warm-start a drafter for base/, 60 s on one core
-	$(RUN) drafter.py --threads 1 --out runs/drafter
+drafter: .venv/installed  ## warm-start a drafter, 60 s on one core, and show its acceptance; also MODEL=, START=, DRAFTER=, K=
+	$(RUN) drafter.py --threads 1 --model $(MODEL) --out $(DRAFTER) --k $(K) $(if $(START),--start $(START))
 
 base: .venv/installed  ## make base/ again: the tiny policy from scratch (about 40 minutes on 2 cores)
 	$(RUN) pretrain.py --out base
