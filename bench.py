@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from drafter import Drafter, FeatureBuffer, LearnedDrafts, NGramDrafts, Trainer, fit
+from drafter import Drafter, LearnedDrafts, NGramDrafts, warm_start
 from rollout import Draft, Engine, Group, Sampling, load_model, run, sequence_seed, stop_tokens
 from tasks import Countdown, encode_prompt
 from train_grpo import write_atomically
@@ -95,12 +95,9 @@ def drafted_engine(args, batch, verify="coupled"):
     if args.drafter:
         drafter.load(args.drafter)
     else:
-        groups, buffer, trainer = groups_for(Countdown(), tokenizer, 1024, args.seed, "train"), FeatureBuffer(), Trainer(drafter, seed=args.seed)
+        groups = groups_for(Countdown(), tokenizer, 1024, args.seed, "train")
         source = Engine(model, stop_tokens(model, tokenizer), 64, room(groups, args), keep_hidden=True)
-        for response in source.generate(groups, Sampling(max_new=args.max_new)):
-            buffer.add(response)
-        loss, agreement = fit(trainer, buffer, args.warm)
-        print(f"warm start: {trainer.steps} steps in {args.warm:.0f} s, {torch.get_num_threads()} threads, loss {loss:.3f}, likeliest token right {agreement:.1%}")
+        warm_start(drafter, source, groups, Sampling(max_new=args.max_new), args.warm, args.seed)
         args.drafter = tempfile.mkdtemp()
         drafter.save(args.drafter)
     drafters = {"learned": LearnedDrafts(drafter), "n-gram": NGramDrafts()}
@@ -145,7 +142,7 @@ def speculation(args):
         coupled, tokenizer = drafted_engine(args, min(batch, args.slots))
         ratio, _ = drafted_engine(args, min(batch, args.slots), "ratio")  # its tokens are others, with the same distribution
         groups = groups_for(Countdown(), tokenizer, batch, args.seed)
-        notes, lengths = {}, []
+        notes = {}
 
         def party(name, draft):
             engine = ratio if name == "ratio 4" else coupled

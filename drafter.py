@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from rollout import Draft, Engine, Group, Sampling, SlotCache, attend, fuse, load_model, narrow, report, run, sequence_seed, stop_tokens
+from rollout import Draft, Engine, Group, Sampling, SlotCache, attend, fuse, kv_heads, load_model, narrow, report, run, sequence_seed, stop_tokens
 from tasks import UserError, encode_prompt, make_task
 
 
@@ -51,10 +51,13 @@ class Drafter(torch.nn.Module):
 
     def forward(self, ids, features, angles, mask, cache=None):
         """ids (B, T): tokens x_{t+1}; features (B, T, D): h_t; angles: of positions t -> guessed features h_{t+1}, (B, T, D)."""
+        return self.layer(self.enter(ids, features), attention_mask=mask, past_key_values=cache, use_cache=cache is not None, position_embeddings=angles)
+
+    def enter(self, ids, features):
+        """The layer's input, (B, T, D)."""
         with torch.no_grad():
             embedded = self.borrowed[0](ids)
-        x = self.fc(torch.cat([embedded, features], -1))
-        return self.layer(x, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, position_embeddings=angles)
+        return self.fc(torch.cat([embedded, features], -1))
 
     def angles(self, positions):
         """Rotary cosines and sines of positions (B, T)."""
@@ -86,7 +89,7 @@ class LearnedDrafts:
     or right after prefill, that gap is just longer: speculation can begin at any time without touching the policy.
     """
 
-    needs_hidden = True
+    needs_hidden, samples = True, True  # wants features; its guesses are samples of a q that it tells
 
     def __init__(self, drafter):
         self.drafter = drafter
@@ -99,7 +102,7 @@ class LearnedDrafts:
         drafter = self.drafter
         if self.quick is None:
             return drafter(ids, features, angles, mask, self.cache)
-        return self.quick[0](drafter.fc(torch.cat([drafter.borrowed[0](ids), features], -1)), mask, self.cache, angles, 0)
+        return self.quick[0](drafter.enter(ids, features), mask, self.cache, angles, 0)
 
     def reserve(self, engine, slots, room):
         self.cache = SlotCache(engine.model.config, slots, room, engine.model.dtype, engine.model.device, layers=1)
@@ -143,7 +146,7 @@ class LearnedDrafts:
 class NGramDrafts:
     """No parameters: what followed the longest recent suffix (n to 1 tokens), in this response, its siblings, or earlier rollouts of the same prompt."""
 
-    needs_hidden = False
+    needs_hidden, samples = False, False
 
     def __init__(self, n=4, prompts=1024):
         self.n, self.prompts, self.tables = n, prompts, {}
@@ -196,6 +199,8 @@ class FeatureBuffer:
 
     def add(self, response):
         """Keep response.prompt + tokens and response.hidden (L - 1, D): features of every position but the last."""
+        if len(response.hidden) < 2:
+            return  # one feature has no next one to predict
         row = (torch.tensor(response.prompt + response.tokens), response.hidden, len(response.prompt))
         self.rows.append(row)
         self.bytes += row[1].nbytes
@@ -207,8 +212,7 @@ class FeatureBuffer:
         picked, total = [], 0
         while total < tokens:
             row = self.rows[rng.randrange(len(self.rows))]
-            if len(row[0]) > 2:  # shorter ones have no target
-                picked.append(row)
+            picked.append(row)
             total += len(row[0])
         return pack(picked)
 
@@ -238,7 +242,7 @@ def drafter_loss(drafter, batch, feature_weight=0.5, own=0.5):
     """-> (loss, share of entries whose likeliest token is the policy's). batch: see `pack`. own: share of entries that see a guessed feature."""
     ids, features, targets, positions, owner, counted = batch
     config = drafter.borrowed[3]
-    groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    groups = config.num_attention_heads // kv_heads(config)
     mask, angles = block_mask(owner, positions, groups, features.dtype), drafter.angles(positions)
     wanted = targets[0][counted]
     with torch.no_grad():
@@ -289,12 +293,22 @@ def fit(trainer, buffer, seconds, progress=True):
     return [sum(x) / max(1, len(recent)) for x in zip(*recent)]
 
 
+def warm_start(drafter, engine, groups, sampling, seconds, seed):
+    """Roll out the groups with the policy alone, train the drafter on its features, say how it went. engine: one that keeps hidden states."""
+    buffer, trainer = FeatureBuffer(), Trainer(drafter, seed=seed)
+    total = sum(len(g.seeds) for g in groups)
+    for response in tqdm(engine.generate(groups, sampling), total=total, desc="rollout", unit="response", mininterval=1):
+        buffer.add(response)
+    loss, agreement = fit(trainer, buffer, seconds)
+    print(f"{trainer.steps} steps in {seconds:.0f} s, {torch.get_num_threads()} threads, loss {loss:.3f}, likeliest token right {agreement:.1%}")
+
+
 # ---------------------------------------------------------------- command line: warm start
 
 
 def main():
     flags = argparse.ArgumentParser(description="Warm-start a drafter for a policy from the policy's own rollouts. Nobody has to: "
-                                    "a random drafter is a valid start, and training goes on while workers idle.")
+                                    "a random drafter is a valid start.")
     flags.add_argument("--model", default="base")
     flags.add_argument("--out", default="runs/drafter", help="folder for drafter.safetensors")
     flags.add_argument("--start", default="", help="go on from the drafter in this folder")
@@ -328,12 +342,7 @@ def main():
         print(f"{when}: {report(engine.stats)}")
 
     measure("before")
-    buffer, wanted = FeatureBuffer(), groups("train", args.prompts, 16)
-    for response in tqdm(engine.generate(wanted, sampling), total=16 * args.prompts, desc="rollout", unit="response"):
-        buffer.add(response)
-    trainer = Trainer(drafter, seed=args.seed)
-    loss, agreement = fit(trainer, buffer, args.seconds)
-    print(f"{trainer.steps} steps, loss {loss:.3f}, likeliest token right {agreement:.1%}")
+    warm_start(drafter, engine, groups("train", args.prompts, 16), sampling, args.seconds, args.seed)
     measure("after")
     drafter.save(args.out)
     print(f"wrote {args.out}/drafter.safetensors")

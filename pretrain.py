@@ -63,7 +63,7 @@ def moves(state):
 
 
 def trace(numbers, target, rng, claim=0.0, quit=0.0, slip=0.0, hint=0.5, width=3):
-    """(text of a search, whether it was right, what it solved).
+    """The text of one search, `</think>...<eos>` included.
 
     claim, quit: chance, at each failing leaf, to claim success or to give up. slip: chance that a result is written wrong.
     hint: chance that the search tries a promising branch first. It is applied only above the last two numbers' parent, so that

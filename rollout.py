@@ -141,6 +141,10 @@ def verify_ratio(logits, q_logits, drafts, sampling, seeds, index):
 # ---------------------------------------------------------------- cache and attention
 
 
+def kv_heads(config):
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 class SlotCache(Cache):
     """Keys and values of all layers in one static tensor (layers, 2, slots, kv heads, length, head width); each row has its own length.
 
@@ -150,7 +154,7 @@ class SlotCache(Cache):
 
     def __init__(self, config, slots, length, dtype, device, layers=None):
         self.layers = []  # the base class asks
-        self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.heads = kv_heads(config)
         self.groups = config.num_attention_heads // self.heads  # query heads per key head
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.data = torch.zeros(layers or config.num_hidden_layers, 2, slots, self.heads, length, width, dtype=dtype, device=device)
@@ -219,7 +223,7 @@ class FusedLayer:
         self.qkv, self.out = join(attention.q_proj, attention.k_proj, attention.v_proj), join(attention.o_proj)
         self.up, self.down = join(mlp.gate_proj, mlp.up_proj), join(mlp.down_proj)
         self.norms = [(n.weight, n.variance_epsilon) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
-        self.module, self.heads = attention, (config.num_attention_heads, config.num_key_value_heads, attention.head_dim)
+        self.module, self.heads = attention, (config.num_attention_heads, kv_heads(config), attention.head_dim)
 
     def __call__(self, x, mask, cache, angles, index):
         """x (B, T, D) -> (B, T, D). index: the layer's place in the cache."""
@@ -383,7 +387,7 @@ class Engine:
     """Generates responses for groups. slots: rows that run at once; context: longest prompt + response (see `reserve`).
 
     drafters: name -> drafter, for speculation (drafter.LearnedDrafts, drafter.NGramDrafts); verify: "coupled" or "ratio".
-    stats tells of the last `generate`: rounds, spec_rounds, tokens, row_rounds, drafted and accepted by depth, seconds in all, drafting, verifying.
+    stats tells of the last `generate`: rounds, spec_rounds, spec_row_rounds (rows summed over them), tokens, spec_tokens, drafted and accepted by depth, seconds in all, drafting, verifying.
     """
 
     LONGEST = 16  # drafts and siblings in a round, at most
@@ -424,7 +428,7 @@ class Engine:
         on_token(group index, sample, token), if given, hears every token as it is made (for streaming).
         """
         groups, waiting, self.live = iter(groups), None, []
-        self.stats = dict(rounds=0, spec_rounds=0, tokens=0, row_rounds=0, spec_row_rounds=0, spec_tokens=0, seconds=0.0, draft_seconds=0.0,
+        self.stats = dict(rounds=0, spec_rounds=0, tokens=0, spec_row_rounds=0, spec_tokens=0, seconds=0.0, draft_seconds=0.0,
                           verify_seconds=0.0, drafted=[0] * self.LONGEST, accepted=[0] * self.LONGEST)
         started, live = time.perf_counter(), self.live
         self.quick = fuse_model(self.model) if self.fusable else None  # the weights as they are now
@@ -491,6 +495,8 @@ class Engine:
         n, k, width, live = len(self.live), draft.k, draft.width, self.live
         if k * width > self.LONGEST:
             raise UserError(f"draft length {k} x width {width}: at most {self.LONGEST} drafts fit a round")
+        # the ratio rule is for chains of sampled drafts that tell their q; everything else is verified by equality, which is always exact
+        by_ratio = self.verify == "ratio" and k > 0 and width == 1 and sampling.temperature > 0 and self.drafters[draft.kind].samples
         rows, each = slice(0, n), torch.arange(n, device=self.lens.device)
         lens, steps = self.lens[rows], torch.arange(k + 1, device=self.lens.device)
         index = (lens + 1 - self.start[rows])[:, None] + steps  # which token of the response each column samples, (B, k+1)
@@ -498,13 +504,13 @@ class Engine:
         noise = noise_for(sampling, self.seeds[rows], index, self.model.config.vocab_size)  # once, for drafter and verifier
         ids, tree = self.tokens[each, lens][:, None], None
         if k:
-            theirs = noise if self.verify == "coupled" else noise_for(sampling, self.seeds[rows], index, noise.shape[-1], stream=1)
+            theirs = noise_for(sampling, self.seeds[rows], index, noise.shape[-1], stream=1) if by_ratio else noise
             drafts, q_logits = self.drafters[draft.kind].propose(self, n, k, width, theirs, sampling)  # (B, k, width), (B, k, V)
             ids = torch.cat([ids, drafts[..., 0], drafts[..., 1:].flatten(1)], 1)  # (B, 1 + k * width): cur, chain, siblings by depth
             tree = caterpillar(k, width, ids.device) if width > 1 else None
         drafted = time.perf_counter()
         hidden, logits = forward(self.model, self.cache, rows, ids, lens, max(r.length for r in live) + ids.shape[1], tree, self.quick)
-        if k and self.verify == "ratio":
+        if by_ratio:
             y, logprob, accepted = verify_ratio(logits, q_logits, ids[:, 1:k + 1], sampling, self.seeds[rows], index)
         else:
             y, logprob = sample(logits, sampling, noise if tree is None or noise.ndim == 0 else noise[:, tree[0]])
@@ -515,8 +521,7 @@ class Engine:
             accepted = accepted + hit.any(1)
             path = torch.where(hit.any(1)[:, None] & (steps == accepted[:, None]), leaf[:, None], steps)  # (B, k+1) columns of the accepted path
             y, logprob, hidden = y.gather(1, path), logprob.gather(1, path), hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
-            to = accepted.clamp(max=k)
-            self.cache.relocate(each, lens + path.gather(1, to[:, None])[:, 0], lens + to)
+            self.cache.relocate(each, lens + path.gather(1, accepted[:, None])[:, 0], lens + accepted)
         # a stop token or the length limit may come inside the accepted run
         is_stop = torch.isin(y, self.stop)
         before_stop = torch.where(is_stop, steps, k + 1).amin(1)
@@ -542,7 +547,6 @@ class Engine:
             stats["tokens"] += count
             stats["spec_tokens"] += count if k else 0
         stats["rounds"] += 1
-        stats["row_rounds"] += n
         if k:
             stats["spec_rounds"] += 1
             stats["spec_row_rounds"] += n

@@ -49,7 +49,7 @@ class TLTConfig(Config):
 class Board:
     """What the workers tell each other while they work: counters in a TCP store that rank 0 serves. Every call returns at once."""
 
-    def __init__(self, rank, host, port, hosted=None):
+    def __init__(self, host, port, hosted=None):
         self.store = hosted or TCPStore(host, port, is_master=False, timeout=timedelta(seconds=120))
 
     @staticmethod
@@ -77,7 +77,7 @@ class Team(Alone):
         address = [os.environ.get("MASTER_ADDR", "127.0.0.1"), hosted.port if hosted else 0]
         if self.size > 1:
             broadcast_object_list(address)
-        self.board, self.rollouts = Board(self.rank, *address, hosted), 0
+        self.board, self.rollouts = Board(*address, hosted), 0
 
     def rollout(self, engine, groups, sampling, grade, progress):
         """As Alone.rollout, but the groups are shared out by the Board and the responses of all workers come back."""
@@ -89,13 +89,7 @@ class Team(Alone):
             while (i := self.board.add(name + "next") - 1) < len(groups):
                 yield groups[i]
 
-        self.clock.enter("rollout")
-        done = []
-        for r in engine.generate(mine(), sampling):
-            self.clock.enter("reward")
-            done.append(grade(r))
-            progress(self.board.add(name + "responses"))
-            self.clock.enter("rollout")
+        done = self.work(engine, mine(), sampling, grade, lambda _: progress(self.board.add(name + "responses")))
         self.clock.enter("idle")
         while (count := self.board.add(name + "responses", 0)) < total:  # the tail: nothing to do until the last worker is done
             progress(count)
@@ -141,7 +135,8 @@ def spawned(rank, config, count, port, threads):
     try:
         worker(config)
     except UserError as error:
-        print(f"tlt.py: {error}" if rank == 0 else "", end="\n" if rank == 0 else "", file=sys.stderr, flush=True)
+        if rank == 0:  # all workers make the same mistake; one line says it
+            print(f"tlt.py: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # at once: the others may wait for this worker in a collective
 
 

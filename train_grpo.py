@@ -1,4 +1,4 @@
-"""GRPO, plain: a policy learns from its own graded samples. Runs alone in one process; tlt.py puts workers and speculation under the same loop.
+"""GRPO, plain: a policy learns from its own graded samples. Runs alone in one process; tlt.py puts workers under the same loop.
 
 One step:
 
@@ -211,14 +211,18 @@ class Alone:
 
     def rollout(self, engine, groups, sampling, grade, progress):
         """All responses to the groups, graded, ordered by (group, sample). The same list on every worker."""
+        return sorted(self.work(engine, groups, sampling, grade, progress), key=lambda r: (r.group, r.sample))
+
+    def work(self, engine, groups, sampling, grade, heard):
+        """This worker's responses, graded as they end. heard(number so far) is told of each."""
         self.clock.enter("rollout")
         done = []
         for r in engine.generate(groups, sampling):
             self.clock.enter("reward")
             done.append(grade(r))
-            progress(len(done))
+            heard(len(done))
             self.clock.enter("rollout")
-        return sorted(done, key=lambda r: (r.group, r.sample))
+        return done
 
     def sum(self, tensors):
         """Add up each tensor over the workers, in place."""

@@ -199,6 +199,13 @@ def test_broken_ratio_verification_is_caught(broken, monkeypatch):
     caught(check_distribution, "ratio", 2)
 
 
+@pytest.mark.parametrize("sampling, choose", [(SAMPLINGS[1], fixed("learned", 4)), (SAMPLINGS[0], fixed("learned", 4, 3)), (SAMPLINGS[0], fixed("ngram", 4))])
+def test_where_the_ratio_rule_does_not_apply_equality_does(sampling, choose):
+    model, groups = tiny(), groups_of(6, random.Random(1))  # greedy, trees, and drafters without a q
+    plain = {(r.group, r.sample): r.tokens for r in make_engine(model).generate(groups, sampling)}
+    assert plain == {(r.group, r.sample): r.tokens for r in make_engine(model, verify="ratio").generate(groups, sampling, choose)}
+
+
 def check_ratio_noise(stream):
     """One draft, far from the policy, 200,000 times: the emitted token follows p only if drafts and residual draw from different noise."""
     n, p, q = 200_000, torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.5, 0.1, 0.38, 0.02])

@@ -159,7 +159,7 @@ def test_the_board_hands_out_each_number_once():
     taken = []
 
     def worker():
-        board = Board(1, "127.0.0.1", hosted.port)
+        board = Board("127.0.0.1", hosted.port)
         while (i := board.add("next") - 1) < 200:
             taken.append(i)
     threads = [threading.Thread(target=worker) for _ in range(4)]
@@ -167,4 +167,4 @@ def test_the_board_hands_out_each_number_once():
         t.start()
     for t in threads:
         t.join()
-    assert sorted(taken) == list(range(200)) and Board(0, "", 0, hosted).add("next", 0) == 204
+    assert sorted(taken) == list(range(200)) and Board("", 0, hosted).add("next", 0) == 204
