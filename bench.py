@@ -136,7 +136,7 @@ def speculation(args):
     """Speculative against plain rollout of the same engine, same tokens. Ratio: the best coupled mode over plain at the largest batch."""
     modes = {"plain": Draft(), **{f"chain {k}": Draft("learned", k) for k in (1, 2, 3, 4, 6, 8)}, "tree 4x2": Draft("learned", 4, 2), "n-gram 4": Draft("n-gram", 4),
              "ratio 4": Draft("learned", 4), "k by rows": None}
-    by_rows = lambda live: Draft("learned", 8 if live <= 8 else 6 if live <= 24 else 3)  # drafts are the cheaper, the fewer rows share a core
+    by_rows = lambda live: Draft("learned", 8 if len(live) <= 8 else 6 if len(live) <= 24 else 3)  # drafts are the cheaper, the fewer rows share a core
     rows = []
     for batch in args.batches:
         coupled, tokenizer = drafted_engine(args, min(batch, args.slots))

@@ -22,6 +22,7 @@ Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a r
 """
 
 import argparse
+import os
 import random
 import time
 from collections import deque
@@ -36,12 +37,15 @@ from tasks import UserError, encode_prompt, make_task
 
 
 class Drafter(torch.nn.Module):
-    """One decoder layer on top of [embedding; feature]. Its parameters are only its own; the policy's parts are borrowed."""
+    """One decoder layer on top of [embedding; feature]. Its parameters are only its own; the policy's parts are borrowed.
 
-    def __init__(self, policy):
+    dtype: the policy's, unless given: one that learns beside a bfloat16 policy does so in float32.
+    """
+
+    def __init__(self, policy, dtype=None):
         super().__init__()
         decoder, config = policy.get_decoder(), policy.config
-        device, dtype = policy.device, policy.dtype
+        device, dtype = policy.device, dtype or policy.dtype
         self.borrowed = (decoder.embed_tokens, decoder.rotary_emb, policy.get_output_embeddings(), config)  # a tuple: not registered as submodules
         self.fc = torch.nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False, device=device, dtype=dtype)
         self.layer = type(decoder.layers[0])(config, layer_idx=0).to(device, dtype)
@@ -67,9 +71,7 @@ class Drafter(torch.nn.Module):
         return self.borrowed[2](features)
 
     def save(self, folder):
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "drafter.safetensors")
+        save_weights(self.state_dict(), folder)
 
     def load(self, folder):
         path = Path(folder) / "drafter.safetensors"
@@ -77,6 +79,14 @@ class Drafter(torch.nn.Module):
             self.load_state_dict(load_file(path))
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot load a drafter for this policy from {path}: {str(error).splitlines()[0]}") from error
+
+
+def save_weights(weights, folder):
+    """Write folder/drafter.safetensors, whole or not at all: the drafter's parameters, nothing of the policy."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "drafter.safetensors.part")
+    os.replace(folder / "drafter.safetensors.part", folder / "drafter.safetensors")
 
 
 # ---------------------------------------------------------------- guessing, inside the engine
@@ -192,16 +202,24 @@ class NGramDrafts:
 
 
 class FeatureBuffer:
-    """Finished responses with their features, bounded by bytes: the oldest leave first."""
+    """Finished responses with their features, bounded by bytes: the oldest leave first. Each row carries the number of the rollout that made it."""
 
     def __init__(self, limit=256 << 20):
-        self.rows, self.bytes, self.limit = deque(), 0, limit
+        self.rows, self.bytes, self.limit, self.rollout = deque(), 0, limit, 0
+
+    def begin(self, rollout):
+        """A new rollout begins. Of the last one's rows the longest quarter stays, older ones go: the first to finish are short, and a drafter
+        trained on them alone would forget the tail, which is where it is needed."""
+        last = [row for row in self.rows if row[3] == self.rollout]
+        bar = sorted(len(row[0]) for row in last)[len(last) * 3 // 4] if last else 0
+        self.rows, self.rollout = deque(row for row in last if len(row[0]) >= bar), rollout
+        self.bytes = sum(row[1].nbytes for row in self.rows)
 
     def add(self, response):
         """Keep response.prompt + tokens and response.hidden (L - 1, D): features of every position but the last."""
         if len(response.hidden) < 2:
             return  # one feature has no next one to predict
-        row = (torch.tensor(response.prompt + response.tokens), response.hidden, len(response.prompt))
+        row = (torch.tensor(response.prompt + response.tokens), response.hidden, len(response.prompt), self.rollout)
         self.rows.append(row)
         self.bytes += row[1].nbytes
         while self.bytes > self.limit and len(self.rows) > 1:
@@ -218,16 +236,16 @@ class FeatureBuffer:
 
 
 def pack(rows):
-    """rows: (ids (L,), hidden (L-1, D), prompt length) -> ids (1, N), features, targets (1, N, D), positions (1, N), owner (N,), counted (N,).
+    """rows: (ids (L,), hidden (L-1, D), prompt length, ...) -> ids (1, N), features, targets (1, N, D), positions (1, N), owner (N,), counted (N,).
 
     Entry t of a sequence holds x_{t+1}, h_t and the target h_{t+1}, for t = 0 .. L-3: the last feature has nothing to predict.
     """
-    ids = torch.cat([x[1:-1] for x, _, _ in rows])
-    features, targets = (torch.cat([h[cut] for _, h, _ in rows]) for cut in (slice(None, -1), slice(1, None)))
-    lengths = [len(x) - 2 for x, _, _ in rows]
+    ids = torch.cat([x[1:-1] for x, *_ in rows])
+    features, targets = (torch.cat([h[cut] for _, h, *_ in rows]) for cut in (slice(None, -1), slice(1, None)))
+    lengths = [len(x) - 2 for x, *_ in rows]
     positions = torch.cat([torch.arange(n) for n in lengths])
     owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
-    starts = torch.tensor([p for *_, p in rows]).repeat_interleave(torch.tensor(lengths))
+    starts = torch.tensor([p for _, _, p, *_ in rows]).repeat_interleave(torch.tensor(lengths))
     return ids[None], features[None], targets[None], positions[None], owner, positions >= starts - 2  # entry t guesses token t+2
 
 
@@ -243,26 +261,31 @@ def drafter_loss(drafter, batch, feature_weight=0.5, own=0.5):
     ids, features, targets, positions, owner, counted = batch
     config = drafter.borrowed[3]
     groups = config.num_attention_heads // kv_heads(config)
-    mask, angles = block_mask(owner, positions, groups, features.dtype), drafter.angles(positions)
     wanted = targets[0][counted]
-    with torch.no_grad():
-        p = drafter.logits(wanted).float().softmax(-1)
-        if own:
-            guess = drafter(ids, features, angles, mask).roll(1, dims=1)  # entry t - 1 guesses h_t
-            swap = (torch.rand(ids.shape, device=ids.device) < own) & (positions > 0)
-            features = torch.where(swap[..., None], guess, features)
-    guessed = drafter(ids, features, angles, mask)[0][counted]
-    logits = drafter.logits(guessed).float()
-    loss = -(p * logits.log_softmax(-1)).sum(-1).mean() + feature_weight * torch.nn.functional.smooth_l1_loss(guessed, wanted)
+    with torch.autocast(features.device.type, torch.bfloat16, enabled=features.dtype == torch.bfloat16):  # float32 weights beside a bfloat16 policy
+        mask, angles = block_mask(owner, positions, groups, features.dtype), drafter.angles(positions)
+        with torch.no_grad():
+            p = drafter.logits(wanted).float().softmax(-1)
+            if own:
+                guess = drafter(ids, features, angles, mask).roll(1, dims=1)  # entry t - 1 guesses h_t
+                swap = (torch.rand(ids.shape, device=ids.device) < own) & (positions > 0)
+                features = torch.where(swap[..., None], guess.to(features.dtype), features)
+        guessed = drafter(ids, features, angles, mask)[0][counted]
+        logits = drafter.logits(guessed).float()
+    loss = -(p * logits.log_softmax(-1)).sum(-1).mean() + feature_weight * torch.nn.functional.smooth_l1_loss(guessed.float(), wanted.float())
     return loss, (logits.argmax(-1) == p.argmax(-1)).float().mean()
 
 
 class Trainer:
-    """The drafter's optimizer. `step` is the micro-step between which training can be stopped at any time."""
+    """The drafter's optimizer. `step` is the micro-step between which training can be stopped at any time.
 
-    def __init__(self, drafter, lr=3e-3, tokens=512, seed=0):
-        self.drafter, self.tokens, self.rng = drafter, tokens, random.Random(seed)
+    What guesses best is not the last weights but their running average (it does what a falling learning rate does, without an end to fall towards): `publish`.
+    """
+
+    def __init__(self, drafter, lr=3e-3, tokens=512, seed=0, keep=0.99):
+        self.drafter, self.tokens, self.rng, self.keep = drafter, tokens, random.Random(seed), keep
         self.optimizer = torch.optim.AdamW(drafter.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.average = [p.detach().clone() for p in drafter.parameters()]
         self.steps, self.lr, self.warmup = 0, lr, 20
 
     def step(self, buffer):
@@ -276,7 +299,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, self.steps / self.warmup)
         self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, list(self.drafter.parameters()), 1 - min(self.keep, self.steps / (self.steps + 10)))
         return loss.item(), agreement.item()
+
+    @torch.no_grad()
+    def publish(self, drafter):
+        """Give a drafter, e.g. the one in the engine, the averaged weights."""
+        for p, mean in zip(drafter.parameters(), self.average):
+            p.copy_(mean)
 
 
 def fit(trainer, buffer, seconds, progress=True):
@@ -300,6 +331,7 @@ def warm_start(drafter, engine, groups, sampling, seconds, seed):
     for response in tqdm(engine.generate(groups, sampling), total=total, desc="rollout", unit="response", mininterval=1):
         buffer.add(response)
     loss, agreement = fit(trainer, buffer, seconds)
+    trainer.publish(drafter)
     print(f"{trainer.steps} steps in {seconds:.0f} s, {torch.get_num_threads()} threads, loss {loss:.3f}, likeliest token right {agreement:.1%}")
 
 

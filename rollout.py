@@ -387,7 +387,7 @@ class Engine:
     """Generates responses for groups. slots: rows that run at once; context: longest prompt + response (see `reserve`).
 
     drafters: name -> drafter, for speculation (drafter.LearnedDrafts, drafter.NGramDrafts); verify: "coupled" or "ratio".
-    stats tells of the last `generate`: rounds, spec_rounds, spec_row_rounds (rows summed over them), tokens, spec_tokens, drafted and accepted by depth, seconds in all, drafting, verifying.
+    stats tells of the last `generate`: rounds, spec_rounds, spec_row_rounds and spec_drafts (rows, and k, summed over them), tokens, spec_tokens, drafted and accepted by depth, seconds in all, drafting, verifying.
     """
 
     LONGEST = 16  # drafts and siblings in a round, at most
@@ -424,13 +424,13 @@ class Engine:
     def generate(self, groups, sampling, choose=None, on_token=None):
         """Yields a Response as each one ends. groups: an iterable of Group, asked for the next one only when its rows fit.
 
-        choose(number of live rows) -> Draft, asked before each round; without it decoding is plain.
+        choose(live rows) -> Draft, asked before each round; without it decoding is plain. If it has an `observe` (see strategy.py), that hears of each round.
         on_token(group index, sample, token), if given, hears every token as it is made (for streaming).
         """
         groups, waiting, self.live = iter(groups), None, []
-        self.stats = dict(rounds=0, spec_rounds=0, tokens=0, spec_row_rounds=0, spec_tokens=0, seconds=0.0, draft_seconds=0.0,
+        self.stats = dict(rounds=0, spec_rounds=0, tokens=0, spec_row_rounds=0, spec_tokens=0, spec_drafts=0, seconds=0.0, draft_seconds=0.0,
                           verify_seconds=0.0, drafted=[0] * self.LONGEST, accepted=[0] * self.LONGEST)
-        started, live = time.perf_counter(), self.live
+        started, live, observe = time.perf_counter(), self.live, getattr(choose, "observe", None)
         self.quick = fuse_model(self.model) if self.fusable else None  # the weights as they are now
         for drafter in self.drafters.values():
             drafter.begin()
@@ -451,7 +451,7 @@ class Engine:
             if not live:
                 self.stats["seconds"] = time.perf_counter() - started
                 return
-            ended = self.round(choose(len(live)) if choose else Draft(), sampling, on_token)
+            ended = self.round(choose(live) if choose else Draft(), sampling, on_token, observe)
             for i in reversed(ended):  # from the back: the last row fills the hole
                 yield self.take(i)
 
@@ -490,7 +490,7 @@ class Engine:
         for drafter in self.drafters.values():
             drafter.admit(rows)
 
-    def round(self, draft, sampling, on_token=None):
+    def round(self, draft, sampling, on_token=None, observe=None):
         """Draft, verify, accept for all live rows -> indices of the rows that ended."""
         n, k, width, live = len(self.live), draft.k, draft.width, self.live
         if k * width > self.LONGEST:
@@ -533,7 +533,7 @@ class Engine:
             self.hidden[rows].scatter_(1, at[..., None].expand_as(hidden), hidden)
         self.lens[rows] += emitted
         host = torch.cat([emitted[:, None], accepted[:, None], y], 1).tolist()  # the round's one wait for the device
-        ended, stats = [], self.stats
+        ended, stats, emitted_now, reached = [], self.stats, 0, [0] * (k + 2)  # reached[j]: rows that had exactly j right guesses, then those with at least j
         for i, (row, (count, right, *new)) in enumerate(zip(live, host)):
             row.tokens += new[:count]
             if new[count - 1] in self.stop_set or len(row.tokens) >= sampling.max_new:
@@ -541,17 +541,25 @@ class Engine:
             if on_token:
                 for token in new[:count]:
                     on_token(row.group.index, row.sample, token)
-            for j in range(min(right + 1, k)):
-                stats["drafted"][j] += 1
-                stats["accepted"][j] += j < right
-            stats["tokens"] += count
-            stats["spec_tokens"] += count if k else 0
+            reached[right] += 1
+            emitted_now += count
+        for j in reversed(range(k + 1)):
+            reached[j] += reached[j + 1]
+        now = time.perf_counter()
         stats["rounds"] += 1
+        stats["tokens"] += emitted_now
         if k:
             stats["spec_rounds"] += 1
             stats["spec_row_rounds"] += n
+            stats["spec_tokens"] += emitted_now
+            stats["spec_drafts"] += n * k
+            for j in range(k):
+                stats["drafted"][j] += reached[j]
+                stats["accepted"][j] += reached[j + 1]
         stats["draft_seconds"] += drafted - began
-        stats["verify_seconds"] += time.perf_counter() - drafted
+        stats["verify_seconds"] += now - drafted
+        if observe:
+            observe(n, draft, now - began, reached[:k], reached[1:k + 1])
         return ended
 
     def take(self, i):

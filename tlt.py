@@ -20,12 +20,15 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 
-from rollout import run
+from drafter import Drafter, FeatureBuffer, LearnedDrafts, NGramDrafts, Trainer, save_weights
+from rollout import Engine, run
+from strategy import make_strategy
 from tasks import UserError
 from train_grpo import Alone, Config, flag, parse_flags, train
 
@@ -33,10 +36,15 @@ from train_grpo import Alone, Config, flag, parse_flags, train
 @dataclass(frozen=True)
 class TLTConfig(Config):
     out: str = flag("runs/tlt", Config.__dataclass_fields__["out"].metadata["help"])
+    drafter: str = flag("adaptive", "off; static: warm-started, then frozen; adaptive: trained on by workers that have gone idle", ("off", "static", "adaptive"))
+    strategy: str = flag("goodput", "how drafting is chosen: off, goodput, beg-mab, or a fixed draft length such as 4 (see strategy.py)")
+    warm_start: float = flag(20.0, "seconds that all workers train a fresh drafter after the first rollout; 0: start from a random one")
+    drafter_from: str = flag("", "folder of a drafter to start from (`make drafter`); no warm start then")
     workers: int = flag(0, "worker processes; 0: one per GPU, or one per CPU core without GPUs")
 
     def __post_init__(self):
         super().__post_init__()
+        make_strategy(self.strategy, [])
         gpus = torch.cuda.device_count() if self.device != "cpu" else 0
         if self.workers < 0:
             raise UserError(f"--workers {self.workers}: must be at least 1, or 0 for one per GPU or core")
@@ -62,8 +70,60 @@ class Board:
         return self.store.add(key, n)
 
 
+class Spot:
+    """Spot training: the drafter learns in time that nobody else wants.
+
+    The learner is kept in float32 and trained on this worker's own responses; the engine drafts with a copy that changes only between rollouts.
+    """
+
+    def __init__(self, actor, config, rank):
+        torch.manual_seed(config.seed)  # every worker's drafter starts alike
+        self.learner, self.served = Drafter(actor, torch.float32), Drafter(actor)
+        self.fresh = True  # neither trained nor loaded
+        for folder in [config.drafter_from] * bool(config.drafter_from) + [Path(config.out) / "drafter"] * config.resume:
+            if folder == config.drafter_from or folder.exists():
+                self.learner.load(folder)
+                self.fresh = False
+        self.trainer, self.buffer = Trainer(self.learner, seed=config.seed * 1000 + rank), FeatureBuffer()
+        self.since, self.steps, self.loss = 0, 0, 0.0  # micro-steps since the last average; micro-steps and their losses since the last notes
+        self.saving = None
+
+    def begin(self, rollout):
+        self.buffer.begin(rollout)
+        self.trainer.publish(self.served)
+
+    def step(self):
+        self.loss += self.trainer.step(self.buffer)[0]
+        self.since, self.steps = self.since + 1, self.steps + 1
+
+    @torch.no_grad()
+    def average(self, team_sum):
+        """The workers' drafters become their mean, weighted by the steps that each has made since the last one. Optimizer states stay as they are."""
+        weights, n = [*self.learner.parameters(), *self.trainer.average], torch.tensor([float(self.since)], device=self.learner.fc.weight.device)
+        sums = [w * n for w in weights] + [n]
+        team_sum(sums)
+        if sums[-1] > 0:
+            for w, total in zip(weights, sums):
+                w.copy_(total / sums[-1])
+        self.since = 0
+
+    def save(self, folder):
+        """In the background: the copy that the engine uses does not change before the next rollout, and is small."""
+        self.wait()
+        self.trainer.publish(self.served)
+        snapshot = {k: v.clone() for k, v in self.served.state_dict().items()}
+        self.saving = threading.Thread(target=save_weights, args=(snapshot, folder))
+        self.saving.start()
+
+    def wait(self):
+        if self.saving:
+            self.saving.join()
+
+
 class Team(Alone):
     """All workers, as the training loop sees them (Alone is the same for one)."""
+
+    ONE_WORKER_SHARE = 0.05  # drafter training as a share of the rollout's time, for one worker, who is never idle
 
     def __init__(self, config):
         from accelerate import Accelerator
@@ -77,25 +137,76 @@ class Team(Alone):
         address = [os.environ.get("MASTER_ADDR", "127.0.0.1"), hosted.port if hosted else 0]
         if self.size > 1:
             broadcast_object_list(address)
-        self.board, self.rollouts = Board(*address, hosted), 0
+        self.board, self.rollouts, self.config = Board(*address, hosted), 0, config
+
+    def engine(self, actor, stop, slots):
+        """An engine with its drafters; with them come the spot trainer and the strategy."""
+        self.spot = Spot(actor, self.config, self.rank) if self.config.drafter != "off" else None
+        drafters = {"learned": LearnedDrafts(self.spot.served)} if self.spot else {}
+        if self.config.strategy != "off":
+            drafters["n-gram"] = NGramDrafts()
+        self.strategy = make_strategy(self.config.strategy, list(drafters))
+        self.made = Engine(actor, stop, slots, drafters=drafters)
+        return self.made
 
     def rollout(self, engine, groups, sampling, grade, progress):
-        """As Alone.rollout, but the groups are shared out by the Board and the responses of all workers come back."""
+        """As Alone.rollout, but the groups are shared out by the Board, the responses of all workers come back, and who has nothing left to
+        generate trains the drafter until everybody is done."""
         self.rollouts += 1
         name = f"rollout {self.rollouts} "  # fresh counters for each rollout: no reset, so no race
-        total = sum(len(g.seeds) for g in groups)
+        spot, total, started, done = self.spot, sum(len(g.seeds) for g in groups), time.time(), []
+        if spot:
+            spot.begin(self.rollouts)
+            if hasattr(self.strategy, "begin"):
+                self.strategy.begin(["learned"])  # the policy has moved, the drafter has learned
 
         def mine():
             while (i := self.board.add(name + "next") - 1) < len(groups):
                 yield groups[i]
 
-        done = self.work(engine, mine(), sampling, grade, lambda _: progress(self.board.add(name + "responses")))
-        self.clock.enter("idle")
-        while (count := self.board.add(name + "responses", 0)) < total:  # the tail: nothing to do until the last worker is done
+        def choose(live):
+            draft = self.strategy(live)
+            self.clock.enter("speculative" if draft.k else "rollout")
+            return draft
+
+        def all_done():
+            count = self.board.add(name + "responses", 0)
             progress(count)
-            time.sleep(0.005)
+            return count >= total
+
+        choose.observe = getattr(self.strategy, "observe", None)
+        for r in self.work(engine, mine(), sampling, grade, choose):
+            if spot:
+                spot.buffer.add(r)
+            r.hidden = None  # features stay with the worker that made them
+            done.append(r)
+            progress(self.board.add(name + "responses"))
+        adaptive = spot and self.config.drafter == "adaptive"
+        spare(all_done, self.clock, spot if adaptive else None)
         done = self.everyone(done)
+        if spot and spot.fresh:  # the warm start, with an average every two seconds, lest the workers' drafters drift apart
+            pauses, spot.fresh = [2.0] * round(self.config.warm_start / 2), False
+        else:
+            pauses = [self.ONE_WORKER_SHARE * (time.time() - started)] if adaptive and self.size == 1 else []
+        for seconds in pauses or [0.0] * bool(adaptive):
+            end = time.time() + seconds
+            spare(lambda: time.time() >= end, self.clock, spot)
+            spot.average(self.sum)
         return sorted((r for part in done for r in part), key=lambda r: (r.group, r.sample))
+
+    def notes(self):
+        spot, stats = self.spot, self.made.stats
+        if not self.made.drafters:
+            return {}
+        told = {k: stats[k] for k in ("rounds", "spec_rounds", "spec_row_rounds", "spec_tokens", "spec_drafts")}
+        told.update(drafter_steps=spot.steps if spot else 0, drafter_loss=spot.loss if spot else 0.0)
+        if spot:
+            spot.steps, spot.loss = 0, 0.0
+        return told
+
+    def save(self, out):
+        if self.spot and self.rank == 0:
+            self.spot.save(out / "drafter")
 
     def sum(self, tensors):
         if self.size > 1:
@@ -108,11 +219,26 @@ class Team(Alone):
         return self.gather([value]) if self.size > 1 else [value]
 
 
+def spare(over, clock, spot=None):
+    """Spend the time until over() on the drafter, or wait. It is asked between micro-steps, so at most one of them is in its way; nothing here waits for
+    another worker, so nobody has to be told to stop."""
+    while not over():
+        if spot and spot.buffer.rows:
+            clock.enter("drafter")
+            spot.step()
+        else:
+            clock.enter("idle")
+            time.sleep(0.005)
+    clock.enter("idle")
+
+
 def worker(config):
     """The one worker function behind all three doors."""
     torch.manual_seed(config.seed)
     team = Team(config)
     train(config, team)
+    if team.spot:
+        team.spot.wait()
     team.accelerator.end_training()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

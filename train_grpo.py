@@ -32,13 +32,13 @@ import math
 import os
 import shutil
 import time
-import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from report import Table, describe, draw_curves, draw_timeline, show_samples, summarise, trace
 from rollout import Engine, Group, Sampling, load_model, run, sequence_seed, stop_tokens
 from tasks import UserError, encode_prompt, make_task
 
@@ -189,15 +189,18 @@ class Clock:
         self.spans, self.state, self.since = [], "idle", time.time()
 
     def enter(self, state):
-        now = time.time()
-        self.spans.append((self.state, self.since, now))
-        self.state, self.since = state, now
+        if state != self.state:
+            now = time.time()
+            self.spans.append((self.state, self.since, now))
+            self.state, self.since = state, now
 
-    def since_then(self, moment):
-        """The spans (state, start, end) from that moment until now; earlier ones are forgotten."""
-        self.enter(self.state)
-        self.spans = [(state, max(start, moment), end) for state, start, end in self.spans if end > moment]
-        return self.spans
+    def take(self):
+        """The spans (state, start, end) since the last call."""
+        state = self.state
+        self.enter("")
+        self.state = state
+        spans, self.spans = self.spans, []
+        return spans
 
 
 class Alone:
@@ -209,20 +212,31 @@ class Alone:
         self.clock = Clock()
         self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
-    def rollout(self, engine, groups, sampling, grade, progress):
-        """All responses to the groups, graded, ordered by (group, sample). The same list on every worker."""
-        return sorted(self.work(engine, groups, sampling, grade, progress), key=lambda r: (r.group, r.sample))
+    def engine(self, actor, stop, slots):
+        return Engine(actor, stop, slots)
 
-    def work(self, engine, groups, sampling, grade, heard):
-        """This worker's responses, graded as they end. heard(number so far) is told of each."""
-        self.clock.enter("rollout")
+    def rollout(self, engine, groups, sampling, grade, progress):
+        """All responses to the groups, graded, ordered by (group, sample). The same list on every worker. progress(number so far)."""
         done = []
-        for r in engine.generate(groups, sampling):
+        for r in self.work(engine, groups, sampling, grade):
+            done.append(r)
+            progress(len(done))
+        return sorted(done, key=lambda r: (r.group, r.sample))
+
+    def work(self, engine, groups, sampling, grade, choose=None):
+        """This worker's responses, graded as they end. choose: see Engine.generate."""
+        self.clock.enter("rollout")
+        for r in engine.generate(groups, sampling, choose):
             self.clock.enter("reward")
-            done.append(grade(r))
-            heard(len(done))
+            yield grade(r)
             self.clock.enter("rollout")
-        return done
+
+    def notes(self):
+        """What this worker did for speculation since the last call, for the metrics."""
+        return {}
+
+    def save(self, out):
+        """With each checkpoint: whatever the workers keep beside the policy."""
 
     def sum(self, tensors):
         """Add up each tensor over the workers, in place."""
@@ -249,12 +263,12 @@ def train(config, team):
     # on a GPU the rollout runs on a bfloat16 copy of the fp32 policy; on a CPU on the policy itself
     actor = copy.deepcopy(model).bfloat16().requires_grad_(False) if team.device != "cpu" else model
     sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
-    engine = Engine(actor, stop_tokens(model, tokenizer), max(config.slots, config.samples, config.eval_samples))
+    engine = team.engine(actor, stop_tokens(model, tokenizer), max(config.slots, config.samples, config.eval_samples))
     for split in ("train", "test"):  # mistakes show here, before anything runs
         engine.reserve(len(encode_prompt(task.problem(split, 0), tokenizer, config.prompt_style)) + config.max_new)
     say = tqdm.write if team.rank == 0 else lambda *a: None
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=team.rank > 0, dynamic_ncols=True, smoothing=0.1)
-    table = Table(say)
+    table, history = Table(say), []
 
     shown = [0.0]
 
@@ -300,7 +314,7 @@ def train(config, team):
         keep(evaluate(0))
     for step in range(first, config.steps):
         team.clock.enter("rollout")
-        started = team.clock.since
+        started = time.time()
         indices = range(step * config.prompts, (step + 1) * config.prompts)
         responses = ask("train", indices, config.samples, step)
         team.clock.enter("update")
@@ -310,8 +324,10 @@ def train(config, team):
             for a, m in zip(actor.parameters(), model.parameters()):
                 a.data.copy_(m.data)
         team.clock.enter("idle")
-        spans = team.everyone(team.clock.since_then(started))
-        row = describe(step + 1, responses, rewards, stats, spans)
+        told = team.everyone((team.clock.take(), started, team.notes()))
+        history.append((step + 1, [spans for spans, *_ in told]))  # with the evaluation and the checkpoint before the step
+        spans = [[(state, max(start, began), end) for state, start, end in mine if end > began] for mine, began, _ in told]
+        row = describe(step + 1, responses, rewards, stats, spans, [notes for *_, notes in told])
         keep(row)
         table.show(row, spans)
         bar.update()
@@ -323,10 +339,14 @@ def train(config, team):
             team.clock.enter("checkpoint")
             if team.rank == 0:
                 save_checkpoint(out, step + 1, model, tokenizer, optimizer, metrics)
+            team.save(out)
     bar.close()
     summary = summarise(metrics, config)
     if team.rank == 0:
         draw_curves(metrics, out / "curves.png", config)
+        if history:
+            draw_timeline({f"step {config.steps}": spans}, out / "timeline.png")
+            write_atomically(out / "trace.json", trace(history))
         save_folder(out / "policy", lambda folder: save_policy(folder, model, tokenizer))
         say(summary["text"])
     return summary
@@ -387,105 +407,6 @@ def update(model, reference, optimizer, responses, advantage, step, config, team
     tokens = max(1.0, total["tokens"])
     return {"loss": total["loss"], "grad_norm": stats["norm"], "gap_mean": total["gap_sum"] / tokens * config.epochs,
             "gap_max": max(s["gap_max"] for s in everyone), "clipped": total["clipped"] / tokens, "kl": total["kl"] / tokens}
-
-
-# ---------------------------------------------------------------- reporting
-
-
-def describe(step, responses, rewards, stats, spans):
-    """One row of metrics.jsonl. spans: each worker's; the seconds by phase are means over the workers and sum to the step."""
-    lengths = sorted(len(r.tokens) for r in responses)
-    at = lambda q: lengths[min(len(lengths) - 1, int(q * len(lengths)))]
-    seconds = {phase: sum(end - start for mine in spans for state, start, end in mine if state == phase) / len(spans)
-               for phase in ("rollout", "idle", "reward", "update")}
-    seconds["step"] = sum(seconds.values())
-    return {"step": step, "reward": rewards.mean().item(), "solved": (rewards > 0).any(1).float().mean().item(),
-            "flat_groups": int((rewards == rewards[:, :1]).all(1).sum()), "lenient": sum(r.grade.lenient for r in responses) / len(responses),
-            "length": {"mean": sum(lengths) / len(lengths), "p50": at(0.5), "p95": at(0.95), "p99": at(0.99), "max": lengths[-1]},
-            "truncated": sum(not r.stopped for r in responses) / len(responses), "tokens": sum(lengths),
-            "digest": zlib.crc32(repr([r.tokens for r in responses]).encode()),  # equal digests: the same tokens, every one
-            "tokens_per_second": sum(lengths) / max(1e-9, seconds["step"] - seconds["update"]), "seconds": seconds, **stats}
-
-
-class Table:
-    """One line per step, with the workers' Gantt below it when there are several."""
-
-    head = (" step  reward  solved  flat |  length: mean  p50  p95  max   cut | tok/s |"
-            "  rollout    idle  reward  update =  step s |    gap")
-    marks = {"rollout": "#", "idle": ".", "reward": "r", "update": "u", "checkpoint": "c"}
-
-    def __init__(self, say):
-        self.say, self.rows = say, 0
-
-    def show(self, row, spans):
-        if self.rows % 20 == 0:
-            self.say(self.head)
-        self.rows += 1
-        n, s = row["length"], row["seconds"]
-        self.say(f"{row['step']:5d}  {row['reward']:6.3f}  {row['solved']:6.2f}  {row['flat_groups']:4d} |  {n['mean']:12.0f} {n['p50']:4d} {n['p95']:4d} "
-                 f"{n['max']:4d} {row['truncated']:5.1%} | {row['tokens_per_second']:5.0f} |{s['rollout']:9.2f}{s['idle']:8.2f}{s['reward']:8.2f}"
-                 f"{s['update']:8.2f} ={s['step']:8.2f} |{row['gap_max']:7.0e}")
-        if len(spans) > 1:
-            for rank, mine in enumerate(spans):
-                self.say(f"       worker {rank} |{gantt(mine, spans[0][0][1], s['step'])}|")
-
-
-def gantt(spans, started, seconds, width=96):
-    """A line of `width` characters: in each the state that held most of that moment. Legend: Table.marks."""
-    line = ""
-    for i in range(width):
-        a, b = started + seconds * i / width, started + seconds * (i + 1) / width
-        share = {}
-        for state, start, end in spans:
-            share[state] = share.get(state, 0.0) + max(0.0, min(b, end) - max(a, start))
-        line += Table.marks.get(max(share, key=share.get), "?") if share and max(share.values()) > 0 else " "
-    return line
-
-
-def show_samples(say, responses, tokenizer):
-    ranked = sorted(responses, key=lambda r: (r.grade.strict, r.grade.lenient, -len(r.tokens)))
-    for name, r in (("best", ranked[-1]), ("worst", ranked[0])):
-        text = tokenizer.decode(r.prompt + r.tokens)
-        say(f"  {name} ({len(r.tokens)} tokens, {'right' if r.grade.strict else 'wrong'}): {text if len(text) < 400 else text[:200] + ' ... ' + text[-200:]}")
-
-
-def summarise(metrics, config):
-    evals = [m for m in metrics if "eval" in m]
-    steps = [m for m in metrics if "eval" not in m]
-    total = {k: sum(m["seconds"][k] for m in steps) for k in steps[-1]["seconds"]} if steps else {"step": 0.0}
-    text = f"{len(steps)} steps in {total['step']:.0f} s: " + ", ".join(
-        f"{k} {v / max(1e-9, total['step']):.0%}" for k, v in total.items() if k != "step")
-    if len(evals) > 1:
-        a, b = evals[0], evals[-1]
-        text += "\n" + "\n".join(f"held-out {k}: {a['eval'][k]:.3f} -> {b['eval'][k]:.3f} ({b['eval'][k] - a['eval'][k]:+.3f})" for k in a["eval"])
-        text += f"\nmean length: {a['length']:.0f} -> {b['length']:.0f} tokens   ({a['problems']} problems x {a['samples']} samples, seed {config.seed})"
-    text += f"\nin {config.out}: policy/ (a Hugging Face folder), metrics.jsonl, curves.png, the last checkpoints"
-    return {"evals": evals, "seconds": total, "text": text}
-
-
-def draw_curves(metrics, path, config):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    steps, evals = [m for m in metrics if "eval" not in m], [m for m in metrics if "eval" in m]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    x = [m["step"] for m in steps]
-    axes[0].plot(x, [m["reward"] for m in steps], lw=1, color="0.6", label="reward (training)")
-    for k in evals[0]["eval"] if evals else []:
-        axes[0].plot([m["step"] for m in evals], [m["eval"][k] for m in evals], "o-", label=f"held-out {k}")
-    axes[0].set(title=f"{config.task}, {config.loss}, seed {config.seed}", xlabel="RL step", ylim=(0, 1))
-    axes[0].legend()
-    for k in ("mean", "p50", "p95", "max"):
-        axes[1].plot(x, [m["length"][k] for m in steps], label=k)
-    axes[1].set(title="response length (tokens)", xlabel="RL step")
-    axes[1].legend()
-    names = [k for k in (steps[0]["seconds"] if steps else {}) if k != "step"]
-    axes[2].stackplot(x, [[m["seconds"][k] for m in steps] for k in names], labels=names)
-    axes[2].set(title="seconds per step", xlabel="RL step")
-    axes[2].legend(loc="upper left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------- files: everything appears whole or not at all
