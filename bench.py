@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from drafter import Drafter, LearnedDrafts, NGramDrafts, warm_start
 from rollout import Draft, Engine, Group, Sampling, load_model, run, sequence_seed, stop_tokens
+from strategy import Bandit, Goodput, arms
 from tasks import Countdown, encode_prompt
 from train_grpo import write_atomically
 
@@ -88,12 +89,13 @@ def engine(args):
 
 
 def drafted_engine(args, batch, verify="coupled"):
-    """(engine with a learned and an n-gram drafter, tokenizer). The drafter is loaded from --drafter, or warm-started here for --warm seconds."""
+    """(engine with a learned and an n-gram drafter, tokenizer). The drafter is that of --drafter, or the model's own, or warm-started here for --warm seconds."""
     model, tokenizer = load_model(args.model)
     torch.manual_seed(args.seed)
     drafter = Drafter(model)
-    if args.drafter:
-        drafter.load(args.drafter)
+    own = Path(args.model) / "drafter"
+    if args.drafter or own.exists():
+        drafter.load(args.drafter or own)
     else:
         groups = groups_for(Countdown(), tokenizer, 1024, args.seed, "train")
         source = Engine(model, stop_tokens(model, tokenizer), 64, room(groups, args), keep_hidden=True)
@@ -132,39 +134,69 @@ def identity(args):
     return sum(r["identical"] for r in rows) / sum(r["responses"] for r in rows), rows
 
 
-def speculation(args):
-    """Speculative against plain rollout of the same engine, same tokens. Ratio: the best coupled mode over plain at the largest batch."""
-    modes = {"plain": Draft(), **{f"chain {k}": Draft("learned", k) for k in (1, 2, 3, 4, 6, 8)}, "tree 4x2": Draft("learned", 4, 2), "n-gram 4": Draft("n-gram", 4),
-             "ratio 4": Draft("learned", 4), "k by rows": None}
-    by_rows = lambda live: Draft("learned", 8 if len(live) <= 8 else 6 if len(live) <= 24 else 3)  # drafts are the cheaper, the fewer rows share a core
-    rows = []
-    for batch in args.batches:
-        coupled, tokenizer = drafted_engine(args, min(batch, args.slots))
-        ratio, _ = drafted_engine(args, min(batch, args.slots), "ratio")  # its tokens are others, with the same distribution
-        groups = groups_for(Countdown(), tokenizer, batch, args.seed)
-        notes = {}
+class Watch:
+    """A strategy that passes another one's choices on and keeps, for each bucket of batch sizes, the seconds and tokens they came to."""
 
-        def party(name, draft):
+    def __init__(self, inner):
+        self.inner, self.found = inner, {}
+
+    def __call__(self, live):
+        return self.inner(live)
+
+    def observe(self, rows, arm, seconds, tried, right):
+        spent, made = self.found.get(rows.bit_length(), (0.0, 0))
+        self.found[rows.bit_length()] = (spent + seconds, made + rows + sum(right))
+        if hasattr(self.inner, "observe"):
+            self.inner.observe(rows, arm, seconds, tried, right)
+
+
+def speculation(args):
+    """Ways to draft against plain rollout of the same engine, same tokens. Ratio: goodput over plain on the mixed workload.
+
+    one: one row at a time. tail: 8 rows, until the last is done. bulk: full slots, short responses. mixed: --responses, at their natural lengths, in --slots.
+    oracle: for each bucket of batch sizes the fixed length that was fastest there, in hindsight.
+    """
+    fixed = {"plain": Draft(), **{f"chain {k}": Draft("learned", k) for k in (1, 2, 4, 6, 8)}}
+    others = {"tree 4x2": Draft("learned", 4, 2), "n-gram 4": Draft("n-gram", 4), "ratio 4": Draft("learned", 4)}
+    workloads = {"one": (1, 1, args.max_new), "tail": (8, 8, args.max_new), "bulk": (args.responses, args.slots, 48), "mixed": (args.responses, args.slots, args.max_new)}
+    rows = []
+    for workload in args.workloads:
+        batch, slots, limit = workloads[workload]
+        coupled, tokenizer = drafted_engine(args, slots)
+        ratio, _ = drafted_engine(args, slots, "ratio")  # its tokens are others, with the same distribution
+        groups, notes = groups_for(Countdown(), tokenizer, batch, args.seed), {}
+        adaptive = {"beg-mab": Bandit(arms(["learned", "n-gram"])), "goodput": Goodput(arms(["learned", "n-gram"]))}  # they go on learning from turn to turn
+
+        def party(name, strategy):
             engine = ratio if name == "ratio 4" else coupled
             engine.reserve(room(groups, args))
 
             def go():
                 engine.drafters["n-gram"].tables.clear()  # each turn generates the same tokens: it must not remember them
-                made = sum(len(r.tokens) for r in engine.generate(groups, Sampling(max_new=args.max_new), (lambda live: draft) if draft else by_rows))
+                watch = Watch(strategy if name in adaptive else lambda live: strategy)
+                made = sum(len(r.tokens) for r in engine.generate(groups, Sampling(max_new=limit), watch))
                 s = engine.stats
-                notes[name] = (s["spec_tokens"] / max(1, s["spec_row_rounds"]), s["draft_seconds"] / s["seconds"], s["rounds"])
+                notes[name] = (s["spec_tokens"] / max(1, s["spec_row_rounds"]), s["draft_seconds"] / s["seconds"], s["rounds"], watch.found)
                 return made
             return go
 
-        speeds = take_turns({name: party(name, draft) for name, draft in modes.items()}, args.rounds, f"batch {batch}")
+        parties = {name: party(name, x) for name, x in {**fixed, **others, **adaptive}.items()}
+        for go in parties.values():  # a turn that does not count: memory is touched, strategies look around
+            go()
+        speeds = take_turns(parties, args.rounds, workload)
         for name, (speed, tokens) in speeds.items():
-            per_round, drafting, rounds = notes[name]
-            rows.append({"batch": batch, "mode": name, "tokens_per_second": speed, "ratio": speed / speeds["plain"][0], "tokens_per_round": per_round,
+            per_round, drafting, rounds, _ = notes[name]
+            rows.append({"workload": workload, "mode": name, "tokens_per_second": speed, "ratio": speed / speeds["plain"][0], "tokens_per_round": per_round,
                          "draft_share": drafting, "rounds": rounds, "tokens": tokens})
-    print(f"\n{'batch':>6} {'mode':>9} {'tok/s':>7} {'ratio':>6} {'tokens per round':>17} {'drafting':>9} {'rounds':>7}")
+        found = [notes[name][3] for name in fixed]
+        best = sum(made * min(f[bucket][0] / f[bucket][1] for f in found if bucket in f) for bucket, (_, made) in notes["plain"][3].items())
+        seconds = sum(spent for spent, _ in notes["plain"][3].values())
+        rows.append({"workload": workload, "mode": "oracle", "ratio": seconds / best, "tokens_per_second": speeds["plain"][0] * seconds / best})
+    print(f"\n{'workload':>8} {'mode':>9} {'tok/s':>7} {'ratio':>6} {'tokens per round':>17} {'drafting':>9} {'rounds':>7}")
     for r in rows:
-        print(f"{r['batch']:6d} {r['mode']:>9} {r['tokens_per_second']:7.0f} {r['ratio']:6.2f} {r['tokens_per_round']:17.2f} {r['draft_share']:9.0%} {r['rounds']:7d}")
-    return max(r["ratio"] for r in rows if r["batch"] == args.batches[-1] and r["mode"] != "ratio 4"), rows
+        more = f" {r['tokens_per_round']:17.2f} {r['draft_share']:9.0%} {r['rounds']:7d}" if "rounds" in r else ""
+        print(f"{r['workload']:>8} {r['mode']:>9} {r['tokens_per_second']:7.0f} {r['ratio']:6.2f}{more}")
+    return next(r["ratio"] for r in rows if r["workload"] == args.workloads[-1] and r["mode"] == "goodput"), rows
 
 
 def main():
@@ -178,10 +210,11 @@ def main():
         sub.add_argument("--rounds", type=int, default=3, help="turns of each party")
         sub.add_argument("--threads", type=int, default=torch.get_num_threads())
         sub.add_argument("--max-new", type=int, default=512)
-        sub.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128], help="responses at once (engine, speculation)")
-        sub.add_argument("--slots", type=int, default=64, help="rows at once, for batches beyond it (speculation)")
-        sub.add_argument("--responses", type=int, default=1024, help="responses compared at temperature 1 (identity)")
-        sub.add_argument("--drafter", default="", help="folder of a trained drafter; without it one is warm-started")
+        sub.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128], help="responses at once (engine)")
+        sub.add_argument("--workloads", nargs="+", default=["one", "tail", "bulk", "mixed"], choices=["one", "tail", "bulk", "mixed"], help="(speculation)")
+        sub.add_argument("--slots", type=int, default=64, help="rows at once (speculation)")
+        sub.add_argument("--responses", type=int, default=1024 if function is identity else 128, help="how many (identity, speculation)")
+        sub.add_argument("--drafter", default="", help="folder of a trained drafter; else the model's own (model/drafter), else one is warm-started")
         sub.add_argument("--warm", type=float, default=60, help="seconds of warm start")
         sub.set_defaults(function=function)
     args = parser.parse_args()

@@ -40,7 +40,7 @@ def bucket(live):
 class Goodput:
     """See above. It decides when the batch size changes its bucket, else every HOLD rounds: a decision costs 0.1 ms, a round of one row 1 ms."""
 
-    KEEP_RIGHT, KEEP_TIME, PROBES, HOLD, WARM_UP = 0.98, 0.99, 0.01, 8, 4
+    KEEP_RIGHT, KEEP_TIME, PROBES, HOLD, TRIAL = 0.98, 0.99, 0.01, 8, 2
 
     def __init__(self, arms):
         self.kinds = {arm.kind: [a for a in arms if a.kind == arm.kind] for arm in arms}
@@ -88,21 +88,21 @@ class Goodput:
 
     def decide(self, rows):
         self.decisions += 1
-        for kind, mine in self.kinds.items():  # warm-up: the shortest, then the longest
-            if self.seen[kind] < self.WARM_UP * len({mine[0], mine[-1]}):
-                self.left = self.WARM_UP
-                return mine[0] if self.seen[kind] < self.WARM_UP else mine[-1]
+        self.left = self.TRIAL
+        for kind, mine in self.kinds.items():  # never seen: its shortest arm, then one from the middle, and t is known for all
+            if self.seen[kind] < self.TRIAL * len(mine[:2]):
+                return mine[0] if self.seen[kind] < self.TRIAL else mine[len(mine) // 2]
         rate = {arm: self.expected(arm) / self.seconds(arm, rows) for mine in self.kinds.values() for arm in mine}
         best = max(rate, key=rate.get)
         rarest = min(self.kinds, key=self.used.get)
         other = max(self.kinds[rarest], key=rate.get)
-        loss = self.HOLD * self.expected(other) * (1 / rate[other] - 1 / rate[best])  # seconds that trying it costs
-        if loss < self.credit:
+        loss = self.TRIAL * self.expected(other) * (1 / rate[other] - 1 / rate[best])  # seconds that trying it costs
+        if 0 < loss < self.credit:
             self.credit -= loss
             best = other
+        elif not best.k or self.tried[best.kind][0] >= 1:  # else its guesses are unknown, and two rounds tell
+            self.left = self.HOLD
         self.used[best.kind] = self.decisions
-        if best.k and self.tried[best.kind][0] < 1:
-            self.left = 2  # two rounds tell enough of an unknown drafter
         return best
 
     def expected(self, arm):

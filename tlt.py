@@ -38,13 +38,15 @@ class TLTConfig(Config):
     out: str = flag("runs/tlt", Config.__dataclass_fields__["out"].metadata["help"])
     drafter: str = flag("adaptive", "off; static: warm-started, then frozen; adaptive: trained on by workers that have gone idle", ("off", "static", "adaptive"))
     strategy: str = flag("goodput", "how drafting is chosen: off, goodput, beg-mab, or a fixed draft length such as 4 (see strategy.py)")
-    warm_start: float = flag(20.0, "seconds that all workers train a fresh drafter after the first rollout; 0: start from a random one")
-    drafter_from: str = flag("", "folder of a drafter to start from (`make drafter`); no warm start then")
+    warm_start: float = flag(20.0, "with no drafter to start from: seconds that all workers train one after the first rollout; 0: start from a random one")
+    drafter_from: str = flag("", "folder of a drafter to start from (`make drafter`); empty: the policy's own subfolder drafter/, if it has one")
     workers: int = flag(0, "worker processes; 0: one per GPU, or one per CPU core without GPUs")
 
     def __post_init__(self):
         super().__post_init__()
         make_strategy(self.strategy, [])
+        if self.drafter_from and not (Path(self.drafter_from) / "drafter.safetensors").exists():
+            raise UserError(f"--drafter-from {self.drafter_from}: no drafter.safetensors there; `make drafter` writes one")
         gpus = torch.cuda.device_count() if self.device != "cpu" else 0
         if self.workers < 0:
             raise UserError(f"--workers {self.workers}: must be at least 1, or 0 for one per GPU or core")
@@ -79,11 +81,11 @@ class Spot:
     def __init__(self, actor, config, rank):
         torch.manual_seed(config.seed)  # every worker's drafter starts alike
         self.learner, self.served = Drafter(actor, torch.float32), Drafter(actor)
-        self.fresh = True  # neither trained nor loaded
-        for folder in [config.drafter_from] * bool(config.drafter_from) + [Path(config.out) / "drafter"] * config.resume:
-            if folder == config.drafter_from or folder.exists():
-                self.learner.load(folder)
-                self.fresh = False
+        places = [Path(config.out) / "drafter"] * config.resume + [Path(config.drafter_from or "/"), Path(config.model) / "drafter"]
+        start = next((p for p in places if (p / "drafter.safetensors").exists()), None)
+        if start:
+            self.learner.load(start)
+        self.fresh = start is None
         self.trainer, self.buffer = Trainer(self.learner, seed=config.seed * 1000 + rank), FeatureBuffer()
         self.since, self.steps, self.loss = 0, 0, 0.0  # micro-steps since the last average; micro-steps and their losses since the last notes
         self.saving = None

@@ -13,7 +13,7 @@ from test_rollout import FAMILIES, groups_of
 import drafter as drafter_module
 import rollout
 from drafter import Drafter, FeatureBuffer, LearnedDrafts, NGramDrafts, Trainer, drafter_loss, fit, pack
-from rollout import Draft, Engine, Group, Row, Sampling, sequence_seed
+from rollout import Draft, Engine, Group, Response, Row, Sampling, sequence_seed
 from tasks import UserError
 
 SAMPLINGS = [Sampling(max_new=30), Sampling(temperature=0, max_new=30), Sampling(temperature=0.8, top_p=0.9, top_k=40, max_new=30)]
@@ -341,7 +341,43 @@ def test_buffer_is_bounded_by_bytes():
     buffer = FeatureBuffer(limit=10_000)
     for r in responses_of(tiny()) * 3:
         buffer.add(r)
-        assert buffer.bytes == sum(h.nbytes for _, h, _ in buffer.rows) and (buffer.bytes <= 10_000 or len(buffer.rows) == 1)
+        assert buffer.bytes == sum(h.nbytes for _, h, *_ in buffer.rows) and (buffer.bytes <= 10_000 or len(buffer.rows) == 1)
+
+
+def check_remembers_the_tail(begin):
+    """After a rollout of short and long responses and then one of short ones: this rollout's rows, and the longest of the last one's, with their numbers."""
+    buffer = FeatureBuffer()
+    for rollout, lengths in ((1, [90, 10, 30, 80]), (2, [5, 60, 7, 70]), (3, [4, 6])):
+        begin(buffer, rollout)
+        for n in lengths:
+            buffer.add(Response(0, 0, [1], [2] * n, None, True, torch.zeros(n, 4)))
+    assert [(row[3], len(row[0])) for row in buffer.rows] == [(2, 71), (3, 5), (3, 7)] and buffer.bytes == (70 + 4 + 6) * 16
+
+
+def test_the_buffer_keeps_long_responses_of_the_last_rollout():
+    check_remembers_the_tail(FeatureBuffer.begin)
+
+    def forgetful(buffer, rollout):
+        buffer.rows.clear()
+        buffer.rollout, buffer.bytes = rollout, 0
+    caught(check_remembers_the_tail, forgetful)
+    caught(check_remembers_the_tail, lambda buffer, rollout: setattr(buffer, "rollout", rollout))  # keeps all
+
+
+def test_what_is_published_is_the_running_average():
+    model = tiny()
+    buffer, trainer, served = FeatureBuffer(), Trainer(make_drafter(model), tokens=64), Drafter(model)
+    for r in responses_of(model):
+        buffer.add(r)
+    seen = [[p.detach().clone() for p in trainer.drafter.parameters()]]
+    mean = seen[0]
+    for n in range(1, 6):
+        trainer.step(buffer)
+        keep = n / (n + 10)
+        mean = [keep * m + (1 - keep) * p for m, p in zip(mean, trainer.drafter.parameters())]
+    trainer.publish(served)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mean, served.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(served.parameters(), trainer.drafter.parameters()))
 
 
 def test_save_and_load(tmp_path):

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_grpo
+from report import describe, gantt
 from rollout import Engine, Group, Sampling, run, sequence_seed
 from tasks import Countdown, Grade
-from train_grpo import Alone, Clock, Config, advantages, describe, gantt, micro_batches, parse_flags, pass_at_k, policy_loss, token_logprobs, token_weights, update
+from train_grpo import Alone, Clock, Config, advantages, micro_batches, parse_flags, pass_at_k, policy_loss, token_logprobs, token_weights, update
 
 CONFIG = Config(prompts=4, samples=6, max_new=30, micro_tokens=200, device="cpu")
 
@@ -166,7 +167,7 @@ def test_groups_without_variance_contribute_exactly_zero_and_are_counted():
     for r in responses[:6]:
         r.tokens = r.tokens[::-1]  # other tokens, same lengths: a flat group must not matter
     assert all(torch.equal(a, b) for a, b in zip(with_flat, gradient(model, responses)[0]))
-    row = describe(1, responses, rewards_of(responses), {}, [[("rollout", 0.0, 1.0), ("update", 1.0, 3.0)]])
+    row = describe(1, responses, rewards_of(responses), {}, [[("rollout", 0.0, 1.0), ("update", 1.0, 3.0)]], [{}])
     assert row["flat_groups"] >= 1 and row["seconds"]["step"] == 3.0
 
 
@@ -213,7 +214,7 @@ def test_truncated_responses_are_counted_and_maskable():
     responses = make_responses(model)
     cut = [r for r in responses if not r.stopped]
     assert cut
-    assert describe(1, responses, rewards_of(responses), {}, [[("rollout", 0.0, 1.0)]])["truncated"] == len(cut) / len(responses)
+    assert describe(1, responses, rewards_of(responses), {}, [[("rollout", 0.0, 1.0)]], [{}])["truncated"] == len(cut) / len(responses)
     masked, _ = gradient(model, responses, replace(CONFIG, mask_truncated=True))
     for r in cut:
         r.tokens = r.tokens[::-1]
@@ -261,7 +262,7 @@ def test_a_clock_accounts_for_every_second(durations):
             clock.enter(f"state {i % 3}")
             now += d
         train_grpo.time.time = lambda: now
-        spans = clock.since_then(100.0)
+        spans = clock.take()
     finally:
         train_grpo.time.time = real
     assert math.isclose(sum(end - start for _, start, end in spans), sum(durations), abs_tol=1e-6)
@@ -308,7 +309,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model_folder, tmp_path, monke
     # rewards must vary for the weights to move: grade by the parity of the text's length
     monkeypatch.setattr(train_grpo, "make_task", lambda name, data: Parity())
     check_resume(tmp_path, model_folder, monkeypatch)
-    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"config.json", "metrics.jsonl", "curves.png", "policy", "checkpoint-000002", "checkpoint-000004"}
+    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"config.json", "metrics.jsonl", "curves.png", "timeline.png", "trace.json", "policy", "checkpoint-000002", "checkpoint-000004"}
     real = train_grpo.load_state
     monkeypatch.setattr(train_grpo, "load_state", lambda checkpoint, optimizer: real(checkpoint, Forgetful()))
     caught(check_resume, tmp_path / "broken", model_folder, monkeypatch)  # the optimizer's moments are lost

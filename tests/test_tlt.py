@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import caught
+from conftest import caught, tiny
 from safetensors.torch import load_file
 
 import tlt
@@ -20,10 +20,11 @@ from tlt import Board, TLTConfig
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--device", "cpu", "--prompts", "6", "--samples", "4", "--max-new", "24", "--slots", "8", "--eval-problems", "4", "--eval-samples", "2", "--eval-every", "2",
          "--save-every", "1", "--lr", "1e-3"]
+TLT = ["--warm-start", "0"]
 
 
 def launch(model_folder, out, *argv, door=("tlt.py",), **environment):
-    return subprocess.Popen([sys.executable, *door, "--model", str(model_folder), "--out", str(out), *SMALL, *map(str, argv)], cwd=ROOT,
+    return subprocess.Popen([sys.executable, *door, "--model", str(model_folder), "--out", str(out), *SMALL, *(TLT if "tlt.py" in door else []), *map(str, argv)], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env={**os.environ, **environment})
 
 
@@ -67,21 +68,37 @@ def check_same_run(a, b, tolerance=0.0):
 
 @pytest.fixture(scope="module")
 def runs(model_folder, tmp_path_factory):
-    """The same small run through every door: 1, 2, 3 workers, torchrun, and train_grpo.py alone. Two at a time: there may be two cores."""
+    """The same small run through every door (1, 2, 3 workers, torchrun, train_grpo.py alone), and with all kinds of drafting. Two at a time: there may be two cores."""
     folder = tmp_path_factory.mktemp("runs")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tlt.py")
-    jobs = {"1": ("--workers", 1), "2": ("--workers", 2), "3": ("--workers", 3), "torchrun": (), "alone": ()}
+    jobs = {"1": ("--workers", 1), "2": ("--workers", 2), "3": ("--workers", 3), "torchrun": (), "alone": (), "plain": ("--workers", 2, "--drafter", "off", "--strategy", "off"),
+            "warm": ("--workers", 2, "--warm-start", 4, "--drafter", "static", "--strategy", 4), "bandit": ("--workers", 1, "--strategy", "beg-mab")}
     doors = {"torchrun": torchrun, "alone": ("train_grpo.py",)}
-    for pair in (("1", "alone"), ("2", "3"), ("torchrun",)):
+    for pair in (("1", "alone"), ("2", "3"), ("torchrun", "bandit"), ("plain", "warm")):
         running = [launch(model_folder, folder / name, "--steps", 2, *jobs[name], door=doors.get(name, ("tlt.py",))) for name in pair]
         for process in running:
             finish(process)
     return folder
 
 
-@pytest.mark.parametrize("other", ["alone", "2", "3", "torchrun"])
-def test_every_door_and_number_of_workers_gives_the_same_run(runs, other):
-    check_same_run(runs / "1", runs / other, 0.0 if other == "alone" else 1e-5)
+@pytest.mark.parametrize("other", ["alone", "2", "3", "torchrun", "plain", "warm", "bandit"])
+def test_every_door_number_of_workers_and_kind_of_drafting_gives_the_same_run(runs, other):
+    check_same_run(runs / "1", runs / other, 0.0 if other in ("alone", "bandit") else 1e-5)
+
+
+def test_a_run_leaves_its_drafter_and_its_timeline(runs):
+    for name in ("2", "warm"):
+        row = metrics(runs / name)[1]
+        assert row["speculation"]["share"] > 0 and 1 <= row["speculation"]["tokens_per_round"] <= 9 and row["drafter"]["preempted"] >= 0
+        assert (runs / name / "drafter/drafter.safetensors").exists() and (runs / name / "timeline.png").exists()
+        events = [e for e in json.loads((runs / name / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
+        assert {e["tid"] for e in events} == {0, 1} and {"update", "speculative", "checkpoint"} <= {e["name"] for e in events}
+        for tid in (0, 1):  # one state at a time, without holes
+            mine = [e for e in events if e["tid"] == tid]
+            assert all(abs(a["ts"] + a["dur"] - b["ts"]) <= 2 for a, b in zip(mine, mine[1:]))
+    assert metrics(runs / "warm")[1]["drafter"]["steps"] > 0 and metrics(runs / "warm")[2]["drafter"]["steps"] == 0  # warmed, then frozen
+    assert "speculation" not in metrics(runs / "plain")[1] and not (runs / "plain/drafter").exists()
+    assert metrics(runs / "plain")[1]["seconds"]["speculative"] == 0 and metrics(runs / "warm")[1]["seconds"]["rollout"] < metrics(runs / "warm")[1]["seconds"]["speculative"]
 
 
 def test_the_policy_moved_and_another_seed_is_seen(runs, model_folder):
@@ -140,6 +157,120 @@ def test_nothing_is_left_behind(how, model_folder, tmp_path):
 def test_a_mistake_in_a_worker_is_one_line_and_status_2(model_folder, tmp_path):
     text = finish(launch(model_folder, tmp_path, "--workers", 2, "--max-new", 5000), 2)
     assert text.count("context of 256") == 1 and "Traceback" not in text
+
+
+class Scene:
+    """A fake clock, a fake Board and a fake drafter, on which micro-steps and waits take the time that they say."""
+
+    def __init__(self, ends, micro_step, rows=True):
+        self.now, self.ends, self.micro_step, self.states, self.log = 0.0, ends, micro_step, [], []
+        self.buffer = type("B", (), {"rows": [1] if rows else []})()
+
+    def enter(self, state):
+        self.states.append(state)
+        self.log.append((self.now, state))
+
+    def step(self):
+        self.now += self.micro_step
+
+    def responses(self):
+        return sum(end <= self.now for end in self.ends)
+
+
+def check_trains_until_the_last_is_done(over, ends=(1.0, 2.0, 7.5), micro_step=0.4):
+    """One worker is done at time 0; the others' last responses come at `ends`. It has to train until the last, and not one micro-step longer."""
+    scene = Scene(ends, micro_step)
+    tlt.spare(lambda: over(scene), scene, scene)
+    assert max(ends) <= scene.now < max(ends) + micro_step
+    assert set(scene.states) == {"drafter", "idle"} and scene.states[-1] == "idle" and scene.states.count("idle") == 1
+
+
+def test_an_idle_worker_trains_until_the_last_response(monkeypatch):
+    check_trains_until_the_last_is_done(lambda scene: scene.responses() >= 3)
+    caught(check_trains_until_the_last_is_done, lambda scene: scene.responses() >= 1)  # stops as soon as ANY worker has finished
+    slow = lambda scene: scene.responses() >= 3 and scene.now % 2 < 0.4  # looks at the Board now and then only
+    caught(check_trains_until_the_last_is_done, slow)
+    for spot in (None, "empty"):  # no drafter, or nothing yet to learn from: wait
+        scene = Scene([0.02], 0.4, rows=False)
+        monkeypatch.setattr(tlt.time, "sleep", lambda s: setattr(scene, "now", scene.now + s))
+        tlt.spare(lambda: scene.responses() >= 1, scene, spot and scene)
+        assert set(scene.states) == {"idle"} and 0.02 <= scene.now < 0.03
+
+
+def check_averages_by_steps(average):
+    """Three workers with 1, 3 and 0 steps: all end with (1 * first + 3 * second) / 4, and keep their optimizers' moments."""
+    import threading
+    model = tiny()
+    spots = [tlt.Spot(model, TLTConfig(out="nowhere", model="nowhere"), rank) for rank in range(3)]
+    steps = (1, 3, 0)
+    for i, (spot, n) in enumerate(zip(spots, steps)):
+        spot.since = n
+        for w in [*spot.learner.parameters(), *spot.trainer.average]:
+            w.data.fill_(float(i + 1))
+    sums, barrier, moments = {}, threading.Barrier(3), [id(spot.trainer.optimizer) for spot in spots]
+
+    def team_sum(rank):
+        def sum_up(tensors):
+            sums[rank] = [t.clone() for t in tensors]
+            barrier.wait()
+            for i, t in enumerate(tensors):
+                t.copy_(sum(sums[r][i] for r in range(3)))
+        return sum_up
+    threads = [threading.Thread(target=average, args=(spot, team_sum(rank))) for rank, spot in enumerate(spots)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for spot in spots:
+        assert all(torch.allclose(w, torch.full_like(w, 1.75)) for w in [*spot.learner.parameters(), *spot.trainer.average]) and spot.since == 0
+    assert moments == [id(spot.trainer.optimizer) for spot in spots]
+
+
+def test_drafters_are_averaged_by_steps():
+    check_averages_by_steps(tlt.Spot.average)
+
+    def unweighted(spot, team_sum):
+        spot.since = 1
+        tlt.Spot.average(spot, team_sum)
+    caught(check_averages_by_steps, unweighted)
+
+
+def test_nobody_trained_changes_nothing():
+    spot = tlt.Spot(tiny(), TLTConfig(out="nowhere", model="nowhere"), 0)
+    before = [p.clone() for p in spot.learner.parameters()]
+    spot.average(lambda tensors: None)
+    assert all(torch.equal(a, b) for a, b in zip(before, spot.learner.parameters()))
+
+
+def test_a_worker_that_dies_while_it_trains_the_drafter(model_folder, tmp_path):
+    process = launch(model_folder, tmp_path, "--steps", 10_000, "--workers", 2, "--eval-every", 0)
+    try:
+        wait_for(lambda: (tmp_path / "checkpoint-000002").exists())
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        os.kill(workers[1], signal.SIGSTOP)  # it will never finish its rollout (or its update), so the other one waits, and trains, if it is in a rollout
+        time.sleep(1)
+        os.kill(workers[0], signal.SIGKILL)
+        assert "worker 0 died (signal SIGKILL)" in finish(process, 1)
+        wait_for(lambda: not left_over(process.pid), 20)
+    finally:
+        if left_over(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    load_file(tmp_path / "drafter/drafter.safetensors")  # whole
+    finish(launch(model_folder, tmp_path, "--steps", json.loads((sorted(tmp_path.glob("checkpoint-??????"))[-1] / "state.json").read_text())["step"] + 1,
+                  "--workers", 1, "--eval-every", 0, "--resume"))
+
+
+def test_two_torchrun_agents_are_two_hosts(model_folder, tmp_path, runs):
+    import socket
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    agents = [launch(model_folder, tmp_path, "--steps", 2, door=("-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(i), "--nproc-per-node", "1",
+                                                                  "--master-addr", "127.0.0.1", "--master-port", str(port), "tlt.py")) for i in range(2)]
+    for agent in agents:
+        finish(agent)
+    check_same_run(runs / "1", tmp_path, 1e-5)
 
 
 def test_impossible_worker_counts_are_refused(monkeypatch):
