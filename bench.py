@@ -156,7 +156,7 @@ def speculation(args):
     one: one row at a time. tail: 8 rows, until the last is done. bulk: full slots, short responses. mixed: --responses, at their natural lengths, in --slots.
     oracle: for each bucket of batch sizes the fixed length that was fastest there, in hindsight.
     """
-    fixed = {"plain": Draft(), **{f"chain {k}": Draft("learned", k) for k in (1, 2, 4, 6, 8)}}
+    fixed = {"plain": Draft(), **{f"chain {k}": Draft("learned", k) for k in (1, 2, 4, 6, 8, 12)}}
     others = {"tree 4x2": Draft("learned", 4, 2), "n-gram 4": Draft("n-gram", 4), "ratio 4": Draft("learned", 4)}
     workloads = {"one": (1, 1, args.max_new), "tail": (8, 8, args.max_new), "bulk": (args.responses, args.slots, 48), "mixed": (args.responses, args.slots, args.max_new)}
     rows = []

@@ -29,7 +29,7 @@ from tasks import UserError
 
 def arms(kinds):
     """Plain decoding and chains. No trees: a chain with siblings was slower than the chain at every batch size (`bench.py speculation`)."""
-    return [Draft()] + [Draft(kind, k) for kind in kinds for k in ((1, 2, 3, 4, 6, 8) if kind == "learned" else (2, 4))]
+    return [Draft()] + [Draft(kind, k) for kind in kinds for k in ((1, 2, 3, 4, 6, 8, 12) if kind == "learned" else (2, 4))]
 
 
 def bucket(live):

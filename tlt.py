@@ -85,7 +85,7 @@ class Spot:
         start = next((p for p in places if (p / "drafter.safetensors").exists()), None)
         if start:
             self.learner.load(start)
-        self.fresh = start is None
+        self.fresh = self.young = start is None  # not warm-started yet; has much to learn
         self.trainer, self.buffer = Trainer(self.learner, seed=config.seed * 1000 + rank), FeatureBuffer()
         self.since, self.steps, self.loss = 0, 0, 0.0  # micro-steps since the last average; micro-steps and their losses since the last notes
         self.saving = None
@@ -95,6 +95,7 @@ class Spot:
         self.trainer.publish(self.served)
 
     def step(self):
+        self.trainer.lr = 3e-3 if self.young and self.trainer.steps < 1500 else 7e-4  # to follow the policy, less: at 3e-3 a good drafter gets worse
         self.loss += self.trainer.step(self.buffer)[0]
         self.since, self.steps = self.since + 1, self.steps + 1
 
@@ -201,6 +202,7 @@ class Team(Alone):
         if not self.made.drafters:
             return {}
         told = {k: stats[k] for k in ("rounds", "spec_rounds", "spec_row_rounds", "spec_tokens", "spec_drafts")}
+        told.update({f"{name}{j}": stats[name][j] for name in ("drafted", "accepted") for j in range(12)})
         told.update(drafter_steps=spot.steps if spot else 0, drafter_loss=spot.loss if spot else 0.0)
         if spot:
             spot.steps, spot.loss = 0, 0.0
@@ -316,7 +318,7 @@ def demo_flags():
         except Exception as error:  # many kinds of network failure, one consequence
             why = f"the hub does not answer ({type(error).__name__})"
     print(f"demo: the tiny policy in base/ on countdown, two CPU workers, because {why}")
-    return ["--model", "base", "--device", "cpu", "--workers", "2"]
+    return ["--model", "base", "--device", "cpu", "--workers", "2", "--max-new", "960"]
 
 
 def main():
