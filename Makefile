@@ -7,6 +7,7 @@ MODEL ?= base
 START ?=
 DRAFTER ?= runs/drafter
 K ?= 4
+SECONDS ?= 60
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -16,8 +17,9 @@ help:  ## what can be made
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-demo: .venv/installed  ## train a policy with GRPO and show what it learned (about 8 minutes on 2 cores); longer: make demo STEPS=60
+demo: .venv/installed  ## train a policy with TLT, then the last steps once more without, side by side (about 10 minutes on 2 cores); longer: make demo STEPS=60
 	$(RUN) tlt.py --demo --out $(OUT) $(if $(STEPS),--steps $(STEPS))
+	$(RUN) bench.py paired --run $(OUT) --json $(OUT)/paired.json
 
 test: .venv/installed  ## all tests (about 3 minutes on 2 cores)
 	$(RUN) -m pytest -q tests
@@ -28,13 +30,22 @@ bench: .venv/installed  ## the speeds in the README, side by side (about 10 minu
 	$(RUN) bench.py identity --json runs/bench-identity.json
 	$(RUN) bench.py speculation --threads 1 --json runs/bench-speculation.json
 
-drafter: .venv/installed  ## warm-start a drafter, 60 s on one core, and show its acceptance; also MODEL=, START=, DRAFTER=, K=
-	$(RUN) drafter.py --threads 1 --model $(MODEL) --out $(DRAFTER) --k $(K) $(if $(START),--start $(START))
+figures: .venv/installed  ## the README's training figures: 60 steps plain, static and adaptive (about 50 minutes on 2 cores)
+	$(RUN) tlt.py --demo --steps 60 --out runs/adaptive
+	$(RUN) tlt.py --demo --steps 60 --out runs/static --drafter static
+	$(RUN) tlt.py --demo --steps 60 --out runs/plain --drafter off --strategy off
+	$(RUN) bench.py paired --run runs/adaptive --plain runs/plain --json runs/paired.json
+	$(RUN) bench.py paired --run runs/static --plain runs/plain --json runs/paired-static.json
+	$(RUN) bench.py drafter --adaptive runs/adaptive --static runs/static --json runs/drafter.json
 
-base: .venv/installed  ## make base/ again: the tiny policy from scratch (about 40 minutes on 2 cores)
+drafter: .venv/installed  ## train a drafter for a policy on its own rollouts, SECONDS=60 on one core; also MODEL=, START=, DRAFTER=, K=
+	$(RUN) drafter.py --threads 1 --model $(MODEL) --out $(DRAFTER) --k $(K) --seconds $(SECONDS) $(if $(START),--start $(START))
+
+base: .venv/installed  ## make base/ again: the tiny policy from scratch, and its drafter (about an hour on 2 cores)
 	$(RUN) pretrain.py --out base
+	$(RUN) drafter.py --threads 1 --model base --out base/drafter --prompts 256 --seconds 600
 
 clean:  ## remove runs and the virtual environment
 	rm -rf runs .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__
 
-.PHONY: help demo test bench drafter base clean
+.PHONY: help demo test bench figures drafter base clean

@@ -11,20 +11,28 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import matplotlib
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from drafter import Drafter, LearnedDrafts, NGramDrafts, warm_start
+from report import draw_timeline
 from rollout import Draft, Engine, Group, Sampling, load_model, run, sequence_seed, stop_tokens
 from strategy import Bandit, Goodput, arms
-from tasks import Countdown, encode_prompt
+from tasks import Countdown, UserError, encode_prompt
 from train_grpo import write_atomically
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 
 def machine():
@@ -199,12 +207,104 @@ def speculation(args):
     return next(r["ratio"] for r in rows if r["workload"] == args.workloads[-1] and r["mode"] == "goodput"), rows
 
 
+def steps_of(folder):
+    """The steps' rows of a run's metrics by number, and the held-out results by step."""
+    rows = [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
+    return {r["step"]: r for r in rows if "eval" not in r}, {r["step"]: r for r in rows if "eval" in r}
+
+
+def spans_of(folder, step):
+    """Each worker's spans in a step, from a run's trace."""
+    events = [e for e in json.loads((Path(folder) / "trace.json").read_text())["traceEvents"] if e.get("args", {}).get("step") == step]
+    return [[(e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in events if e["tid"] == rank] for rank in sorted({e["tid"] for e in events})]
+
+
+def paired(args):
+    """The training run in --run against the same steps without speculation and drafter training. Ratio: seconds per step, plain over TLT.
+
+    The plain run is made here, from the last checkpoint but one of --run (with --whole from the start), unless --plain names a finished one.
+    """
+    made, plain = Path(args.run), Path(args.plain or args.run.rstrip("/") + "-plain")
+    if not (made / "trace.json").exists():
+        raise UserError(f"--run {made}: no finished run of tlt.py there")
+    if not args.plain:
+        config = {**json.loads((made / "config.json").read_text()), "out": str(plain), "drafter": "off", "strategy": "off", "resume": not args.whole}
+        if not args.whole:
+            start = sorted(made.glob("checkpoint-??????"))[-2:][0]
+            shutil.rmtree(plain, ignore_errors=True)
+            shutil.copytree(start, plain / start.name)
+        flags = [("--" if v is not False else "--no-") + k.replace("_", "-") + (f"={v}" if not isinstance(v, bool) else "") for k, v in config.items()]
+        subprocess.run([sys.executable, "tlt.py", *flags], check=True)
+    (ours, our_evals), (theirs, their_evals) = steps_of(made), steps_of(plain)
+    first = json.loads((plain / "config.json").read_text())["resume"] and int(sorted(plain.glob("checkpoint-??????"))[0].name[-6:])  # rows up to there are copies
+    common = [step for step in theirs if step in ours and step > first]
+    same = [step for step in common if ours[step]["digest"] == theirs[step]["digest"]]
+    phases = {"rollout": ("rollout", "speculative", "reward", "drafter", "idle"), "update": ("update",), "step": ("step",)}  # rollout: until the last response
+    rows = [{"phase": name, **{who: sum(run[step]["seconds"][p] for step in common for p in parts) / len(common) for who, run in (("plain", theirs), ("tlt", ours))}}
+            for name, parts in phases.items()]
+    print(f"\nsteps {common[0]} to {common[-1]}, seconds per step\n{'':>8} {'plain':>7} {'TLT':>7} {'ratio':>6}")
+    for r in rows:
+        r["ratio"] = r["plain"] / r["tlt"]
+        print(f"{r['phase']:>8} {r['plain']:7.2f} {r['tlt']:7.2f} {r['ratio']:6.2f}")
+    evals = [step for step in their_evals if step in our_evals and step >= common[0]]
+    equal = sum(their_evals[e]["eval"] == our_evals[e]["eval"] for e in evals)
+    used, idle = (sum(ours[step]["seconds"][k] for step in common) for k in ("drafter", "idle"))
+    parted = next((step for step in common if step not in same), None)
+    rows.append({"phase": "checks", "steps": len(common), "identical": len(same), "parted": parted, "evaluations": len(evals), "equal": equal,
+                 "reclaimed": used / max(1e-9, used + idle), "preempted": max(ours[step]["drafter"]["preempted"] for step in common)})
+    print(f"the same tokens in {len(same)} of {len(common)} steps" + (f" (parted at step {parted})" if parted else "") + f", the same held-out results in {equal} of {len(evals)} evaluations\n"
+          f"{rows[-1]['reclaimed']:.0%} of the idle time went into {sum(ours[step]['drafter']['steps'] for step in common)} drafter steps, "
+          f"which ended at most {rows[-1]['preempted'] * 1e3:.0f} ms after the last response")
+    draw_timeline({f"plain, step {common[-1]}": spans_of(plain, common[-1]), f"TLT, step {common[-1]}": spans_of(made, common[-1])}, made / "paired.png")
+    print(f"wrote {made}/paired.png")
+    return rows[2]["ratio"], rows
+
+
+def drafter(args):
+    """Adaptive against static drafter over the steps of two training runs (--adaptive, --static), in tokens per round at k = 8, worked out from the acceptance
+    measured at each depth. Ratio: adaptive over static, mean of the last ten steps."""
+    runs = {name: steps_of(folder)[0] for name, folder in (("adaptive", args.adaptive), ("static", args.static))}
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    curves = {}
+    for name, steps in runs.items():
+        curves[name] = {}
+        for step, row in steps.items():
+            total = chance = here = 1.0
+            for c in row["speculation"]["acceptance"][:8]:
+                here = here if c is None else c  # a depth that was not tried
+                chance *= here
+                total += chance
+            curves[name][step] = total
+        axis.plot(list(curves[name]), list(curves[name].values()), label=name)
+    axis.set(xlabel="RL step", title="tokens per round at k = 8")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(Path(args.adaptive) / "drafter.png", dpi=100)
+    common = [step for step in curves["adaptive"] if step in curves["static"]]
+    rows = [{"steps": [part[0], part[-1]], **{name: statistics.mean(curve[step] for step in part) for name, curve in curves.items()}}
+            for part in (common[i:i + 10] for i in range(0, len(common), 10))]
+    print(f"\n{'steps':>9} {'static':>7} {'adaptive':>9} {'ratio':>6}")
+    for r in rows:
+        print(f"{r['steps'][0]:4d}-{r['steps'][1]:<4d} {r['static']:7.2f} {r['adaptive']:9.2f} {r['adaptive'] / r['static']:6.2f}")
+    return rows[-1]["adaptive"] / rows[-1]["static"], rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="name", required=True)
-    for function in (engine, identity, speculation):
-        sub = commands.add_parser(function.__name__, help=function.__doc__)
+    for function in (engine, identity, speculation, paired, drafter):
+        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(function=function)
         sub.add_argument("--json", default="", help="also write the result here")
+        if function is paired:
+            sub.add_argument("--run", default="runs/demo", help="folder of the run")
+            sub.add_argument("--plain", default="", help="folder of a plain run that is there already")
+            sub.add_argument("--whole", action="store_true", help="compare from the first step")
+            continue
+        if function is drafter:
+            sub.add_argument("--adaptive", required=True, help="folder of a run with --drafter adaptive")
+            sub.add_argument("--static", required=True, help="folder of a run with --drafter static")
+            continue
         sub.add_argument("--model", default="base")
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--rounds", type=int, default=3, help="turns of each party")
@@ -216,9 +316,8 @@ def main():
         sub.add_argument("--responses", type=int, default=1024 if function is identity else 128, help="how many (identity, speculation)")
         sub.add_argument("--drafter", default="", help="folder of a trained drafter; else the model's own (model/drafter), else one is warm-started")
         sub.add_argument("--warm", type=float, default=60, help="seconds of warm start")
-        sub.set_defaults(function=function)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(getattr(args, "threads", 1))
     ratio, rows = args.function(args)
     print(f"ratio {ratio:.2f}   {machine()}")
     if args.json:

@@ -134,6 +134,7 @@ class LearnedDrafts:
         have = torch.tensor(self.have[:n], device=device)
         self.have[:n] = ends
         columns = have[:, None] + torch.arange(gap, device=device)  # (n, gap); beyond a row's own gap: stale, and overwritten before anyone looks
+        columns = columns.clamp(max=engine.tokens.shape[1] - 2)
         positions, mask = attend(self.cache, rows, have, max(ends) + gap, gap)
         out = self.run(engine.tokens[rows].gather(1, columns + 1), engine.hidden[each[:, None], columns], self.drafter.angles(positions), mask)
         feature = out[each, (lens - have - 1).clamp(min=0)][:, None]  # (n, 1, D), h' at position lens

@@ -308,7 +308,10 @@ def attend(cache, rows, lens, view, columns, tree=None):
 
     tree: None for a chain, or (depth (T,), sees (T, T) bool): how deep each entry is, and which of the new entries it sees.
     """
-    slots = lens[:, None] + torch.arange(columns, device=lens.device)  # (B, T)
+    room = cache.data.shape[4]
+    view = min(view, room)
+    # a drafter's rows catch up over gaps of unequal length: what is padding in a row's T may reach beyond its slot, whose last entry is nobody's
+    slots = (lens[:, None] + torch.arange(columns, device=lens.device)).clamp(max=room - 1)  # (B, T)
     place = torch.arange(view, device=lens.device)
     if tree is None:
         positions, unseen = slots, place > slots[..., None]  # (B, T, view)

@@ -1,4 +1,19 @@
-"""TLT: GRPO on many workers, one per GPU (or CPU core). `python tlt.py` is the whole system; the loop itself is train_grpo.train.
+"""TLT: GRPO on many workers, one per GPU (or CPU core), with speculative rollout and a drafter that is trained in the time that would be lost.
+`python tlt.py` is the whole system; the loop itself is train_grpo.train.
+
+A worker in a step:
+
+    ROLLOUT   take groups from the queue, generate and grade them; the strategy says how to draft         rollout.py, strategy.py
+    DRAFTER   no group and no row left: train the drafter on the features of one's own responses, until the last response of all workers is there
+    meet      responses go to everybody, drafters are averaged, weighted by the steps that each has made
+    UPDATE    of the policy                                                                                train_grpo.py
+
+Rules. Nobody waits inside the preemptible part: between two micro-steps of the drafter a worker looks at the Board, and that is all, so the update begins at most one micro-step
+after the last response. It is the LAST response that ends drafter training, not the first worker that is done. The engine drafts with a copy of the
+drafter that changes between rollouts only. Features stay on the worker that made them; the buffer holds this rollout's responses and the long ones of the last, because those
+who idle first have seen the short responses only.
+
+One worker is never idle, so there the drafter gets a small share of the rollout's time instead: a drafter that stands still while the policy moves costs more.
 
 Three doors, one worker function:
     RANK is set (torchrun, accelerate launch, several hosts)   -> join that group
@@ -9,7 +24,9 @@ Work queue. A rollout's groups are numbered; `board.add("next")` hands out the n
 No collective runs while anybody generates: workers look at the Board (a TCP key-value store), and meet only when all responses exist.
 
 Every worker then holds all responses and updates the same weights: micro-batches are dealt out by content, gradients are summed, each worker steps the same
-optimizer. So 1, 2 and 3 workers make the same tokens and, to fp32 rounding, the same policy.
+optimizer. So 1, 2 and 3 workers, with and without speculation, make the same tokens and, to fp32 rounding, the same policy.
+
+Left out: stealing rows of the tail from a busy worker, drafter checkpoints with optimizer state (a resumed run goes on with its weights and new moments).
 """
 
 import os
@@ -81,7 +98,7 @@ class Spot:
     def __init__(self, actor, config, rank):
         torch.manual_seed(config.seed)  # every worker's drafter starts alike
         self.learner, self.served = Drafter(actor, torch.float32), Drafter(actor)
-        places = [Path(config.out) / "drafter"] * config.resume + [Path(config.drafter_from or "/"), Path(config.model) / "drafter"]
+        places = [Path(config.out) / "drafter"] * config.resume + [Path(config.drafter_from)] * bool(config.drafter_from) + [Path(config.model) / "drafter"]
         start = next((p for p in places if (p / "drafter.safetensors").exists()), None)
         if start:
             self.learner.load(start)
@@ -158,6 +175,7 @@ class Team(Alone):
         self.rollouts += 1
         name = f"rollout {self.rollouts} "  # fresh counters for each rollout: no reset, so no race
         spot, total, started, done = self.spot, sum(len(g.seeds) for g in groups), time.time(), []
+        adaptive = spot and self.config.drafter == "adaptive"
         if spot:
             spot.begin(self.rollouts)
             if hasattr(self.strategy, "begin"):
@@ -179,12 +197,11 @@ class Team(Alone):
 
         choose.observe = getattr(self.strategy, "observe", None)
         for r in self.work(engine, mine(), sampling, grade, choose):
-            if spot:
+            if adaptive or spot and spot.fresh:
                 spot.buffer.add(r)
             r.hidden = None  # features stay with the worker that made them
             done.append(r)
             progress(self.board.add(name + "responses"))
-        adaptive = spot and self.config.drafter == "adaptive"
         spare(all_done, self.clock, spot if adaptive else None)
         done = self.everyone(done)
         if spot and spot.fresh:  # the warm start, with an average every two seconds, lest the workers' drafters drift apart
@@ -264,6 +281,10 @@ def spawned(rank, config, count, port, threads):
     torch.set_num_threads(threads)
     try:
         worker(config)
+    except RuntimeError as error:
+        if "onnection" in str(error):  # another worker is gone, and this one has only noticed: let the other one's reason be heard first
+            time.sleep(3)
+        raise
     except UserError as error:
         if rank == 0:  # all workers make the same mistake; one line says it
             print(f"tlt.py: {error}", file=sys.stderr, flush=True)

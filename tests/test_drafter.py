@@ -414,6 +414,23 @@ def test_ngrams_learn_a_loop():
     assert engine.stats["spec_tokens"] / engine.stats["spec_row_rounds"] > 1.2
 
 
+def check_full_slots(engine_class):
+    """Slots that the longest sequences fill to the last entry; speculation starts again after so many plain rounds that the catching up of
+    a row would reach beyond the slot of another, which needs none."""
+    model, groups = tiny(), groups_of(12, random.Random(1))
+    longest = max(len(g.prompt) for g in groups)
+    groups = [Group(g.index, g.prompt * (longest // len(g.prompt)), g.seeds) for g in groups]
+    sampling, turns = Sampling(max_new=60), itertools.count()
+    engine = engine_class(model, {999}, 10, max(len(g.prompt) for g in groups) + 60, drafters={"learned": LearnedDrafts(make_drafter(model))})
+    plain = {(r.group, r.sample): r.tokens for r in engine.generate(groups, sampling)}
+    spec = {(r.group, r.sample): r.tokens for r in engine.generate(groups, sampling, lambda live: Draft("learned", 12 if next(turns) % 40 > 35 else 0))}
+    assert spec == plain
+
+
+def test_catching_up_stays_inside_the_slots():
+    check_full_slots(Engine)
+
+
 def test_too_wide_a_draft_is_named():
     with pytest.raises(UserError, match="draft length 8 x width 3"):
         check_identity(fixed("learned", 8, 3))

@@ -13,6 +13,7 @@ import torch
 from conftest import caught, tiny
 from safetensors.torch import load_file
 
+import bench
 import tlt
 from tasks import UserError
 from tlt import Board, TLTConfig
@@ -157,6 +158,34 @@ def test_nothing_is_left_behind(how, model_folder, tmp_path):
 def test_a_mistake_in_a_worker_is_one_line_and_status_2(model_folder, tmp_path):
     text = finish(launch(model_folder, tmp_path, "--workers", 2, "--max-new", 5000), 2)
     assert text.count("context of 256") == 1 and "Traceback" not in text
+
+
+def run_bench(monkeypatch, tmp_path, *argv):
+    monkeypatch.setattr("sys.argv", ["bench.py", *map(str, argv), "--json", str(tmp_path / "out.json")])
+    monkeypatch.chdir(ROOT)
+    bench.main()
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def test_paired_comparison(runs, monkeypatch, tmp_path, capsys):
+    """With a plain run that is there, and with one made from the checkpoint before the last."""
+    for more, steps in ((["--plain", runs / "plain"], 2), ([], 1)):
+        found = run_bench(monkeypatch, tmp_path, "paired", "--run", runs / "2", *more)
+        checks = found["rows"][-1]
+        assert found["name"] == "paired" and found["ratio"] == found["rows"][2]["plain"] / found["rows"][2]["tlt"]
+        assert checks["steps"] == checks["identical"] == steps and checks["equal"] == checks["evaluations"] > 0 and checks["parted"] is None
+        assert (runs / "2/paired.png").exists()
+    assert "the same tokens in 1 of 1 steps" in capsys.readouterr().out
+    rows = metrics(runs / "2-plain")
+    rows[-2]["digest"] += 1  # a token differs
+    (runs / "2-plain/metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = run_bench(monkeypatch, tmp_path, "paired", "--run", runs / "2", "--plain", runs / "2-plain")
+    assert found["rows"][-1]["identical"] == 0 and found["rows"][-1]["parted"] == 2
+
+
+def test_static_against_adaptive(runs, monkeypatch, tmp_path):
+    found = run_bench(monkeypatch, tmp_path, "drafter", "--adaptive", runs / "2", "--static", runs / "warm")
+    assert found["rows"][0]["steps"] == [1, 2] and 1 <= found["rows"][0]["static"] <= 9 and (runs / "2/drafter.png").exists()
 
 
 class Scene:
