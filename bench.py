@@ -236,8 +236,7 @@ def paired(args):
         flags = [("--" if v is not False else "--no-") + k.replace("_", "-") + (f"={v}" if not isinstance(v, bool) else "") for k, v in config.items()]
         subprocess.run([sys.executable, "tlt.py", *flags], check=True)
     (ours, our_evals), (theirs, their_evals) = steps_of(made), steps_of(plain)
-    first = json.loads((plain / "config.json").read_text())["resume"] and int(sorted(plain.glob("checkpoint-??????"))[0].name[-6:])  # rows up to there are copies
-    common = [step for step in theirs if step in ours and step > first]
+    common = [step for step in theirs if step in ours and "speculation" not in theirs[step]]  # rows before the checkpoint are copies
     same = [step for step in common if ours[step]["digest"] == theirs[step]["digest"]]
     phases = {"rollout": ("rollout", "speculative", "reward", "drafter", "idle"), "update": ("update",), "step": ("step",)}  # rollout: until the last response
     rows = [{"phase": name, **{who: sum(run[step]["seconds"][p] for step in common for p in parts) / len(common) for who, run in (("plain", theirs), ("tlt", ours))}}

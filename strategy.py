@@ -10,8 +10,9 @@ Goodput, the default (after SmartSpec / TurboSpec, arXiv 2406.14066): the arm wi
     arm = argmax E / t
 
 k = 0 is an ordinary arm (E = 1), so the batch size at which speculation pays is found out on each machine, not configured.
-c: discounted counts, forgotten where a drafter has changed; depths not reached lately count as good as the one before. w: least squares of the relative error, discounted; r: what it leaves unexplained.
-The kind in use is measured all the time. The others are tried again, with their best arm, as often as 1 % of the time pays for.
+c: discounted counts, forgotten where a drafter has changed; depths not reached lately count as good as the one before.
+w: least squares of the relative error, discounted; r: what it leaves unexplained.
+The kind in use is measured all the time. Each of the others is tried again, with its best arm, as often as half a percent of the time pays for.
 
 BEG-MAB, the paper's method (bucketed epsilon-greedy bandit, arXiv 2511.16665): for each bucket of batch sizes the arm with the best median of its last rewards
 (tokens per second), with chance epsilon another one. Nothing is shared between arms or buckets, so each has to be tried in each.
@@ -40,7 +41,7 @@ def bucket(live):
 class Goodput:
     """See above. It decides when the batch size changes its bucket, else every HOLD rounds: a decision costs 0.1 ms, a round of one row 1 ms."""
 
-    KEEP_RIGHT, KEEP_TIME, PROBES, HOLD, TRIAL = 0.98, 0.99, 0.01, 8, 2
+    KEEP_RIGHT, KEEP_TIME, PROBES, HOLD, TRIAL = 0.98, 0.99, 0.005, 8, 2
 
     def __init__(self, arms):
         self.kinds = {arm.kind: [a for a in arms if a.kind == arm.kind] for arm in arms}
@@ -49,8 +50,8 @@ class Goodput:
         self.gram = {kind: np.zeros((5, 5)) for kind in self.kinds}  # sum of x x' / t^2
         self.aim = {kind: np.zeros(5) for kind in self.kinds}        # sum of x / t
         self.weights, self.rest = {}, {}                             # w; (bucket, arm) -> measured / predicted
-        self.seen, self.used = dict.fromkeys(self.kinds, 0), dict.fromkeys(self.kinds, 0)  # rounds with each kind; the last decision for it
-        self.arm, self.bucket, self.view, self.left, self.decisions, self.credit = arms[0], 0, 0, 0, 0, 0.0
+        self.seen, self.credit = dict.fromkeys(self.kinds, 0), dict.fromkeys(self.kinds, 0.0)  # rounds with each kind; seconds to spend on trying it
+        self.arm, self.changed, self.bucket, self.view, self.left = arms[0], False, 0, 0, 0
         self.heard = []  # of the rounds since the last decision
 
     def __call__(self, live):
@@ -58,7 +59,8 @@ class Goodput:
             if self.heard:
                 self.learn()
             self.bucket, self.view, self.left = bucket(live), max(row.length for row in live), self.HOLD
-            self.arm = self.decide(len(live))
+            before, self.arm = self.arm, self.decide(len(live))
+            self.changed = self.arm.kind != before.kind
         self.left -= 1
         return self.arm
 
@@ -77,32 +79,34 @@ class Goodput:
         for total, new in ((self.tried[kind], tried), (self.right[kind], right)):
             total *= self.KEEP_RIGHT ** n
             total[:arm.k] += np.sum(new, 0)
-        x, t = self.features(arm, sum(rows) / n), median_low(seconds)  # median: a hiccup, or a drafter that catches up, is one round of many
+        for other in self.kinds:
+            self.credit[other] += self.PROBES * sum(seconds)
+        seconds = seconds[int(self.changed):]  # in the first round a drafter catches up with what it has missed
+        if not seconds:
+            return
+        self.seen[kind] += len(seconds)
+        x, t = self.features(arm, sum(rows) / n), median_low(seconds)  # median: a hiccup is one round of many
         self.gram[kind] = self.KEEP_TIME * self.gram[kind] + np.outer(x, x) / t**2
         self.aim[kind] = self.KEEP_TIME * self.aim[kind] + x / t
         self.weights[kind] = np.linalg.solve(self.gram[kind] + 1e-3 * np.eye(5) / t**2, self.aim[kind])  # a little ridge
         place, error = (self.bucket, arm), t / max(1e-5, self.weights[kind] @ x)
         self.rest[place] = min(2.0, max(0.5, self.rest.get(place, 1.0) * 0.8 + error * 0.2))
-        self.seen[kind] += n
-        self.credit += self.PROBES * sum(seconds)
 
     def decide(self, rows):
-        self.decisions += 1
         self.left = self.TRIAL
         for kind, mine in self.kinds.items():  # never seen: its shortest arm, then one from the middle, and t is known for all
             if self.seen[kind] < self.TRIAL * len(mine[:2]):
                 return mine[0] if self.seen[kind] < self.TRIAL else mine[len(mine) // 2]
         rate = {arm: self.expected(arm) / self.seconds(arm, rows) for mine in self.kinds.values() for arm in mine}
         best = max(rate, key=rate.get)
-        rarest = min(self.kinds, key=self.used.get)
-        other = max(self.kinds[rarest], key=rate.get)
-        loss = self.TRIAL * self.expected(other) * (1 / rate[other] - 1 / rate[best])  # seconds that trying it costs
-        if 0 < loss < self.credit:
-            self.credit -= loss
-            best = other
-        elif not best.k or self.tried[best.kind][0] >= 1:  # else its guesses are unknown, and two rounds tell
+        for kind in self.kinds:
+            other = max(self.kinds[kind], key=rate.get)
+            loss = self.TRIAL * self.expected(other) * (1 / rate[other] - 1 / rate[best])  # seconds that trying it costs
+            if kind != best.kind and loss < self.credit[kind]:
+                self.credit[kind] -= loss
+                return other
+        if not best.k or self.tried[best.kind][0] >= 1:  # else its guesses are unknown, and two rounds tell
             self.left = self.HOLD
-        self.used[best.kind] = self.decisions
         return best
 
     def expected(self, arm):
