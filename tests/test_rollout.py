@@ -190,14 +190,14 @@ def test_limits_are_named():
     assert list(Engine(model, {1}, 4, 100).generate([], Sampling())) == []
 
 
-def test_command_line_streams_what_the_engine_makes(model_folder, capsys, monkeypatch):
+def test_command_line_streams_what_the_engine_makes(model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["rollout.py", "--model", str(model_folder), "--prompt", "3,7,8=29<think>", "--samples", "3", "--max-new", "20"])
     rollout.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all(line.startswith("3,7,8=29<think>") for line in lines) and len(set(lines)) == 3
     from drafter import Drafter
-    Drafter(rollout.load_model(str(model_folder))[0]).save(model_folder / "drafter")
+    Drafter(rollout.load_model(str(model_folder))[0]).save(tmp_path / "drafter")
     monkeypatch.setattr("sys.argv", ["rollout.py", "--model", str(model_folder), "--prompt", "3,7,8=29<think>", "--samples", "3", "--max-new", "20",
-                                     "--drafter", str(model_folder / "drafter"), "--k", "3"])
+                                     "--drafter", str(tmp_path / "drafter"), "--k", "3"])
     rollout.main()
     assert capsys.readouterr().out.splitlines() == lines
