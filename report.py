@@ -106,8 +106,8 @@ def draw_timeline(panels, path):
                 axis.broken_barh([(start - zero, end - start)], (rank - 0.4, 0.8), color=STATES[state][1], label=label)
         axis.set(title=title, yticks=range(len(spans)), yticklabels=[f"worker {rank}" for rank in range(len(spans))], ylim=(len(spans) - 0.5, -0.5))
     axes[-1, 0].set_xlabel("seconds")
-    figure.legend(loc="lower right", ncols=len(used), fontsize=8)
-    figure.tight_layout()
+    figure.legend(loc="lower center", ncols=len(used), fontsize=8)
+    figure.tight_layout(rect=(0, 0.25 / len(panels) ** 2 + 0.02, 1, 1))  # room for the legend
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
