@@ -36,7 +36,7 @@ def speculation(spans, notes):
     last = lambda *states: max((end for mine in spans for state, _, end in mine if state in states), default=0.0)
     rows = max(1, total["spec_row_rounds"])
     return {"speculation": {"tokens_per_round": total["spec_tokens"] / rows, "k": total["spec_drafts"] / rows, "share": total["spec_rounds"] / max(1, total["rounds"]),
-                            "acceptance": [total[f"accepted{j}"] / total[f"drafted{j}"] if total[f"drafted{j}"] else None for j in range(12)]},  # by depth
+                            "acceptance": [total[f"right{j}"] / total[f"tried{j}"] if total[f"tried{j}"] else None for j in range(12)]},  # of the learned drafter, by depth
             "drafter": {"steps": total["drafter_steps"], "loss": total["drafter_loss"] / max(1, total["drafter_steps"]),
                         "reclaimed": time_in("drafter") / max(1e-9, time_in("drafter", "idle")),  # share of the idle time
                         "preempted": max(0.0, last("drafter") - last(*ROLLOUT))}}  # seconds from the last response to the end of drafter training

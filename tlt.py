@@ -37,6 +37,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -167,6 +168,7 @@ class Team(Alone):
             drafters["n-gram"] = NGramDrafts()
         self.strategy = make_strategy(self.config.strategy, list(drafters))
         self.made = Engine(actor, stop, slots, drafters=drafters)
+        self.tried, self.right = [], []  # guesses of the learned drafter by depth since the last notes
         return self.made
 
     def rollout(self, engine, groups, sampling, grade, progress):
@@ -195,7 +197,13 @@ class Team(Alone):
             progress(count)
             return count >= total
 
-        choose.observe = getattr(self.strategy, "observe", None)
+        def observe(rows, arm, seconds, tried, right):
+            if arm.kind == "learned":
+                self.tried, self.right = ([a + b for a, b in zip_longest(total, new, fillvalue=0)] for total, new in ((self.tried, tried), (self.right, right)))
+            if hasattr(self.strategy, "observe"):
+                self.strategy.observe(rows, arm, seconds, tried, right)
+
+        choose.observe = observe
         for r in self.work(engine, mine(), sampling, grade, choose):
             if adaptive or spot and spot.fresh:
                 spot.buffer.add(r)
@@ -219,7 +227,9 @@ class Team(Alone):
         if not self.made.drafters:
             return {}
         told = {k: stats[k] for k in ("rounds", "spec_rounds", "spec_row_rounds", "spec_tokens", "spec_drafts")}
-        told.update({f"{name}{j}": stats[name][j] for name in ("drafted", "accepted") for j in range(12)})
+        for name, counts in (("tried", self.tried), ("right", self.right)):
+            told.update({f"{name}{j}": sum(counts[j:j + 1]) for j in range(12)})
+        self.tried, self.right = [], []
         told.update(drafter_steps=spot.steps if spot else 0, drafter_loss=spot.loss if spot else 0.0)
         if spot:
             spot.steps, spot.loss = 0, 0.0
