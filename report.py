@@ -150,7 +150,7 @@ def draw_curves(metrics, path, config):
     axes[1].set(title="response length (tokens)", xlabel="RL step")
     axes[1].legend()
     names = [k for k in (steps[0]["seconds"] if steps else {}) if k != "step"]
-    axes[2].stackplot(x, [[m["seconds"][k] for m in steps] for k in names], labels=names)
+    axes[2].stackplot(x, [[m["seconds"][k] for m in steps] for k in names], labels=names, colors=[STATES[n][1] for n in names])
     axes[2].set(title="seconds per step", xlabel="RL step")
     axes[2].legend(loc="upper left")
     figure.tight_layout()

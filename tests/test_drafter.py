@@ -380,6 +380,25 @@ def test_what_is_published_is_the_running_average():
     assert not any(torch.equal(a, b) for a, b in zip(served.parameters(), trainer.drafter.parameters()))
 
 
+def test_a_float32_drafter_learns_beside_a_bfloat16_policy(tmp_path):
+    """As on a GPU: the engine's policy and drafter in bfloat16, the learner and its average in float32."""
+    model = tiny().bfloat16()
+    learner, served = Drafter(model, torch.float32), Drafter(model)
+    engine = Engine(model, {1}, 10, 100, drafters={"learned": LearnedDrafts(served)})
+    buffer, trainer = FeatureBuffer(), Trainer(learner, tokens=64)
+    for r in engine.generate(groups_of(4, random.Random(1)), SAMPLINGS[0], fixed("learned", 3)):
+        buffer.add(r)
+    before = learner.fc.weight.detach().clone()
+    for _ in range(3):
+        assert trainer.step(buffer)[0] > 0
+    trainer.publish(served)
+    assert {p.dtype for p in learner.parameters()} == {torch.float32} and not torch.equal(before, learner.fc.weight)
+    assert {p.dtype for p in served.parameters()} == {torch.bfloat16} and torch.allclose(served.fc.weight.float(), trainer.average[0], atol=1e-2)
+    served.save(tmp_path)
+    learner.load(tmp_path)
+    list(engine.generate(groups_of(4, random.Random(2)), SAMPLINGS[0], fixed("learned", 3)))
+
+
 def test_save_and_load(tmp_path):
     model = tiny()
     drafter = make_drafter(model)
