@@ -17,11 +17,11 @@ help:  ## what can be made
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-demo: .venv/installed  ## train a policy with TLT, then the last steps once more without, side by side (about 10 minutes on 2 cores); longer: make demo STEPS=60
+demo: .venv/installed  ## train a policy with TLT, then the last steps once more without, side by side (about 13 minutes on 2 cores); longer: make demo STEPS=60
 	$(RUN) tlt.py --demo --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 	$(RUN) bench.py paired --run $(OUT) --json $(OUT)/paired.json
 
-test: .venv/installed  ## all tests (about 3 minutes on 2 cores)
+test: .venv/installed  ## all tests (about 4 minutes on 2 cores)
 	$(RUN) -m pytest -q tests
 
 bench: .venv/installed  ## the speeds in the README, side by side (about 10 minutes on 2 cores)
