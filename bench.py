@@ -19,20 +19,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from drafter import Drafter, LearnedDrafts, NGramDrafts, warm_start
-from report import draw_timeline
+from report import draw_timeline, pyplot
 from rollout import Draft, Engine, Group, Sampling, load_model, run, sequence_seed, stop_tokens
-from strategy import Bandit, Goodput, arms
+from strategy import Bandit, Goodput, arms, bucket
 from tasks import Countdown, UserError, encode_prompt
 from train_grpo import write_atomically
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def machine():
@@ -152,8 +148,8 @@ class Watch:
         return self.inner(live)
 
     def observe(self, rows, arm, seconds, tried, right):
-        spent, made = self.found.get(rows.bit_length(), (0.0, 0))
-        self.found[rows.bit_length()] = (spent + seconds, made + rows + sum(right))
+        spent, made = self.found.get(bucket(rows), (0.0, 0))
+        self.found[bucket(rows)] = (spent + seconds, made + rows + sum(right))
         if hasattr(self.inner, "observe"):
             self.inner.observe(rows, arm, seconds, tried, right)
 
@@ -197,7 +193,7 @@ def speculation(args):
             rows.append({"workload": workload, "mode": name, "tokens_per_second": speed, "ratio": speed / speeds["plain"][0], "tokens_per_round": per_round,
                          "draft_share": drafting, "rounds": rounds, "tokens": tokens})
         found = [notes[name][3] for name in fixed]
-        best = sum(made * min(f[bucket][0] / f[bucket][1] for f in found if bucket in f) for bucket, (_, made) in notes["plain"][3].items())
+        best = sum(made * min(f[size][0] / f[size][1] for f in found if size in f) for size, (_, made) in notes["plain"][3].items())
         seconds = sum(spent for spent, _ in notes["plain"][3].values())
         rows.append({"workload": workload, "mode": "oracle", "ratio": seconds / best, "tokens_per_second": speeds["plain"][0] * seconds / best})
     print(f"\n{'workload':>8} {'mode':>9} {'tok/s':>7} {'ratio':>6} {'tokens per round':>17} {'drafting':>9} {'rounds':>7}")
@@ -263,7 +259,7 @@ def drafter(args):
     """Adaptive against static drafter over the steps of two training runs (--adaptive, --static), in tokens per round at k = 8, worked out from the acceptance
     measured at each depth. Ratio: adaptive over static, mean of the last ten steps."""
     runs = {name: steps_of(folder)[0] for name, folder in (("adaptive", args.adaptive), ("static", args.static))}
-    figure, axis = plt.subplots(figsize=(7, 3.6))
+    figure, axis = pyplot().subplots(figsize=(7, 3.6))
     curves = {}
     for name, steps in runs.items():
         curves[name] = {}

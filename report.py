@@ -90,11 +90,17 @@ def trace(history):
     return json.dumps({"traceEvents": events})
 
 
-def draw_timeline(panels, path):
-    """panels: title -> each worker's spans; drawn one below the other on the same scale."""
+def pyplot():
+    """matplotlib's, for files alone. Imported when the first picture is drawn: only rank 0 draws, at the end."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def draw_timeline(panels, path):
+    """panels: title -> each worker's spans; drawn one below the other on the same scale."""
+    plt = pyplot()
     figure, axes = plt.subplots(len(panels), 1, figsize=(11, 0.9 + 1.3 * len(panels)), sharex=True, squeeze=False)
     used = set()
     for axis, (title, spans) in zip(axes[:, 0], panels.items()):
@@ -134,9 +140,7 @@ def summarise(metrics, config):
 
 
 def draw_curves(metrics, path, config):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     steps, evals = [m for m in metrics if "eval" not in m], [m for m in metrics if "eval" in m]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
     x = [m["step"] for m in steps]

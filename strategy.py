@@ -33,9 +33,9 @@ def arms(kinds):
     return [Draft()] + [Draft(kind, k) for kind in kinds for k in ((1, 2, 3, 4, 6, 8, 12) if kind == "learned" else (2, 4))]
 
 
-def bucket(live):
+def bucket(rows):
     """Of the batch size: 1, 2-3, 4-7, 8-15, ..."""
-    return len(live).bit_length()
+    return rows.bit_length()
 
 
 class Goodput:
@@ -55,10 +55,10 @@ class Goodput:
         self.heard = []  # of the rounds since the last decision
 
     def __call__(self, live):
-        if not self.left or bucket(live) != self.bucket:
+        if not self.left or bucket(len(live)) != self.bucket:
             if self.heard:
                 self.learn()
-            self.bucket, self.view, self.left = bucket(live), max(row.length for row in live), self.HOLD
+            self.bucket, self.view, self.left = bucket(len(live)), max(row.length for row in live), self.HOLD
             before, self.arm = self.arm, self.decide(len(live))
             self.changed = self.arm.kind != before.kind
         self.left -= 1
@@ -135,14 +135,14 @@ class Bandit:
         self.rewards = defaultdict(lambda: {arm: deque(maxlen=window) for arm in arms})  # bucket -> arm -> its last rewards
 
     def __call__(self, live):
-        mine = self.rewards[bucket(live)]
+        mine = self.rewards[bucket(len(live))]
         untried = [arm for arm in self.arms if not mine[arm]]
         if untried or self.rng.random() < self.epsilon:
             return self.rng.choice(untried or self.arms)
         return max(self.arms, key=lambda arm: median(mine[arm]))
 
     def observe(self, rows, arm, seconds, tried, right):
-        self.rewards[rows.bit_length()][arm].append((rows + sum(right)) / seconds)
+        self.rewards[bucket(rows)][arm].append((rows + sum(right)) / seconds)
 
 
 def make_strategy(name, kinds):
