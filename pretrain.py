@@ -1,6 +1,6 @@
-"""The tiny base policy, from scratch: `make base` writes base/, a normal Hugging Face folder of 8 MB.
+"""The tiny base policies, from scratch: `make base` writes base/ (countdown), a normal Hugging Face folder of 8 MB, and base/chain/, one of 0.7 MB.
 
-A search trace is a depth-first search in random order until the target is hit, so response lengths are long-tailed by nature:
+Countdown. A search trace is a depth-first search in random order until the target is hit, so response lengths are long-tailed by nature:
 
     3,7,8=29<think>7+3=10>10,8;10+8=18:29;10*8=80:29;8-3=5>5,7;...;7*3=21>21,8;21+8=29:29!</think><answer>(7*3)+8</answer>
 
@@ -10,6 +10,9 @@ Writing the target beside each leaf is what makes it learnable: without it a mod
 Two phases on one schedule (AdamW, linear warm-up and decay): clean traces teach to search, then NOISY ones (false claims of success, giving up,
 slips of arithmetic) teach bad habits on top. The result solves about a third of held-out problems but knows how to do better, which is what
 reinforcement learning can lift: it learns to go on searching instead of claiming, so responses grow longer.
+
+Chain (for test_time.py). `7:cfa=` -> `c12;f3;a29;#29`, a function a line. The demonstrator slips now and then, and takes some functions for their neighbours, the later in
+the alphabet the more often, the last one more often than not. So some mistakes go away with more samples, some by majority, and some only with a verifier.
 """
 
 import argparse
@@ -24,15 +27,16 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks import Countdown, combine
+from tasks import Chain, Countdown, combine
 
-SYMBOLS = ["<pad>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", *"+-*/=>,:;!()"]
+SYMBOLS = {"countdown": ["<pad>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", *"+-*/=>,:;!()"],
+           "chain": ["<pad>", "<eos>", *":=;#|", *Chain.LETTERS]}  # | parts attempts, see test_time.revise
 MAX_TRACE = 640    # tokens; a longer search is drawn again
 
 
-def make_tokenizer():
+def make_tokenizer(task="countdown"):
     """One token per whole number 0..99 and per symbol; `decode` gives back exactly the text."""
-    vocab = {token: i for i, token in enumerate(SYMBOLS + [str(n) for n in range(100)])}
+    vocab = {token: i for i, token in enumerate(SYMBOLS[task] + [str(n) for n in range(100)])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?[a-z]+>|[0-9]+|."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -40,7 +44,7 @@ def make_tokenizer():
                                    prompt_style="trace", model_max_length=1024)
 
 
-# ---------------------------------------------------------------- the demonstrator
+# ---------------------------------------------------------------- the demonstrators
 
 @functools.lru_cache(maxsize=None)
 def solvable(state, target):
@@ -106,14 +110,25 @@ def trace(numbers, target, rng, claim=0.0, quit=0.0, slip=0.0, hint=0.5, width=3
     return "".join(out) + "<eos>"
 
 
+def chain_trace(start, names, rng, slip=0.03, confuse=0.55):
+    """slip: chance that a result is any number. confuse: chance that the last function is taken for the one before it; less for the others."""
+    out, y, last = "", start, len(Chain.LETTERS) - 1
+    for name in names:
+        i = Chain.LETTERS.index(name)
+        y = Chain.apply(Chain.LETTERS[i - (rng.random() < confuse * (i / last) ** 4)], y)
+        y = rng.randrange(Chain.MODULUS) if rng.random() < slip else y
+        out += f"{name}{y};"
+    return f"{out}#{y}<eos>"
+
+
 def make_traces(job):
-    """A list of (prompt ids, completion ids). job: (seed, how many, noise of `trace`)."""
-    seed, count, noise = job
-    rng, task, tokenizer = random.Random(seed), Countdown(sizes=(3, 4)), make_tokenizer()
+    """A list of (prompt ids, completion ids). job: (task, seed, how many, noise of `trace` or `chain_trace`)."""
+    name, seed, count, noise = job
+    rng, task, tokenizer = random.Random(seed), Countdown(sizes=(3, 4)) if name == "countdown" else Chain(), make_tokenizer(name)
     rows = []
     while len(rows) < count:
         problem = task.problem("train", rng.getrandbits(40))
-        completion = tokenizer.encode(trace(*problem.answer, rng, **noise))
+        completion = tokenizer.encode(trace(*problem.answer, rng, **noise) if name == "countdown" else chain_trace(*problem.answer[:2], rng, **noise))
         if len(completion) <= MAX_TRACE:
             rows.append((tokenizer.encode(problem.trace), completion))
     return rows
@@ -131,6 +146,7 @@ def batches(rows, tokens, rng):
             found.append(batch)
             batch = []
         batch.append(rows[i])
+    found += [batch] * bool(batch)
     rng.shuffle(found)
     return found
 
@@ -147,57 +163,22 @@ def loss_on(model, batch):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
-def main():
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--out", default="base")
-    flags.add_argument("--layers", type=int, default=12)
-    flags.add_argument("--width", type=int, default=128)
-    flags.add_argument("--start", default="", help="begin from this folder instead of random weights")
-    flags.add_argument("--clean", type=int, default=100_000, help="clean traces")
-    flags.add_argument("--noisy", type=int, default=16_000, help="noisy traces")
-    flags.add_argument("--claim", type=float, default=0.10, help="noise: chance of a false claim at a failing leaf")
-    flags.add_argument("--quit", type=float, default=0.03, help="noise: chance of giving up at a failing leaf")
-    flags.add_argument("--slip", type=float, default=0.05, help="noise: chance of a slip of arithmetic")
-    flags.add_argument("--lr", type=float, default=2e-3)
-    flags.add_argument("--tokens", type=int, default=4096, help="tokens in a batch")
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--save-clean", default="", help="also save the model as it is before the noisy phase")
-    args = flags.parse_args()
+def new_policy(tokenizer, layers, width):
+    # Llama with Qwen2's biases: AutoTokenizer gives every folder of type qwen2 the Qwen2 tokenizer, which splits our numbers
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32,
+        num_key_value_heads=max(1, width // 64), intermediate_size=width * 9 // 4, max_position_embeddings=1024,
+        attention_bias=True, tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
-    torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer()
-    if args.start:
-        model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)
-    else:  # Llama with Qwen2's biases: AutoTokenizer gives every folder of type qwen2 the Qwen2 tokenizer, which splits our numbers
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=args.width // 32,
-            num_key_value_heads=args.width // 64, intermediate_size=args.width * 9 // 4, max_position_embeddings=1024,
-            attention_bias=True, tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {torch.get_num_threads()} threads")
 
-    noise = dict(claim=args.claim, quit=args.quit, slip=args.slip)
-    jobs = [(f"{args.seed} {kind} {i}", n // 20, kw) for kind, n, kw in
-            (("clean", args.clean, {}), ("noisy", args.noisy, noise)) for i in range(20) if n]
-    with ProcessPoolExecutor() as pool:
-        parts = list(tqdm(pool.map(make_traces, jobs), total=len(jobs), desc="searching", unit="part"))
-    clean = [row for part, job in zip(parts, jobs) if not job[2] for row in part]
-    noisy = [row for part, job in zip(parts, jobs) if job[2] for row in part]
-    lengths = sorted(len(c) for _, c in clean or noisy)
-    print(f"{len(clean)} clean and {len(noisy)} noisy traces, {sum(lengths):,} tokens, "
-          + ", ".join(f"p{q} {lengths[len(lengths) * q // 100]}" for q in (50, 90, 99)))
-
-    rng = random.Random(args.seed)
-    plan = [(b, "clean") for b in batches(clean, args.tokens, rng)] + [(b, "noisy") for b in batches(noisy, args.tokens, rng)]
+def learn(model, plan, lr, title="training"):
+    """One AdamW step per batch of the plan, linear warm-up and decay."""
     decay = [p for p in model.parameters() if p.ndim > 1]
     keep = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": keep, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": keep, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 200, max(0.0, 1 - i / len(plan))))
-    bar, mean, started = tqdm(plan, desc="training", unit="batch", mininterval=5), None, time.time()
-    for i, (batch, kind) in enumerate(bar):
-        if args.save_clean and kind == "noisy" and (not i or plan[i - 1][1] == "clean"):
-            model.save_pretrained(args.save_clean)
-            tokenizer.save_pretrained(args.save_clean)
+    bar, mean = tqdm(plan, desc=title, unit="batch", mininterval=5), None
+    for batch in bar:
         loss = loss_on(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -205,7 +186,43 @@ def main():
         optimizer.zero_grad()
         schedule.step()
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{mean:.3f}", phase=kind, refresh=False)
+        bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+
+
+def main():
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--task", default="countdown", choices=sorted(SYMBOLS))
+    flags.add_argument("--out", default="base")
+    flags.add_argument("--layers", type=int, default=12)
+    flags.add_argument("--width", type=int, default=128)
+    flags.add_argument("--start", default="", help="begin from this folder instead of random weights")
+    flags.add_argument("--clean", type=int, default=100_000, help="clean traces (countdown)")
+    flags.add_argument("--noisy", type=int, default=16_000, help="noisy traces (chain: all)")
+    flags.add_argument("--claim", type=float, default=0.10, help="noise: chance of a false claim at a failing leaf (countdown)")
+    flags.add_argument("--quit", type=float, default=0.03, help="noise: chance of giving up at a failing leaf (countdown)")
+    flags.add_argument("--slip", type=float, default=0.05, help="noise: chance of a slip of arithmetic (countdown)")
+    flags.add_argument("--lr", type=float, default=2e-3)
+    flags.add_argument("--tokens", type=int, default=4096, help="tokens in a batch")
+    flags.add_argument("--threads", type=int, default=torch.get_num_threads())
+    flags.add_argument("--seed", type=int, default=0)
+    args = flags.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer(args.task)
+    model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32) if args.start else new_policy(tokenizer, args.layers, args.width)
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {args.threads} threads")
+
+    noise = {"claim": args.claim, "quit": args.quit, "slip": args.slip} if args.task == "countdown" else {}
+    counts = {"clean": args.clean if args.task == "countdown" else 0, "noisy": args.noisy}
+    jobs = [(args.task, f"{args.seed} {kind} {i}", n // 20, noise if kind == "noisy" else {}) for kind, n in counts.items() for i in range(20) if n]
+    with ProcessPoolExecutor() as pool:
+        parts = list(tqdm(pool.map(make_traces, jobs), total=len(jobs), desc="demonstrating", unit="part"))
+    rng, plan, lengths = random.Random(args.seed), [], sorted(len(c) for part in parts for _, c in part)
+    for kind in counts:  # first the clean ones
+        plan += batches([row for part, job in zip(parts, jobs) if job[1].split()[1] == kind for row in part], args.tokens, rng)
+    print(f"{len(lengths)} traces, {sum(lengths):,} tokens, " + ", ".join(f"p{q} {lengths[len(lengths) * q // 100]}" for q in (50, 90, 99)))
+    started = time.time()
+    learn(model, plan, args.lr)
     model.generation_config.max_new_tokens = 512
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

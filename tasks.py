@@ -6,6 +6,8 @@ A task is one small class with two methods:
     grade(problem, text)  -> Grade         strict: right, and in the format that was asked for (this is the reward)
                                            lenient: right answer anywhere in the text (tells format errors from thinking errors)
 
+and, for test-time search, `final(text)` (the answer it gives), `step_end` (the token that ends a step) and `again` (what stands between two attempts).
+
 Countdown is one task at two scales. A language model reads the well-known prompt ("use the numbers [..] to make N", think in
 <think>, answer in <answer>); the tiny from-scratch model of pretrain.py reads `3,7,8=29<think>` and writes search traces. Both end
 in `<answer> expression </answer>`, so one verifier serves both.
@@ -141,6 +143,46 @@ def countdown_problem(numbers, target):
         f"{','.join(map(str, numbers))}={target}<think>", (tuple(numbers), target))
 
 
+# ---------------------------------------------------------------- Chain
+
+
+class Chain:
+    """Functions applied one after the other: `7:cfa=` wants f(c(7)), then a of that, a step a line: `c12;f3;a29;#29`.
+
+    Made for test-time search (test_time.py): steps show their values, the final answer is canonical, and a step that is wrong is never made good later, since
+    the functions are affine and invertible: x -> (m x + b) mod 31. A tiny policy has to know the 16 of them by heart.
+    """
+
+    LETTERS, MODULUS, step_end, again = "abcdefghijklmnop", 31, ";", "|"
+
+    @staticmethod
+    def apply(name, x):
+        m, b = (zlib.crc32(f"{part} {name}".encode()) for part in ("factor", "summand"))
+        return ((m % 29 + 2) * x + b) % 31
+
+    def problem(self, split, index):
+        rng = random.Random(f"chain {split} {index}")
+        while True:
+            start, names = rng.randrange(self.MODULUS), "".join(rng.choices(self.LETTERS, k=rng.randint(1, 10)))
+            if (zlib.crc32(f"{start}{names}".encode()) % 8 == 0) == (split == "test"):
+                break
+        y = start
+        for name in names:
+            y = self.apply(name, y)
+        words = ", ".join(f"{n}(x) = {(self.apply(n, 1) - self.apply(n, 0)) % 31} x + {self.apply(n, 0)}" for n in sorted(set(names)))
+        return Problem(f"All numbers are modulo 31. {words}. Start with {start} and apply {', then '.join(names)}. Write each step as a function's name and its "
+                       "result, ended by a semicolon, and at the end # and the last result.", f"{start}:{names}=", (start, names, y))
+
+    def final(self, text):
+        """The answer that a text gives, or None. Equal answers are equal strings."""
+        found = re.match(r"\s*([0-9]{1,3})(?![0-9])", text.rpartition("#")[2]) if "#" in text else None
+        return str(int(found[1])) if found else None
+
+    def grade(self, problem, text):
+        right = self.final(text) == str(problem.answer[2])
+        return Grade(right, right)
+
+
 # ---------------------------------------------------------------- GSM8K
 
 NUMBER = re.compile(r"[-+]?\d{1,15}(?:,\d{3}){0,5}(?:\.\d{1,10})?", re.ASCII)
@@ -154,6 +196,8 @@ def last_number(text):
 
 class GSM8K:
     """Grade-school mathematics. source: "hub" (openai/gsm8k, config main) or a folder with train.jsonl and test.jsonl of its format."""
+
+    step_end, again = "\n", "\nThat is not right. Once more.\n"
 
     def __init__(self, source="hub"):
         self.source, self.splits = source, {}
@@ -177,11 +221,16 @@ class GSM8K:
         return Problem(row["question"] + "\nReason step by step in <think> </think> tags, then give the final number in "
                        "<answer> </answer> tags.", "", last_number(row["answer"].split("####")[-1]))
 
-    def grade(self, problem, text):
+    def final(self, text):
+        """The answer that a text gives, or None. Equal answers are equal strings."""
         tag = answer_tag(text)
         # a gold solution ends in "#### 72": also a format that models know
         stated = tag if tag is not None else text.rpartition("####")[2] if "####" in text else None
-        strict = stated is not None and len(stated) < 100 and last_number(stated) == problem.answer
+        number = last_number(stated) if stated is not None and len(stated) < 100 else None
+        return None if number is None else str(number)
+
+    def grade(self, problem, text):
+        strict = self.final(text) == str(problem.answer)
         return Grade(strict, strict or last_number(text) == problem.answer)
 
 
@@ -243,6 +292,8 @@ def make_task(name, data=""):
         return Countdown()
     if name == "countdown-hard":  # the scale for real language models
         return Countdown(sizes=(3, 4), high=99)
+    if name == "chain":
+        return Chain()
     if name == "gsm8k":
         return GSM8K(data or "hub")
-    raise UserError(f"task {name!r} is none of countdown, countdown-hard, gsm8k")
+    raise UserError(f"task {name!r} is none of countdown, countdown-hard, chain, gsm8k")
