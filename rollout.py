@@ -347,10 +347,12 @@ def forward(model, cache, rows, ids, lens, view, tree=None, quick=None):
 
 @dataclass
 class Group:
-    """A prompt and the seeds of the samples wanted from it. index: the caller's name for it."""
+    """A prompt and the seeds of the samples wanted from it. index: the caller's name for it. begun: how many tokens at the prompt's end are already part of
+    the response; its noise and max_new go on where they stopped, so a response that is made in pieces is the same."""
     index: int
     prompt: list
     seeds: list
+    begun: int = 0
 
 
 @dataclass
@@ -363,6 +365,8 @@ class Response:
     stopped: bool   # False: cut at max_new
     hidden: torch.Tensor = None  # (len(prompt) + len(tokens) - 1, D), cpu: last hidden state at every position but the last, if kept
     grade: object = None     # tasks.Grade, filled in by whoever grades
+    rounds: int = 0          # that it took; each cost the policy one token and the drafts
+    drafts: int = 0          # that were verified for it, siblings too
 
 
 @dataclass(frozen=True)
@@ -379,6 +383,8 @@ class Row:
     group: Group
     sample: int
     tokens: list
+    rounds: int = 0
+    drafts: int = 0
 
     @property
     def length(self):
@@ -401,8 +407,12 @@ class Engine:
         self.keep_hidden = keep_hidden or any(d.needs_hidden for d in self.drafters.values())
         quick = fuse_model(model)
         self.fusable = bool(quick) and agrees(model, quick)[0]
-        self.stop_set, self.stop = set(stop_tokens), torch.tensor(sorted(stop_tokens), device=model.device)
+        self.stop_at(stop_tokens)
         self.reserve(context)
+
+    def stop_at(self, tokens):
+        """From now on these tokens end a response. Call it between rollouts."""
+        self.stop_set, self.stop = set(tokens), torch.tensor(sorted(tokens), device=self.model.device)
 
     def reserve(self, context):
         """Make room for sequences of `context` tokens, prompt and response together. Call it between rollouts. Raises UserError."""
@@ -415,7 +425,7 @@ class Engine:
         room = context + self.LONGEST + 1  # rejected drafts may stand beyond the end
         self.cache = SlotCache(config, slots, room, self.model.dtype, device)
         self.lens = torch.zeros(slots, dtype=torch.long, device=device)   # valid cache entries of each row
-        self.start = torch.zeros(slots, dtype=torch.long, device=device)  # length of its prompt
+        self.start = torch.zeros(slots, dtype=torch.long, device=device)  # where its response begins
         self.seeds = torch.zeros(slots, 2, dtype=torch.int32, device=device)
         self.tokens = torch.zeros(slots, room, dtype=torch.long, device=device)   # x_t; the newest, `cur`, stands at lens
         self.logprobs = torch.zeros(slots, room, device=device)                   # of x_t
@@ -459,11 +469,13 @@ class Engine:
                 yield self.take(i)
 
     def check(self, group, sampling):
-        need = len(group.prompt) + sampling.max_new
+        need = len(group.prompt) - group.begun + sampling.max_new
         if not group.prompt:
             raise UserError(f"prompt {group.index} is empty: a policy needs at least one token to start from")
+        if group.begun >= sampling.max_new:
+            raise UserError(f"prompt {group.index}: the {group.begun} tokens that are there leave nothing of max_new {sampling.max_new}")
         if need > self.context:
-            raise UserError(f"prompt {group.index} has {len(group.prompt)} tokens; with max_new {sampling.max_new} it exceeds the context of {self.context}")
+            raise UserError(f"prompt {group.index} has {len(group.prompt) - group.begun} tokens; with max_new {sampling.max_new} it exceeds the context of {self.context}")
         if len(group.seeds) > self.slots:
             raise UserError(f"a group of {len(group.seeds)} samples does not fit {self.slots} slots: raise --slots")
 
@@ -486,8 +498,8 @@ class Engine:
             if self.keep_hidden and longest:
                 self.hidden[rows, :longest] = hidden[i]
         rows, new = slice(first, ends[-1]), self.live[first:]
-        self.start[rows] = torch.tensor([len(r.group.prompt) for r in new], device=device)
-        self.lens[rows] = self.start[rows] - 1
+        self.lens[rows] = torch.tensor([len(r.group.prompt) - 1 for r in new], device=device)
+        self.start[rows] = self.lens[rows] + 1 - torch.tensor([r.group.begun for r in new], device=device)
         seeds = torch.tensor([r.group.seeds[r.sample] for r in new], device=device)
         self.seeds[rows] = torch.stack([seeds, seeds >> 32], 1).int()  # .int() keeps the low 32 bits
         for drafter in self.drafters.values():
@@ -539,7 +551,9 @@ class Engine:
         ended, stats, emitted_now, reached = [], self.stats, 0, [0] * (k + 2)  # reached[j]: rows that had exactly j right guesses, then those with at least j
         for i, (row, (count, right, *new)) in enumerate(zip(live, host)):
             row.tokens += new[:count]
-            if new[count - 1] in self.stop_set or len(row.tokens) >= sampling.max_new:
+            row.rounds += 1
+            row.drafts += k * width
+            if new[count - 1] in self.stop_set or row.group.begun + len(row.tokens) >= sampling.max_new:
                 ended.append(i)
             if on_token:
                 for token in new[:count]:
@@ -570,7 +584,8 @@ class Engine:
         row, last = self.live[i], self.live.pop()
         end = row.length + 1
         response = Response(row.group.index, row.sample, row.group.prompt, row.tokens, self.logprobs[i, len(row.group.prompt):end].cpu().clone(),
-                            row.tokens[-1] in self.stop_set, self.hidden[i, :end - 1].cpu().clone() if self.keep_hidden else None)
+                            row.tokens[-1] in self.stop_set, self.hidden[i, :end - 1].cpu().clone() if self.keep_hidden else None,
+                            rounds=row.rounds, drafts=row.drafts)
         if last is not row:
             source, end = len(self.live), last.length + 1
             self.cache.move(source, slice(i, i + 1), end)
