@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from drafter import Drafter, LearnedDrafts, NGramDrafts, warm_start
+from drafter import Drafter, FeatureBuffer, LearnedDrafts, NGramDrafts, Trainer, warm_start
 from report import draw_timeline, pyplot
 from rollout import Draft, Engine, Group, Sampling, load_model, run, sequence_seed, stop_tokens
 from strategy import Bandit, Goodput, arms, bucket
@@ -58,12 +59,15 @@ def room(groups, args):
 
 
 def engine(args):
-    """Our plain engine against Hugging Face generate: same model, prompts, temperature, limit, cores. Ratio: tokens per second at the largest batch."""
+    """Our plain engine against Hugging Face generate, its continuous batching (generate_batch), and at batch 1 its prompt lookup: same model, prompts, temperature,
+    limit, cores. Ratio: tokens per second, engine over the fastest of the others, at the largest batch."""
     model, tokenizer = load_model(args.model)
     stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     stop, rows, turn = stop_tokens(model, tokenizer), [], [0]
+    settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=args.max_new, eos_token_id=sorted(stop), pad_token_id=tokenizer.pad_token_id)
     for batch in args.batches:
         ours = Engine(model, stop, slots=batch)
+        prompts = [g.prompt for g in groups_for(Countdown(), tokenizer, batch, 0) for _ in g.seeds]
 
         def mine():
             turn[0] += 1
@@ -71,24 +75,30 @@ def engine(args):
             ours.reserve(room(groups, args))
             return sum(len(r.tokens) for r in ours.generate(groups, Sampling(max_new=args.max_new)))
 
-        def theirs():
+        def theirs(**more):
             torch.manual_seed(args.seed + turn[0])
-            prompts = [g.prompt for g in groups_for(Countdown(), tokenizer, batch, 0) for _ in g.seeds]
             made = 0
             for part in [prompts] if batch > 1 else [[p] for p in prompts]:
                 padded = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
                 with torch.inference_mode():
-                    out = stock.generate(**padded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=args.max_new,
-                                         eos_token_id=sorted(stop), pad_token_id=tokenizer.pad_token_id)[:, padded["input_ids"].shape[1]:]
+                    out = stock.generate(**padded, **settings, **more)[:, padded["input_ids"].shape[1]:]
                 ended = torch.isin(out, torch.tensor(sorted(stop))).cumsum(1)
                 made += int((ended == 0).sum() + (ended[:, -1] > 0).sum())  # tokens up to and with the stop token
             return made
 
-        speeds = take_turns({"engine": mine, "generate": theirs}, args.rounds, f"batch {batch}")
-        rows.append({"batch": batch, "engine": speeds["engine"][0], "generate": speeds["generate"][0], "ratio": speeds["engine"][0] / speeds["generate"][0]})
-    print(f"\n{'batch':>6} {'engine tok/s':>13} {'generate tok/s':>15} {'ratio':>6}")
+        def continuous():
+            from transformers import GenerationConfig
+            with torch.no_grad():  # it works in a thread of its own, and does not stand inference_mode
+                out = stock.generate_batch(inputs=prompts, generation_config=GenerationConfig(**{**settings, "eos_token_id": max(stop)}), progress_bar=False)
+            return sum(len(x.generated_tokens) for x in out.values())
+
+        parties = {"engine": mine, "generate": theirs, **({"prompt lookup": lambda: theirs(prompt_lookup_num_tokens=4)} if batch == 1 else {"continuous": continuous})}
+        speeds = {name: speed for name, (speed, _) in take_turns(parties, args.rounds, f"batch {batch}").items()}
+        rows.append({"batch": batch, **speeds, "ratio": speeds["engine"] / max(v for k, v in speeds.items() if k != "engine")})
+    names = ("engine", "generate", "continuous", "prompt lookup")
+    print(f"\ntokens per second\n{'batch':>6} " + " ".join(f"{n:>14}" for n in names) + f" {'ratio':>6}")
     for r in rows:
-        print(f"{r['batch']:6d} {r['engine']:13.0f} {r['generate']:15.0f} {r['ratio']:6.2f}")
+        print(f"{r['batch']:6d} " + " ".join(f"{r[n]:14.0f}" if n in r else " " * 14 for n in names) + f" {r['ratio']:6.2f}")
     return rows[-1]["ratio"], rows
 
 
@@ -203,10 +213,121 @@ def speculation(args):
     return next(r["ratio"] for r in rows if r["workload"] == args.workloads[-1] and r["mode"] == "goodput"), rows
 
 
+def train_forever(args, ready, steps):
+    torch.set_num_threads(1)
+    made, tokenizer = drafted_engine(args, 16)
+    trainer, buffer = Trainer(made.drafters["learned"].drafter), FeatureBuffer()
+    for response in made.generate(groups_for(Countdown(), tokenizer, 64, args.seed + 1), Sampling(max_new=args.max_new)):
+        buffer.add(response)
+    ready.set()
+    while True:
+        trainer.step(buffer)
+        steps.value += 1
+
+
+def spot(args):
+    """What drafter training on one core costs a rollout on another: rollouts of --responses in 8 slots, while a process beside them trains, or is stopped, in
+    turns. Ratio: rollout speed beside training over speed alone."""
+    context = torch.multiprocessing.get_context("spawn")
+    ready, steps = context.Event(), context.Value("l", 0)
+    trainer = context.Process(target=train_forever, args=(args, ready, steps), daemon=True)
+    trainer.start()
+    torch.set_num_threads(1)
+    made, tokenizer = drafted_engine(args, 8)
+    made.reserve(room(groups := groups_for(Countdown(), tokenizer, 8, args.seed), args))
+    trained = []
+
+    def go(signal_first):
+        os.kill(trainer.pid, signal_first)
+        time.sleep(0.1)
+        before, started = steps.value, time.perf_counter()
+        tokens = sum(len(r.tokens) for _ in range(4) for r in made.generate(groups, Sampling(max_new=args.max_new), lambda live: Draft("learned", 8)))
+        trained.append((steps.value - before) / (time.perf_counter() - started))
+        return tokens
+
+    ready.wait(300)
+    parties = {"alone": lambda: go(signal.SIGSTOP), "beside training": lambda: go(signal.SIGCONT)}
+    speeds = {name: speed for name, (speed, _) in take_turns(parties, 5 * args.rounds, "spot").items()}
+    trainer.kill()
+    rows = [{"party": name, "tokens_per_second": speed} for name, speed in speeds.items()] + [{"party": "training", "steps_per_second": statistics.median(x for x in trained if x)}]
+    print(f"\nrollout alone {speeds['alone']:.0f} tokens/s, beside training {speeds['beside training']:.0f}; {rows[-1]['steps_per_second']:.1f} drafter steps/s of 512 tokens")
+    return speeds["beside training"] / speeds["alone"], rows
+
+
 def steps_of(folder):
     """The steps' rows of a run's metrics by number, and the held-out results by step."""
     rows = [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
     return {r["step"]: r for r in rows if "eval" not in r}, {r["step"]: r for r in rows if "eval" in r}
+
+
+def training(flags, out):
+    """Run tlt.py with these flags -> its steps' rows by number."""
+    done = subprocess.run([sys.executable, "tlt.py", *map(str, flags), "--out", out, "--eval-every", "0", "--show-every", "0", "--save-every", "1000000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise UserError(f"tlt.py {' '.join(map(str, flags))} failed:\n{done.stdout[-2000:]}")
+    return steps_of(out)[0]
+
+
+def trl_steps(args, seed, indices):
+    """Steps of TRL's GRPOTrainer on the same prompts, with all cores -> seconds of each. Settings: the same batch, group, loss, learning rate and limits; its own
+    generation, of the whole batch at once."""
+    try:
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        raise UserError(f"--trl: {error}; it is needed for this comparison only: pip install trl") from error
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    torch.set_num_threads(os.cpu_count())
+    task, tokenizer = Countdown(), AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    marks = []
+
+    class Marks(TrainerCallback):
+        def on_step_begin(self, *a, **kw):
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *a, **kw):
+            marks[-1] = time.perf_counter() - marks[-1]
+
+    def reward(completions, index, **kw):
+        return [float(task.grade(task.problem("train", i), text).strict) for i, text in zip(index, completions)]
+
+    with tempfile.TemporaryDirectory() as out:
+        settings = GRPOConfig(output_dir=out, seed=seed, use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), learning_rate=1e-4, lr_scheduler_type="constant", beta=0.0, temperature=1.0,
+                              loss_type="grpo", num_generations=16, max_completion_length=args.max_new, per_device_train_batch_size=args.trl_batch, steps_per_generation=256 // args.trl_batch,
+                              gradient_accumulation_steps=256 // args.trl_batch, max_steps=len(indices) // 16, shuffle_dataset=False, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
+                              gradient_checkpointing=False)
+        data = Dataset.from_list([{"prompt": task.problem("train", i).trace, "index": i} for i in indices])
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        GRPOTrainer(model=model, reward_funcs=reward, args=settings, train_dataset=data, processing_class=tokenizer, callbacks=[Marks()]).train()
+    return marks
+
+
+def step(args):
+    """Whole GRPO steps from one policy, in turns: plain and with TLT, 1 and 2 workers, the same prompts and seeds; with --trl also TRL's GRPOTrainer. Ratio: plain
+    over TLT with 2 workers (with --trl: TRL over TLT). The first step of each turn does not count: memory is touched, the strategy looks around."""
+    drafter = args.drafter or str(Path(args.model).parent / "drafter")
+    ours = {"plain": ("--drafter", "off", "--strategy", "off"), "TLT": ("--drafter-from", drafter) if Path(drafter).exists() else ()}
+    parties = [(who, workers) for workers in ((2,) if args.trl else (1, 2)) for who in ours]
+    found, digests, trl = {party: [] for party in parties}, {party: [] for party in parties}, []
+    for turn in tqdm(range(args.rounds), desc="step", unit="round"):
+        for who, workers in parties:
+            with tempfile.TemporaryDirectory() as out:
+                made = training(["--model", args.model, "--device", "cpu", "--workers", workers, "--max-new", args.max_new, "--steps", args.steps, "--seed", args.seed + turn, *ours[who]], out)
+            found[who, workers] += [made[n]["seconds"] for n in sorted(made)[1:]]
+            digests[who, workers] += [made[n]["digest"] for n in sorted(made)[1:]]
+        if args.trl:
+            trl += trl_steps(args, args.seed + turn, range(16 * args.steps))[1:]
+    phases = {"rollout": ("rollout", "speculative", "reward"), "drafter": ("drafter",), "idle": ("idle",), "update": ("update",), "step": ("step",)}
+    mean = lambda seconds, parts: statistics.mean(sum(s[p] for p in parts) for s in seconds)
+    rows = [{"party": who, "workers": workers, "digests": digests[who, workers], **{name: mean(seconds, parts) for name, parts in phases.items()}} for (who, workers), seconds in found.items()]
+    if trl:
+        rows.append({"party": "TRL", "workers": 1, "step": statistics.mean(trl)})
+    same = all(digests[party] == digests[parties[0]] for party in parties)
+    print(f"\nmean of {len(digests[parties[0]])} steps, seconds; our parties made {'the same tokens' if same else 'DIFFERENT tokens'}\n{'':>8} {'workers':>7} " + " ".join(f"{name:>8}" for name in phases))
+    for r in rows:
+        print(f"{r['party']:>8} {r['workers']:7d} " + " ".join(f"{r[name]:8.2f}" if name in r else " " * 8 for name in phases))
+    of = lambda who: next(r["step"] for r in rows if r["party"] == who and (r["workers"] == 2 or who == "TRL"))
+    return of("TRL" if trl else "plain") / of("TLT"), rows
 
 
 def spans_of(folder, step):
@@ -287,7 +408,7 @@ def drafter(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="name", required=True)
-    for function in (engine, identity, speculation, paired, drafter):
+    for function in (engine, identity, speculation, spot, step, paired, drafter):
         sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(function=function)
         sub.add_argument("--json", default="", help="also write the result here")
@@ -304,8 +425,14 @@ def main():
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--rounds", type=int, default=3, help="turns of each party")
         sub.add_argument("--threads", type=int, default=torch.get_num_threads())
-        sub.add_argument("--max-new", type=int, default=512)
-        sub.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128], help="responses at once (engine)")
+        sub.add_argument("--max-new", type=int, default=960 if function is step else 512)
+        if function is step:
+            sub.add_argument("--steps", type=int, default=4, help="steps in a turn")
+            sub.add_argument("--trl", action="store_true", help="compare with TRL (pip install trl)")
+            sub.add_argument("--trl-batch", type=int, default=64, help="responses in a forward-backward of TRL's")
+            sub.add_argument("--drafter", default="", help="folder of a drafter for the policy; else the folder drafter/ beside it")
+            continue
+        sub.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="responses at once (engine)")
         sub.add_argument("--workloads", nargs="+", default=["one", "tail", "bulk", "mixed"], choices=["one", "tail", "bulk", "mixed"], help="(speculation)")
         sub.add_argument("--slots", type=int, default=64, help="rows at once (speculation)")
         sub.add_argument("--responses", type=int, default=1024 if function is identity else 128, help="how many (identity, speculation)")
