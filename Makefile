@@ -24,11 +24,18 @@ demo: .venv/installed  ## train a policy with TLT, then the last steps once more
 test: .venv/installed  ## all tests (about 4 minutes on 2 cores)
 	$(RUN) -m pytest -q tests
 
-bench: .venv/installed  ## the speeds in the README, side by side (about 10 minutes on 2 cores)
+bench-quick: .venv/installed  ## a first look at the speeds of this machine (about 3 minutes on 2 cores)
+	mkdir -p runs
+	$(RUN) bench.py engine --batches 32 --rounds 1 --max-new 256 --json runs/quick-engine.json
+	$(RUN) bench.py speculation --threads 1 --rounds 1 --workloads one mixed --json runs/quick-speculation.json
+
+bench: .venv/installed  ## the speeds in the README, side by side (about 30 minutes on 2 cores; the steps are those of runs/demo's policy if it is there)
 	mkdir -p runs
 	$(RUN) bench.py engine --json runs/bench-engine.json
 	$(RUN) bench.py identity --json runs/bench-identity.json
 	$(RUN) bench.py speculation --threads 1 --json runs/bench-speculation.json
+	$(RUN) bench.py spot --json runs/bench-spot.json
+	$(RUN) bench.py step $(if $(wildcard runs/demo/policy),--model runs/demo/policy) --rounds 2 --json runs/bench-step.json
 
 figures: .venv/installed  ## the README's training figures: 60 steps plain, static and adaptive (about 50 minutes on 2 cores)
 	$(RUN) tlt.py --demo --steps 60 --out runs/adaptive
@@ -41,6 +48,18 @@ figures: .venv/installed  ## the README's training figures: 60 steps plain, stat
 drafter: .venv/installed  ## train a drafter for a policy on its own rollouts, SECONDS=60 on one core; also MODEL=, START=, DRAFTER=, K=
 	$(RUN) drafter.py --threads 1 --model $(MODEL) --out $(DRAFTER) --k $(K) --seconds $(SECONDS) $(if $(START),--start $(START))
 
+test-time: .venv/installed  ## search at test time: 1,000 held-out questions, every strategy, tables and figures
+	$(RUN) test_time.py sweep $(if $(wildcard runs/chain-large/config.json),--large runs/chain-large)
+	$(RUN) test_time.py report
+	$(RUN) test_time.py speed --count 24
+
+chain: .venv/installed  ## make base/chain/ again: policy, verifiers, revision policies, drafters
+	$(RUN) pretrain.py --task chain --layers 4 --width 64 --noisy 190000 --tokens 2048 --threads 1 --out base/chain
+	$(RUN) test_time.py learn
+
+large: .venv/installed  ## the larger policy that `make test-time` compares with, by the same recipe (about 40 minutes on one core)
+	$(RUN) pretrain.py --task chain --layers 6 --width 192 --noisy 190000 --tokens 2048 --threads 1 --out runs/chain-large
+
 base: .venv/installed  ## make base/ again: the tiny policy from scratch, and its drafter (about an hour on 2 cores)
 	$(RUN) pretrain.py --out base
 	$(RUN) drafter.py --threads 1 --model base --out base/drafter --prompts 256 --seconds 600
@@ -48,4 +67,4 @@ base: .venv/installed  ## make base/ again: the tiny policy from scratch, and it
 clean:  ## remove runs and the virtual environment
 	rm -rf runs .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__
 
-.PHONY: help demo test bench figures drafter base clean
+.PHONY: help demo test bench-quick bench figures drafter test-time chain large base clean

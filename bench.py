@@ -3,7 +3,17 @@
 Parties take turns (A B A B ...) in one process on the same cores, so that whatever else the machine does hits them alike; each figure is the median over
 the rounds, each comparison a ratio of medians. Every sub-command prints one table and, with --json FILE, writes
 
-    {"name": sub-command, "ratio": headline, "machine": {...}, "rows": [...]}
+    {"name": sub-command, "ratio": headline, "machine": {torch, threads, cores, cpu, gpu}, "rows": [...]}
+
+with rows of
+
+    engine       batch; tokens per second of engine, generate, continuous or prompt lookup; ratio
+    identity     sampling, mode, responses, identical, largest_logprob_gap, tokens_per_round
+    speculation  workload, mode, tokens_per_second, ratio, tokens_per_round, draft_share, rounds, tokens
+    spot         party, tokens_per_second; training, steps_per_second
+    step         party, workers, digests, seconds per step: rollout, drafter, idle, update, step
+    paired       phase, plain, tlt, ratio; then the checks: steps, identical, parted, evaluations, equal, reclaimed, preempted
+    drafter      steps, adaptive, static
 """
 
 import argparse

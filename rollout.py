@@ -395,14 +395,15 @@ class Row:
 class Engine:
     """Generates responses for groups. slots: rows that run at once; context: longest prompt + response (see `reserve`).
 
-    drafters: name -> drafter, for speculation (drafter.LearnedDrafts, drafter.NGramDrafts); verify: "coupled" or "ratio".
+    drafters: name -> drafter, for speculation (drafter.LearnedDrafts, drafter.NGramDrafts); verify: "coupled" or "ratio". frozen: neither the model's nor the
+    drafters' weights will change, so they are read once and not at each `generate`.
     stats tells of the last `generate`: rounds, spec_rounds, spec_row_rounds and spec_drafts (rows, and k, summed over them), tokens, spec_tokens, drafted and accepted by depth, seconds in all, drafting, verifying.
     """
 
     LONGEST = 16  # drafts and siblings in a round, at most
 
-    def __init__(self, model, stop_tokens, slots=64, context=64, keep_hidden=False, drafters=None, verify="coupled"):
-        self.model, self.slots, self.context, self.verify = model, slots, 0, verify
+    def __init__(self, model, stop_tokens, slots=64, context=64, keep_hidden=False, drafters=None, verify="coupled", frozen=False):
+        self.model, self.slots, self.context, self.verify, self.frozen, self.ready = model, slots, 0, verify, frozen, False
         self.drafters = drafters or {}
         self.keep_hidden = keep_hidden or any(d.needs_hidden for d in self.drafters.values())
         quick = fuse_model(model)
@@ -444,9 +445,10 @@ class Engine:
         self.stats = dict(rounds=0, spec_rounds=0, tokens=0, spec_row_rounds=0, spec_tokens=0, spec_drafts=0, seconds=0.0, draft_seconds=0.0,
                           verify_seconds=0.0, drafted=[0] * self.LONGEST, accepted=[0] * self.LONGEST)
         started, live, observe = time.perf_counter(), self.live, getattr(choose, "observe", None)
-        self.quick = fuse_model(self.model) if self.fusable else None  # the weights as they are now
-        for drafter in self.drafters.values():
-            drafter.begin()
+        if not (self.frozen and self.ready):
+            self.quick, self.ready = fuse_model(self.model) if self.fusable else None, True  # the weights as they are now
+            for drafter in self.drafters.values():
+                drafter.begin()
         while True:
             batch = []
             while groups is not None:  # take all groups that fit

@@ -1,0 +1,641 @@
+"""Test-time compute: what a trained policy and its drafter are good for. How should an inference budget be spent on a question?
+
+After *Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model Parameters* (Snell, Lee, Xu, Kumar 2024, arXiv 2408.03314).
+
+    parallel(N)          N attempts, independent of each other
+    beam(N, M)           step by step: of N beginnings keep the N / M that the verifier likes best, continue each in M ways
+    beam(N, M, look=k)   judge a beginning by the verifier's score k greedy steps further on (lookahead); those steps are thrown away, and paid for
+    beam(N, M, diverse)  N / M separate trees, in each keep the best one (DVTS)
+    revise(N, L)         N / L chains of L attempts, each made with the last four attempts of its chain in view, by a policy that was fine-tuned for it
+
+"Width" has three meanings in the wild: N (beginnings held), N / M (kept) and M (ways to continue). Here it is always said which.
+
+An attempt's score is the verifier's after its last step (or the lowest, or the product: --aggregate). The answer is picked from all attempts by
+
+    max        the answer of the best attempt
+    weighted   the answer with the largest sum of scores
+    majority   the answer that most attempts give: needs no verifier
+    chains     (revise) the weighted answer within each chain, then the one with the largest sum over chains
+
+Ledger. Each strategy pays for policy tokens (prefilled, once for all that share a prefix; emitted; spent on drafts that were wrong), drafter tokens, steps that
+the verifier read, FLOPs (2 x weights x tokens; attention left out) and seconds. Speculation adds FLOPs and saves seconds.
+
+Compute-optimal: for each difficulty (quintile) and budget the strategy that was best on one half of the questions, reported on the other half.
+Difficulty is predicted: the mean score of four attempts made for that purpose alone, and paid for; or, as a bound, known: pass@1 over sixteen others.
+
+A strategy is a generator: it yields what it wants written, gets it, and returns its attempts. So the code reads as if for one question, while all questions that
+are asked at once share the engine's batches.
+
+    python test_time.py --prompt "7:cfa="          answers one question and shows what was tried
+    python test_time.py learn                      verifier, revision policy and drafters for a policy
+    python test_time.py sweep, report, speed       the figures in the README (`make test-time`)
+
+Left out: prefix sharing between requests (a beginning is prefilled again at each of its steps, and charged), Monte-Carlo tree search, ReST-EM for revisions.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import random
+import time
+import zlib
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import pretrain
+from drafter import Drafter, LearnedDrafts, warm_start
+from report import pyplot
+from rollout import Engine, Group, Sampling, load_model, run, sequence_seed, stop_tokens
+from strategy import Goodput, arms
+from tasks import Problem, UserError, encode_prompt, make_task
+from train_grpo import write_atomically
+from verifier import Verifier, auc, fit, labelled_steps, step_features
+
+# ---------------------------------------------------------------- attempts and what they cost
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt, whole or begun."""
+    seed: int
+    tokens: tuple = ()      # so far
+    scores: tuple = ()      # of its steps, by the process verifier
+    outcome: float = 0.0    # by the outcome verifier
+    done: bool = False
+    answer: str = None      # when done; None: it gives none
+    before: tuple = ()      # tokens between question and attempt: earlier attempts
+    tree: int = 0           # the tree or chain it belongs to
+
+
+@dataclass(frozen=True)
+class Want:
+    """Continuations that a strategy asks for, one of each path; they share one prefix. step: only to the end of the next step."""
+    paths: list
+    step: bool = False
+    greedy: bool = False
+
+
+@dataclass
+class Ledger:
+    """What a question has cost, in tokens (verifier: in steps) and seconds."""
+    prefill: int = 0
+    decode: int = 0
+    rejected: int = 0
+    drafter: int = 0
+    verifier: int = 0
+    seconds: float = 0.0
+
+    def flops(self, sizes):
+        """sizes: weights of policy, drafter, verifier."""
+        return 2.0 * (sizes[0] * (self.prefill + self.decode + self.rejected) + sizes[1] * self.drafter + sizes[2] * self.verifier)
+
+
+# ---------------------------------------------------------------- strategies
+
+
+def parallel(seed, n, greedy=False):
+    """seed(k): of attempt k."""
+    return (yield [Want([Attempt(seed(k)) for k in range(n)], greedy=greedy)])[0]
+
+
+def beam(seed, n, m, look=0, diverse=False, aggregate="last"):
+    """See above. m = 1 is parallel(n), token by token: a path's first continuation keeps its seed."""
+    paths = (yield [Want([Attempt(seed(k), tree=k // m) for k in range(n)], step=True)])[0]
+    while not all(p.done for p in paths):
+        value = yield from ahead(paths, look, aggregate)
+        order = sorted(range(len(paths)), key=lambda i: -value[i])  # stable: equal ones in the order they were made
+        if diverse:
+            first = {paths[i].tree: i for i in reversed(order)}  # the best of each tree
+            kept = [paths[i] for i in sorted(first.values())]
+        else:
+            kept = [paths[i] for i in sorted(order[:max(1, n // m)])]
+        wants = [Want([replace(p, seed=sequence_seed(p.seed, len(p.tokens), j) if j else p.seed) for j in range(m)], step=True) for p in kept if not p.done]
+        paths = [p for p in kept if p.done] + [p for part in (yield wants) for p in part]
+    return paths
+
+
+def ahead(paths, look, aggregate):
+    """The verifier's opinion of each path after `look` more greedy steps."""
+    probes = list(paths)
+    for _ in range(look):
+        rest = [i for i, p in enumerate(probes) if not p.done]
+        for i, (p,) in zip(rest, (yield [Want([probes[i]], step=True, greedy=True) for i in rest]) if rest else ()):
+            probes[i] = p
+    return [score(p, aggregate) for p in probes]
+
+
+def revise(seed, n, length, again, view=4):
+    """again: the tokens that part attempts."""
+    chains = [[] for _ in range(max(1, n // length))]
+    for i in range(length):
+        befores = [tuple(t for p in chain[-view:] for t in (*p.tokens[:-1], *again)) for chain in chains]
+        found = yield [Want([Attempt(seed((c, i)), before=before, tree=c)]) for c, before in enumerate(befores)]
+        for chain, (p,) in zip(chains, found):
+            chain.append(p)
+    return [p for chain in chains for p in chain]
+
+
+# ---------------------------------------------------------------- picking an answer
+
+
+def score(path, aggregate="last"):
+    """Of an attempt, from the scores of its steps (0 if it has none)."""
+    return {"last": lambda s: s[-1], "min": min, "product": math.prod}[aggregate](path.scores) if path.scores else 0.0
+
+
+def vote(paths, weight=lambda path: 1.0):
+    """(answer with the largest sum of weights, that sum); (None, 0) if no attempt gives an answer. The first one given wins ties."""
+    totals = defaultdict(float)
+    for p in paths:
+        if p.answer is not None:
+            totals[p.answer] += weight(p)
+    return max(totals.items(), key=lambda item: item[1], default=(None, 0.0))
+
+
+def pick(paths, how, aggregate="last"):
+    """The answer to a question, from all attempts at it."""
+    weight = partial(score, aggregate=aggregate)
+    if how == "max":
+        return max((p for p in paths if p.answer is not None), key=weight, default=Attempt(0)).answer
+    if how == "outcome":
+        return max((p for p in paths if p.answer is not None), key=lambda p: p.outcome, default=Attempt(0)).answer
+    if how == "chains":
+        totals = defaultdict(float)
+        for tree in sorted({p.tree for p in paths}):
+            answer, total = vote([p for p in paths if p.tree == tree], weight)
+            totals[answer] += total
+        return max(totals, key=totals.get, default=None)
+    return vote(paths, weight if how == "weighted" else lambda p: 1.0)[0]
+
+
+# ---------------------------------------------------------------- the engine behind them
+
+
+class Solver:
+    """A policy with its verifiers and its drafter, from their folder, and the bookkeeping. noise: share of the verifier's scores that are turned round."""
+
+    def __init__(self, folder, task, speculate=True, verify=True, slots=256, max_new=48, noise=0.0):
+        self.task, self.noise, self.max_new = task, noise, max_new
+        self.policy, self.tokenizer = load_model(str(folder), "cuda" if torch.cuda.is_available() else "cpu")
+        self.stops, width = stop_tokens(self.policy, self.tokenizer), self.policy.config.hidden_size
+        step_end = self.tokenizer.encode(task.step_end, add_special_tokens=False)
+        if len(step_end) != 1:
+            raise UserError(f"{folder}: its tokenizer has no single token for the end of a step, {task.step_end!r}")
+        self.ends = self.stops | set(step_end)
+        self.again = tuple(self.tokenizer.encode(task.again, add_special_tokens=False))
+        self.verifiers = {name: Verifier.load(Path(folder) / name, width) for name in ("process", "outcome") if verify and (Path(folder) / name).exists()}
+        drafters = {}
+        if speculate and (Path(folder) / "drafter").exists():
+            drafter = Drafter(self.policy)
+            drafter.load(Path(folder) / "drafter")
+            drafters = {"learned": LearnedDrafts(drafter)}
+        self.choose = Goodput(arms(["learned"])) if drafters else None
+        self.engine = Engine(self.policy, self.stops, slots, keep_hidden=True, drafters=drafters, frozen=True)
+        count = lambda module: sum(p.numel() for p in module.parameters()) if module else 0
+        self.sizes = (count(self.policy) - self.policy.get_input_embeddings().weight.numel(), count(drafters and drafter), count(self.verifiers.get("process")))
+
+    def encode(self, problem):
+        return encode_prompt(problem, self.tokenizer)
+
+    def grade(self, problem, tokens):
+        return self.task.grade(problem, self.tokenizer.decode(tokens)).strict
+
+    def generate(self, groups, title="", step=False, greedy=False):
+        self.engine.stop_at(self.ends if step else self.stops)
+        self.engine.reserve(max(len(g.prompt) - g.begun for g in groups) + self.max_new)
+        sampling = Sampling(0.0 if greedy else 1.0, max_new=self.max_new)
+        choose = None if step else self.choose  # steps are shorter than what the drafter would have to read before its first guess: 0.6x with it
+        return tqdm(self.engine.generate(groups, sampling, choose), total=sum(len(g.seeds) for g in groups), desc=title, disable=not title, mininterval=1)
+
+    def solve(self, problems, strategy, *seed):
+        """strategy(seed function) -> a generator. -> for each problem its attempts, and its Ledger."""
+        started, ids = time.time(), [self.encode(p) for p in problems]
+        books, found, asked = [Ledger() for _ in problems], [None] * len(problems), {}
+        running = [strategy(lambda k, name=tuple(i): sequence_seed(*seed, name, k)) for i in ids]
+
+        def go(i, answer):
+            try:
+                asked[i] = running[i].send(answer)
+            except StopIteration as end:
+                found[i] = end.value
+
+        for i in range(len(problems)):
+            go(i, None)
+        while asked:
+            now = dict(asked)
+            asked.clear()
+            replies = {(i, j): [None] * len(want.paths) for i, wants in now.items() for j, want in enumerate(wants)}
+            for step, greedy in sorted({(w.step, w.greedy) for wants in now.values() for w in wants}):
+                groups, wanted = [], {}
+                for i, wants in now.items():
+                    for j, w in enumerate(wants):
+                        if (w.step, w.greedy) == (step, greedy):
+                            p, wanted[i, j] = w.paths[0], w
+                            groups.append(Group((i, j), ids[i] + list(p.before + p.tokens), [x.seed for x in w.paths], len(p.tokens)))
+                            books[i].prefill += len(groups[-1].prompt) - 1
+                made = list(self.generate(groups, step=step, greedy=greedy))
+                for r, path in zip(made, self.judge(made, [len(ids[r.group[0]]) for r in made], [wanted[r.group].paths[r.sample] for r in made])):
+                    book = books[r.group[0]]
+                    book.decode += len(r.tokens)
+                    book.rejected += r.rounds + r.drafts - len(r.tokens)
+                    book.drafter += r.drafts + (len(r.prompt) + len(r.tokens) if r.drafts else 0)  # guesses, and true tokens that it caught up with
+                    book.verifier += len(path.scores) - len(wanted[r.group].paths[r.sample].scores)
+                    replies[r.group][r.sample] = path
+            for i, wants in now.items():
+                go(i, [replies[i, j] for j in range(len(wants))])
+        for book in books:
+            book.seconds = (time.time() - started) / len(problems)
+        return list(zip(found, books))
+
+    def judge(self, made, questions, paths):
+        """The paths with what was written, scored. questions: lengths of the questions in tokens."""
+        scores = {name: [[] for _ in made] for name in ("process", "outcome")}
+        if self.verifiers and made:
+            features, counts = step_features(self.policy, made, [q + len(p.before) for q, p in zip(questions, paths)], self.ends)
+            scores.update({name: [x.tolist() for x in v(features, counts).split(counts)] for name, v in self.verifiers.items()})
+        for r, path, process, outcome in zip(made, paths, scores["process"], scores["outcome"]):
+            tokens = path.tokens + tuple(r.tokens)
+            done = tokens[-1] in self.stops or len(tokens) >= self.max_new
+            fresh = process[len(path.scores):]
+            if self.noise:
+                fresh = [1 - s if sequence_seed("noise", path.seed, len(path.scores) + j) < self.noise * 2**63 else s for j, s in enumerate(fresh)]
+            yield replace(path, tokens=tokens, scores=(*path.scores, *fresh), outcome=outcome[-1] if outcome else 0.0, done=done,
+                          answer=self.task.final(self.tokenizer.decode(list(tokens))) if done else None)
+
+
+# ---------------------------------------------------------------- learning what search needs
+
+
+def learn(args):
+    """For the policy in --model: process and outcome verifier, drafter, and a revision policy (--model/revise) with its own; --model/refit is the control that was
+    tuned on the same right answers without earlier attempts in view."""
+    task, folder = make_task(args.task, args.data), Path(args.model)
+    problems = lambda split, first, count: [task.problem(split, i) for i in range(first, first + count)]
+    solver = Solver(folder, task, speculate=False, verify=False)
+    plain = lambda some: [(p, solver.encode(p)) for p in some]
+    teach(solver, folder, plain(problems("train", 0, args.questions)), plain(problems("train", 10**6, 200)), args)
+
+    rng = random.Random(args.seed)
+    for name, rows in revision_rows(solver, plain(problems("train", 2 * 10**6, args.questions)), rng).items():
+        model, tokenizer = load_model(str(folder))
+        pretrain.learn(model.train(), [b for _ in range(args.epochs) for b in pretrain.batches(rows, 2048, rng)], 1.5e-3, name)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    reviser = Solver(folder / "revise", task, speculate=False, verify=False)
+
+    def in_chains(first, count):  # its verifier learns where it will be used: with its own earlier attempts in view
+        some = problems("train", first, count)
+        chains = reviser.solve(some, partial(revise, n=4, length=4, again=reviser.again), args.seed, "chains")
+        return [(p, reviser.encode(p) + [t for a in paths[:rng.randint(0, 4)] for t in (*a.tokens[:-1], *reviser.again)]) for p, (paths, _) in zip(some, chains)]
+
+    teach(reviser, folder / "revise", in_chains(3 * 10**6, args.questions), in_chains(4 * 10**6, 200), args)
+
+
+def revision_rows(solver, asked, rng):
+    """name -> (prompt ids, right attempt) to tune on: "revise" has 0 to 4 wrong attempts at the question in its prompts, "refit" has none."""
+    tries, rows = defaultdict(lambda: ([], [])), {"revise": [], "refit": []}  # question -> (wrong, right) attempts
+    for r in solver.generate([Group(i, ids, [sequence_seed("tries", i, k) for k in range(8)]) for i, (_, ids) in enumerate(asked)], "attempts"):
+        tries[r.group][solver.grade(asked[r.group][0], r.tokens)].append(r.tokens)
+    for i, (wrong, right) in sorted(tries.items()):
+        for goal in rng.sample(right, min(2, len(right))) if wrong else ():
+            shown = rng.sample(wrong, rng.randint(0, min(4, len(wrong))))
+            shown.sort(key=lambda t: difflib.SequenceMatcher(None, t, goal).ratio())  # the nearest last: what is right in it can be kept
+            rows["revise"].append((asked[i][1] + [t for attempt in shown for t in (*attempt[:-1], *solver.again)], goal))
+            rows["refit"].append((asked[i][1], goal))
+    return rows
+
+
+def teach(solver, folder, asked, held, args):
+    """Train both verifiers and the drafter on a policy's own attempts, and say how well the verifiers tell good steps from bad."""
+    features, counts, labels, outcomes, _ = labelled_steps(solver, asked, 1, args.continuations, args.seed)
+    blind = features.clone()
+    blind[:, -2:] = 0  # without the log-probabilities
+    made = {"process": fit(features, counts, labels), "outcome": fit(features, counts, outcomes), "hidden state only": fit(blind, counts, labels)}
+    for name in ("process", "outcome"):
+        made[name].save(folder / name)
+    features, counts, labels, _, place = labelled_steps(solver, held, 8, 8, (args.seed, "held out"))
+    lowest = torch.cat([part.cummin(0).values for part in features[:, -2].split(counts)])
+    scores = {**{name: v(features, counts) for name, v in made.items()}, "lowest log p so far": lowest, "lowest log p of the step": features[:, -2]}
+    print(f"{folder}: AUC of steps of {len(held)} held-out questions   pooled   within question and step")
+    for name, s in scores.items():
+        print(f"{name:>50} {auc(s, labels):9.3f} {auc(s, labels, place):9.3f}")
+    torch.manual_seed(args.seed)
+    drafter = Drafter(solver.policy)
+    groups = [Group(i, ids, [sequence_seed(args.seed, "drafter", i, k) for k in range(4)]) for i, (_, ids) in enumerate(asked[:2000])]
+    solver.engine.stop_at(solver.stops)
+    solver.engine.reserve(max(len(g.prompt) for g in groups) + solver.max_new)
+    warm_start(drafter, solver.engine, groups, Sampling(max_new=solver.max_new), args.drafter_seconds, args.seed)
+    drafter.save(folder / "drafter")
+
+
+# ---------------------------------------------------------------- the sweep
+
+
+def searches(solvers, m=4):
+    """(solver, search, n, strategy, picks) of everything that is compared. solvers: those that are there."""
+    picks = ("max", "weighted", "majority", "outcome")
+    found = [("base", "greedy", 1, partial(parallel, n=1, greedy=True), ("majority",)), ("base", "probe", 4, partial(parallel, n=4), ("weighted",)),
+             ("base", "oracle", 16, partial(parallel, n=16), ("weighted",))]
+    found += [("base", "parallel", n, partial(parallel, n=n), picks) for n in (1, 2, 4, 8, 16, 32, 64)]
+    found += [("base", "beam", n, partial(beam, n=n, m=m), picks[:2]) for n in (4, 8, 16, 32, 64)]
+    found += [("base", "lookahead", n, partial(beam, n=n, m=m, look=1), picks[:2]) for n in (4, 16)]
+    found += [("base", "dvts", n, partial(beam, n=n, m=m, diverse=True), picks[:2]) for n in (16, 64)]
+    found += [("noisy", name, n, s, ("max", "weighted")) for name, s, n in (("noisy parallel", partial(parallel, n=16), 16), ("noisy beam", partial(beam, n=16, m=m), 16))]
+    if "revise" in solvers:
+        found += [("revise", f"revise {length}", n, partial(revise, n=n, length=length, again=solvers["revise"]), ("chains", "weighted", "majority"))
+                  for n, lengths in ((4, (1, 4)), (16, (1, 2, 4, 8, 16))) for length in lengths]
+        found += [("refit", "refit parallel", n, partial(parallel, n=n), ("majority",)) for n in (1, 16)]
+    if "large" in solvers:
+        found += [("large", "large greedy", 1, partial(parallel, n=1, greedy=True), ("majority",)), ("large", "large sample", 1, partial(parallel, n=1), ("majority",))]
+    return found
+
+
+def sweep_part(job):
+    """All strategies on some questions, in a process of its own -> rows."""
+    args, first, count, seed = job
+    torch.set_num_threads(1)
+    task, folder, rows = make_task(args.task, args.data), Path(args.model), []
+    problems = [task.problem("test", i) for i in range(first, first + count)]
+    folders = {"base": folder, "noisy": folder, "revise": folder / "revise", "refit": folder / "refit", "large": Path(args.large or "nowhere")}
+    solvers = {name: Solver(where, task, speculate=False, noise=args.verifier_noise * (name == "noisy")) for name, where in folders.items() if (where / "config.json").exists()}
+    for name, search, n, strategy, picks in searches({k: s.again for k, s in solvers.items()}):
+        key = search if search in ("probe", "oracle") else "attempts"  # samples that judge difficulty are others than those that are spent
+        for problem, (paths, book) in zip(problems, solvers[name].solve(problems, strategy, seed, key)):
+            row = {"prompt": problem.trace or problem.prompt, "search": search, "n": n, "seed": seed, "flops": book.flops(solvers[name].sizes), "weights": solvers[name].sizes[0], "ledger": asdict(book),
+                   "attempts": [int(solvers[name].grade(problem, list(p.tokens))) for p in paths], "score": sum(score(p, args.aggregate) for p in paths) / len(paths)}
+            for how in picks:
+                answer = pick(paths, how, args.aggregate)
+                right = next((good for p, good in zip(paths, row["attempts"]) if p.answer == answer), 0)
+                rows.append({**row, "pick": how, "answer": answer, "right": right})
+    return rows
+
+
+def sweep(args):
+    """Every strategy on --count held-out questions -> rows in --json, one per question, strategy and way to pick: what `report` draws from."""
+    jobs = [(args, first, min(args.chunk, args.count - first), seed) for seed in range(args.seed, args.seed + args.seeds) for first in range(0, args.count, args.chunk)]
+    with ProcessPoolExecutor(args.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        parts = list(tqdm(pool.map(sweep_part, jobs), total=len(jobs), desc="sweep", unit="part"))
+    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(args.json), "".join(json.dumps(row) + "\n" for part in parts for row in part))
+    print(f"wrote {args.json}")
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def table(rows):
+    """rows in the order of the questions: (search, n, pick) -> arrays over them (seeds are further questions): right, tokens emitted, FLOPs, attempts (lists)."""
+    found = defaultdict(lambda: ([], [], [], []))
+    for r in rows:
+        for column, x in zip(found[r["search"], r["n"], r["pick"]], (r["right"], r["ledger"]["decode"], r["flops"], r["attempts"])):
+            column.append(x)
+    return {key: (*(np.array(c, float) for c in columns[:3]), columns[3]) for key, columns in found.items()}
+
+
+def quintiles(easiness):
+    """0 (easiest) to 4 (hardest), of equal size; ties in the order of the questions."""
+    rank = np.empty(len(easiness), int)
+    rank[np.argsort(-np.asarray(easiness), kind="stable")] = np.arange(len(easiness))
+    return rank * 5 // len(easiness)
+
+
+def best_within(right, cost, questions, budget):
+    """The key whose mean cost over these questions is within the budget and that is right most often, the cheaper one of equals; None: all are too dear."""
+    good = [k for k in right if questions.any() and cost[k][questions].mean() <= budget]
+    return max(good, key=lambda k: (right[k][questions].mean(), -cost[k][questions].mean()), default=None)
+
+
+def compute_optimal(right, cost, bins, folds, budget, look=0.0):
+    """right, cost: strategy -> array over questions. For each bin the best strategy on one fold, reported on the other. look: what it costs to see the bin, paid where
+    the bins are used: they are not, if one strategy for all was as good on the first fold without looking.
+
+    -> (right (Q,), cost (Q,), {(fold, bin): strategy}); None where the budget buys nothing."""
+    outcome, paid, chosen = np.zeros(len(bins)), np.zeros(len(bins)), {}
+    looked = {k: c + look for k, c in cost.items()}
+    for fold in (0, 1):
+        known = folds != fold
+        one = best_within(right, cost, known, budget)
+        if one is None:
+            return None
+        each = {b: best_within(right, looked, known & (bins == b), budget) for b in set(bins)}
+        gain = sum(right[k][known & (bins == b)].sum() for b, k in each.items()) if None not in each.values() else -1.0
+        use, price = (each, looked) if gain > right[one][known].sum() else (dict.fromkeys(each, one), cost)
+        for b, k in use.items():
+            here = (bins == b) & (folds == fold)
+            outcome[here], paid[here], chosen[fold, b] = right[k][here], price[k][here], k
+    return outcome, paid, chosen
+
+
+def interval(x, rng, draws=1000):
+    """Half the width of the 95 % bootstrap interval of a mean over questions."""
+    return 1.96 * np.std([x[rng.integers(0, len(x), len(x))].mean() for _ in range(draws)])
+
+
+def matched_samples(m, r, backward=3.0):
+    """How many samples of a small model cost, training included, what one sample of an m times larger model costs; r: tokens inferred per token of training.
+    backward: 3 as in the paper's first version (6 N D for training against 2 N D), 1.5 as in the conference version."""
+    return m + backward * (m - 1) / r
+
+
+def report(args):
+    """Tables and figures from the rows of `sweep`, and the choices that --strategy auto makes, in --model/choice.json."""
+    rows = sorted((json.loads(line) for line in open(args.json)), key=lambda r: (r["prompt"], r["seed"]))
+    found, rng = table(rows), np.random.default_rng(args.seed)
+    of = lambda *key: found[key][0]
+    probe, oracle, looks = found["probe", 4, "weighted"], found["oracle", 16, "weighted"], [r for r in rows if r["search"] == "probe"]
+    scores = np.array([r["score"] for r in looks])
+    bins = {"predicted": quintiles(scores), "known": quintiles([sum(a) for a in oracle[3]])}
+    folds = np.array([zlib.crc32(r["prompt"].encode()) % 2 for r in looks])  # all that is known of a question is in one fold
+    plain = {k: v for k, v in found.items() if k[0] in ("greedy", "parallel", "beam", "lookahead", "dvts") and k[2] != "outcome"}
+    print(f"{len(set(r['prompt'] for r in looks))} questions, {len(scores)} rows for each strategy\n{'strategy':>24} {'pick':>9} {'right':>7} {'+-':>6} {'tokens':>8} {'MFLOPs':>8}")
+    for (search, n, how), (right, tokens, flops, _) in sorted(found.items()):
+        print(f"{search + ' ' + str(n):>24} {how:>9} {right.mean():7.3f} {interval(right, rng):6.3f} {tokens.mean():8.0f} {flops.mean() / 1e6:8.0f}")
+    results, choices = {}, {}
+    for unit, column in (("tokens", 1), ("flops", 2)):
+        right, cost = {k: v[0] for k, v in plain.items()}, {k: v[column] for k, v in plain.items()}
+        budgets = np.geomspace(cost["greedy", 1, "majority"].mean() * 1.01, max(c.mean() for c in cost.values()) * 1.01, 12)
+        lines = results[unit] = defaultdict(list)
+        for budget in budgets:
+            parties = {"best fixed": compute_optimal(right, cost, np.zeros(len(scores), int), folds, budget), "known difficulty": compute_optimal(right, cost, bins["known"], folds, budget),
+                       "predicted difficulty": compute_optimal(right, cost, bins["predicted"], folds, budget, probe[column])}
+            for name, party in parties.items():
+                if party:
+                    lines[name].append((party[1].mean(), party[0].mean(), party[0], party[2]))
+            if unit == "tokens" and parties["predicted difficulty"]:
+                choices[float(budget)] = [list(best_within(right, cost, bins["predicted"] == b, budget) or ("greedy", 1, "majority")) for b in range(5)]
+        print(f"\ncompute-optimal against the best fixed strategy at equal budget, {unit}:   predicted (everything charged)   known")
+        for budget in budgets:
+            at = {name: max((x for x in line if x[0] <= budget), key=lambda x: x[0], default=None) for name, line in lines.items()}
+            if len(at) == 3 and all(at.values()):
+                fixed = at["best fixed"]
+                print(f"{budget:14.3g}   fixed {fixed[1]:.3f}   " + "   ".join(
+                    f"{at[n][1]:.3f} ({at[n][1] - fixed[1]:+.3f} +- {interval(at[n][2] - fixed[2], rng):.3f})" for n in ("predicted difficulty", "known difficulty")))
+    edges = [float(scores[bins["predicted"] == b].min()) for b in range(4)]
+    write_atomically(Path(args.model) / "choice.json", json.dumps({"edges": edges, "choices": choices}, indent=1))
+
+    figure, axes = pyplot().subplots(2, 3, figsize=(16, 9))
+    shown = {"best-of-N": ("parallel", "max"), "weighted": ("parallel", "weighted"), "majority": ("parallel", "majority"), "beam": ("beam", "weighted"),
+             "lookahead": ("lookahead", "weighted"), "DVTS": ("dvts", "weighted")}
+    for axis, (unit, column) in zip(axes[0], (("tokens", 1), ("flops", 2))):
+        for name, (search, how) in shown.items():
+            line = sorted((v[column].mean(), v[0].mean()) for (s, _, h), v in found.items() if (s, h) == (search, how))
+            axis.plot(*zip(*line), "o-", ms=3, label=name)
+        axis.plot(found["greedy", 1, "majority"][column].mean(), of("greedy", 1, "majority").mean(), "k*", label="greedy")
+        for name, style in (("predicted difficulty", "k-"), ("known difficulty", "k:")):
+            axis.plot(*zip(*[(x[0], x[1]) for x in results[unit][name]]), style, label=f"compute-optimal, {name}")
+        axis.set(xscale="log", xlabel={"tokens": "tokens emitted for a question", "flops": "FLOPs for a question"}[unit], ylabel="right")
+    axes[0, 0].legend(fontsize=7)
+    by_bin = lambda x: [x[bins["known"] == b].mean() for b in range(5)]
+    ticks = dict(xlabel="difficulty (quintile; 5: hardest)", xticks=range(5), xticklabels=range(1, 6))
+    for name, key in {"weighted": ("parallel", 16, "weighted"), "beam": ("beam", 16, "weighted"), "weighted, noisy verifier": ("noisy parallel", 16, "weighted"),
+                      "beam, noisy verifier": ("noisy beam", 16, "weighted")}.items():
+        axes[0, 2].plot(by_bin(of(*key)), "o-" if "noisy" not in name else "o--", label=name)
+    axes[0, 2].set(title=f"N = 16; noise turns {args.verifier_noise:.0%} of the scores round", **ticks)
+    print("\nN = 16 by difficulty (quintiles of pass@1 in 16 other attempts)")
+    for key in (("parallel", 1, "majority"), ("parallel", 16, "majority"), ("parallel", 16, "max"), ("parallel", 16, "weighted"), ("beam", 16, "weighted"), ("beam", 16, "max"),
+                ("noisy parallel", 16, "weighted"), ("noisy beam", 16, "weighted")):
+        print(f"{' '.join(map(str, key)):>28}  " + "  ".join(f"{x:.3f}" for x in by_bin(of(*key))))
+    grid = [[best_within({k: v[0] for k, v in plain.items()}, {k: v[1] for k, v in plain.items()}, bins["known"] == b, budget) for budget in budgets_of(plain)] for b in range(5)]
+    names = sorted({k[0] + " " + k[2] for line in grid for k in line if k})
+    axes[1, 0].imshow([[names.index(k[0] + " " + k[2]) if k else np.nan for k in line] for line in grid], aspect="auto", cmap="Pastel1")
+    for b, line in enumerate(grid):
+        for x, k in enumerate(line):
+            axes[1, 0].text(x, b, f"{k[0]}\n{k[2]}\n{k[1]}" if k else "", ha="center", va="center", fontsize=6)
+    axes[1, 0].set(title="best strategy", xlabel="tokens", xticks=range(6), xticklabels=[f"{x:.0f}" for x in budgets_of(plain)], yticks=range(5), yticklabels=range(1, 6), ylabel="difficulty")
+    if ("revise 1", 16, "weighted") in found:
+        ratios = [length for length in (1, 2, 4, 8, 16)]
+        for b in range(5):
+            axes[1, 1].plot(ratios, [of(f"revise {length}", 16, "chains")[bins["known"] == b].mean() for length in ratios], "o-", label=f"difficulty {b + 1}")
+        axes[1, 1].set(xscale="log", xticks=ratios, xticklabels=[f"{x}:{16 // x}" for x in ratios], xlabel="sequential : parallel (16 attempts, revision policy)", title="right, by ratio")
+        chains = np.array(found["revise 16", 16, "weighted"][3])
+        print("\nrevisions, pass@1 by attempt:  " + " ".join(f"{x:.3f}" for x in chains.mean(0)) + f"\ncontrols: the same policy without attempts in view {np.array(found['revise 1', 16, 'weighted'][3]).mean():.3f}, "
+              f"tuned without attempts {np.array(found['refit parallel', 16, 'majority'][3]).mean():.3f}, before tuning {np.array(found['parallel', 16, 'majority'][3]).mean():.3f}")
+        before, after = chains[:, :-1], chains[:, 1:]
+        print(f"right attempts revised to wrong {1 - after[before == 1].mean():.1%}, wrong ones to right {after[before == 0].mean():.1%}")
+        for length in ratios:
+            print(f"{'chains of ' + str(length):>14}: " + "  ".join(f"{how} {of(f'revise {length}', 16, how).mean():.3f}" for how in ("chains", "weighted", "majority")) + "   by difficulty "
+                  + " ".join(f"{x:.3f}" for x in by_bin(of(f"revise {length}", 16, "chains"))))
+    if ("large greedy", 1, "majority") in found:
+        large, small = found["large greedy", 1, "majority"], found["parallel", 1, "majority"]
+        weights = {r["search"]: r["weights"] for r in rows}
+        m = weights["large greedy"] / weights["parallel"]
+        axes[1, 2].plot(by_bin(large[0]), "k*-", label=f"large model ({m:.1f} x), greedy")
+        print(f"\nsmall model with search against one {m:.1f} times larger, greedy: {large[0].mean():.3f} (small: {of('greedy', 1, 'majority').mean():.3f})\n"
+              f"{'':>26} by difficulty " + "  ".join(f"{x:6.3f}" for x in by_bin(large[0])))
+        for version, backward in (("v1", 3.0), ("ICLR", 1.5)):
+            for r in (0.16, 0.79, 22.0):
+                n = matched_samples(m, r, backward)
+                party = compute_optimal({k: v[0] for k, v in plain.items()}, {k: v[2] for k, v in plain.items()}, bins["predicted"], folds, n * small[2].mean(), probe[2])
+                if party:
+                    print(f"{version:>5} R = {r:<5} {n:6.1f} samples  difference " + "  ".join(f"{x:+6.3f}" for x in by_bin(party[0] - large[0])) + f"   all {(party[0] - large[0]).mean():+.3f}")
+                    if backward == 3.0:
+                        axes[1, 2].plot(by_bin(party[0]), "o-", label=f"small, R = {r} ({n:.0f} samples)")
+        axes[1, 2].set(title="small model with search, FLOPs-matched", **ticks)
+    for axis in (axes[0, 2], axes[1, 1], axes[1, 2]):
+        if axis.lines:
+            axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(Path(args.json).with_suffix(".png"), dpi=90)
+    print(f"wrote {Path(args.json).with_suffix('.png')} and {args.model}/choice.json")
+
+
+def budgets_of(plain):
+    """Six budgets in tokens, from greedy to the dearest strategy."""
+    return np.geomspace(plain["greedy", 1, "majority"][1].mean() * 1.01, max(v[1].mean() for v in plain.values()) * 1.01, 6)
+
+
+# ---------------------------------------------------------------- one question at a time
+
+
+def speed(args):
+    """Seconds for a question with and without speculation, one question at a time: what the drafter is worth here. The answers must be the same."""
+    torch.set_num_threads(1)
+    task, folder = make_task(args.task, args.data), Path(args.model)
+    problems = [task.problem("test", 10**6 + i) for i in range(args.count)]
+    solvers = {(where, on): Solver(folder / where, task, speculate=on, slots=64) for where in ("", "revise") for on in (False, True)}
+    strategies = {"greedy": ("", partial(parallel, n=1, greedy=True)), "best-of-8": ("", partial(parallel, n=8)), "beam 16, M = 4": ("", partial(beam, n=16, m=4)),
+                  "lookahead 4, M = 4": ("", partial(beam, n=4, m=4, look=1)), "chain of 8 revisions": ("revise", partial(revise, n=8, length=8, again=solvers["revise", True].again))}
+    print(f"{'':>22} {'plain s':>8} {'spec. s':>8} {'ratio':>6} {'same':>6} {'MFLOPs plain / speculative':>28}")
+    for name, (where, strategy) in strategies.items():
+        seconds, same, flops = {False: 0.0, True: 0.0}, 0, {False: 0.0, True: 0.0}
+        for turn in range(2):  # the first turn does not count
+            for i, problem in enumerate(tqdm(problems, desc=name, leave=False)):
+                made = {on: solvers[where, on].solve([problem], strategy, args.seed)[0] for on in ((False, True) if i % 2 else (True, False))}
+                for on, (_, book) in made.items():
+                    seconds[on] += book.seconds * turn
+                    flops[on] += book.flops(solvers[where, on].sizes) * turn
+                same += turn * ([p.tokens for p in made[False][0]] == [p.tokens for p in made[True][0]])
+        n = len(problems)
+        print(f"{name:>22} {seconds[False] / n:8.4f} {seconds[True] / n:8.4f} {seconds[False] / seconds[True]:6.2f} {same:>3}/{n} {flops[False] / n / 1e6:18.1f} / {flops[True] / n / 1e6:.1f}")
+
+
+def answer(args):
+    """Answer --prompt, and show what was tried and what it cost."""
+    if not args.prompt:
+        raise UserError('--prompt "7:cfa=": a question is wanted')
+    task = make_task(args.task, args.data)
+    solver, problem = Solver(args.model, task), Problem(args.prompt, args.prompt, None)
+    if not solver.verifiers and args.strategy != "majority":
+        raise UserError(f"--strategy {args.strategy}: {args.model} has no verifier (`python test_time.py learn`); only majority works without one")
+    search, n, how = args.strategy, args.n, "weighted"
+    if search == "auto":
+        path = Path(args.model) / "choice.json"
+        if not path.exists():
+            raise UserError(f"--strategy auto: no {path}; `python test_time.py sweep` and `report` find out what is best when")
+        known = json.loads(path.read_text())
+        (paths, book), = solver.solve([problem], partial(parallel, n=4), args.seed, "probe")
+        easy = sum(map(score, paths)) / len(paths)
+        hardness = sum(easy < edge for edge in known["edges"])
+        budget = max((b for b in map(float, known["choices"]) if b <= args.budget - book.decode), default=min(map(float, known["choices"])))
+        search, n, how = known["choices"][str(budget)][hardness]
+        print(f"four attempts for a look: mean score {easy:.2f}, difficulty {hardness + 1} of 5, {book.decode} tokens -> {search} {n}, {how}")
+    revising = search.startswith("revise")
+    strategies = {"greedy": partial(parallel, n=1, greedy=True), "majority": partial(parallel, n=n), "parallel": partial(parallel, n=n), "beam": partial(beam, n=n, m=4),
+                  "lookahead": partial(beam, n=n, m=4, look=1), "dvts": partial(beam, n=n, m=4, diverse=True), "revise": partial(revise, n=n, length=min(n, 8), again=solver.again)}
+    if revising:
+        solver = Solver(Path(args.model) / "revise", task)
+    (paths, book), = solver.solve([problem], strategies[search], args.seed, "answer")
+    for p in sorted(paths, key=score)[-8:]:
+        print(f"  {score(p):.3f}  {solver.tokenizer.decode(list(p.tokens), skip_special_tokens=True)}")
+    how = {"majority": "majority", "greedy": "majority", "revise": "chains"}.get(search, how)
+    print(f"answer: {pick(paths, how)}   ({search} {n}, {how}; {len(paths)} attempts in the end)\n" + ", ".join(f"{k} {v}" for k, v in asdict(book).items() if k != "seconds")
+          + f" tokens, {book.flops(solver.sizes) / 1e6:.1f} MFLOPs, {book.seconds:.2f} s")
+
+
+def main():
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("command", nargs="?", default="answer", choices=["answer", "learn", "sweep", "report", "speed"])
+    flags.add_argument("--model", default="base/chain", help="folder of the policy; verifiers, drafter and revise/ lie in it")
+    flags.add_argument("--task", default="chain", help="chain or gsm8k")
+    flags.add_argument("--data", default="")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--prompt", default="", help="(answer) the question")
+    flags.add_argument("--strategy", default="auto", choices=["auto", "greedy", "majority", "parallel", "beam", "lookahead", "dvts", "revise"], help="(answer)")
+    flags.add_argument("--n", type=int, default=16, help="(answer) N, unless auto")
+    flags.add_argument("--budget", type=int, default=1000, help="(answer) tokens, for auto")
+    flags.add_argument("--questions", type=int, default=8000, help="(learn) training questions")
+    flags.add_argument("--continuations", type=int, default=2, help="(learn) from the end of each step")
+    flags.add_argument("--epochs", type=int, default=5, help="(learn) of tuning for revisions")
+    flags.add_argument("--drafter-seconds", type=float, default=60, help="(learn) training time of each drafter")
+    flags.add_argument("--count", type=int, default=1000, help="(sweep, speed) held-out questions")
+    flags.add_argument("--seeds", type=int, default=1, help="(sweep) repetitions with other samples")
+    flags.add_argument("--chunk", type=int, default=100, help="(sweep) questions in a part")
+    flags.add_argument("--workers", type=int, default=2, help="(sweep) processes")
+    flags.add_argument("--aggregate", default="last", choices=["last", "min", "product"], help="(sweep) an attempt's score from those of its steps")
+    flags.add_argument("--verifier-noise", type=float, default=0.2, help="(sweep) share of the scores that are turned round for the noisy strategies")
+    flags.add_argument("--large", default="", help="(sweep) folder of a larger model to compare with")
+    flags.add_argument("--json", default="runs/test-time.jsonl", help="(sweep, report) the rows")
+    args = flags.parse_args()
+    {"answer": answer, "learn": learn, "sweep": sweep, "report": report, "speed": speed}[args.command](args)
+
+
+if __name__ == "__main__":
+    run(main)
