@@ -29,7 +29,7 @@ bench-quick: .venv/installed  ## a first look at the speeds of this machine (abo
 	$(RUN) bench.py engine --batches 32 --rounds 1 --max-new 256 --json runs/quick-engine.json
 	$(RUN) bench.py speculation --threads 1 --rounds 1 --workloads one mixed --json runs/quick-speculation.json
 
-bench: .venv/installed  ## the speeds in the README, side by side (about 30 minutes on 2 cores; the steps are those of runs/demo's policy if it is there)
+bench: .venv/installed  ## the speeds in the README, side by side (about 35 minutes on 2 cores; whole steps are made with runs/demo's policy if it is there)
 	mkdir -p runs
 	$(RUN) bench.py engine --json runs/bench-engine.json
 	$(RUN) bench.py identity --json runs/bench-identity.json

@@ -6,7 +6,8 @@ A task is one small class with two methods:
     grade(problem, text)  -> Grade         strict: right, and in the format that was asked for (this is the reward)
                                            lenient: right answer anywhere in the text (tells format errors from thinking errors)
 
-and, for test-time search, `final(text)` (the answer it gives), `step_end` (the token that ends a step) and `again` (what stands between two attempts).
+and, for test-time search, `final(text)` (the answer it gives), `step_end` (the token that ends a step), `again` (what stands between two attempts) and `longest` (tokens
+of an attempt, at most).
 
 Countdown is one task at two scales. A language model reads the well-known prompt ("use the numbers [..] to make N", think in
 <think>, answer in <answer>); the tiny from-scratch model of pretrain.py reads `3,7,8=29<think>` and writes search traces. Both end
@@ -153,7 +154,8 @@ class Chain:
     the functions are affine and invertible: x -> (m x + b) mod 31. A tiny policy has to know the 16 of them by heart.
     """
 
-    LETTERS, MODULUS, step_end, again = "abcdefghijklmnop", 31, ";", "|"
+    LETTERS, MODULUS = "abcdefghijklmnop", 31
+    step_end, again, longest = ";", "|", 48
 
     @staticmethod
     def apply(name, x):
@@ -197,7 +199,7 @@ def last_number(text):
 class GSM8K:
     """Grade-school mathematics. source: "hub" (openai/gsm8k, config main) or a folder with train.jsonl and test.jsonl of its format."""
 
-    step_end, again = "\n", "\nThat is not right. Once more.\n"
+    step_end, again, longest = "\n", "\nThat is not right. Once more.\n", 512
 
     def __init__(self, source="hub"):
         self.source, self.splits = source, {}

@@ -182,8 +182,10 @@ def pick(paths, how, aggregate="last"):
 class Solver:
     """A policy with its verifiers and its drafter, from their folder, and the bookkeeping. noise: share of the verifier's scores that are turned round."""
 
-    def __init__(self, folder, task, speculate=True, verify=True, slots=256, max_new=48, noise=0.0):
-        self.task, self.noise, self.max_new = task, noise, max_new
+    def __init__(self, folder, task, speculate=True, verify=True, slots=256, noise=0.0):
+        if not hasattr(task, "step_end"):
+            raise UserError(f"--task {type(task).__name__.lower()}: search needs a task that tells steps and final answers (see tasks.py): chain or gsm8k")
+        self.task, self.noise, self.max_new = task, noise, task.longest
         self.policy, self.tokenizer = load_model(str(folder), "cuda" if torch.cuda.is_available() else "cpu")
         self.stops, width = stop_tokens(self.policy, self.tokenizer), self.policy.config.hidden_size
         step_end = self.tokenizer.encode(task.step_end, add_special_tokens=False)
@@ -479,7 +481,7 @@ def report(args):
                 print(f"{budget:14.3g}   fixed {fixed[1]:.3f}   " + "   ".join(
                     f"{at[n][1]:.3f} ({at[n][1] - fixed[1]:+.3f} +- {interval(at[n][2] - fixed[2], rng):.3f})" for n in ("predicted difficulty", "known difficulty")))
     edges = [float(scores[bins["predicted"] == b].min()) for b in range(4)]
-    write_atomically(Path(args.model) / "choice.json", json.dumps({"edges": edges, "choices": choices}, indent=1))
+    write_atomically(Path(args.model) / "choice.json", json.dumps({"edges": edges, "choices": choices}))
 
     figure, axes = pyplot().subplots(2, 3, figsize=(16, 9))
     shown = {"best-of-N": ("parallel", "max"), "weighted": ("parallel", "weighted"), "majority": ("parallel", "majority"), "beam": ("beam", "weighted"),

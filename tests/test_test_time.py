@@ -331,6 +331,14 @@ def test_answering_one_question(capsys, monkeypatch):
     test_time.main()
     text = capsys.readouterr().out
     assert "answer: " in text and "MFLOPs" in text and "#" in text
-    monkeypatch.setattr("sys.argv", ["test_time.py"])
-    with pytest.raises(UserError, match="--prompt"):
+    for argv, message in (([], "--prompt"), (["--prompt", "x", "--task", "countdown"], "chain or gsm8k"), (["--prompt", "7:cfa=", "--model", "base"], "cannot load|no single token|no verifier")):
+        monkeypatch.setattr("sys.argv", ["test_time.py", *argv])
+        with pytest.raises(UserError, match=message):
+            test_time.main()
+
+
+def test_choosing_by_predicted_difficulty(capsys, monkeypatch):
+    for budget in ("30", "400"):
+        monkeypatch.setattr("sys.argv", ["test_time.py", "--prompt", "7:cfaponm=", "--budget", budget, "--model", str(FOLDER)])
         test_time.main()
+        assert "difficulty" in capsys.readouterr().out
