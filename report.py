@@ -62,6 +62,8 @@ class Table:
         if len(spans) > 1:
             for rank, mine in enumerate(spans):
                 self.say(f"       worker {rank} |{gantt(mine, min(m[0][1] for m in spans), s['step'])}|")
+        if row["skipped"]:
+            self.say("       the gradient was not finite: the policy stays as it was")
         if "speculation" in row:
             a, d = row["speculation"], row["drafter"]
             self.say(f"       {a['tokens_per_round']:.2f} tokens per row and speculative round, k {a['k']:.1f}, {a['share']:.0%} of the rounds speculative"

@@ -19,6 +19,7 @@ Rules that keep the sums right (each has a test):
 - Masks come from lengths, never from `!= pad`: the stop token is a decision and gets its gradient.
 - Scoring uses the sampling temperature. The first update of a rollout takes its own log-probabilities as the old ones, so rho is exactly 1; the rollout's
   are compared with them (the `gap` in metrics.jsonl: the alarm that rollout and trainer are the same policy) and serve as p_old in later updates.
+- A gradient that is not finite changes nothing: that update is skipped and counted, and after three in a row training stops and names the last checkpoint.
 - Only token ids cross from rollout to update. Who made a response, when, in which batch, must not reach the sums, so mini- and micro-batches are cut by content.
 
 Left out: a critic, DAPO's dynamic sampling and overlong shaping, reward models, replay of old rollouts.
@@ -27,6 +28,7 @@ Left out: a critic, DAPO's dynamic sampling and overlong shaping, reward models,
 import argparse
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import os
@@ -312,6 +314,7 @@ def train(config, team):
         write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
     if config.eval_every and not first:
         keep(evaluate(0))
+    bad = 0  # steps in a row with a gradient that is not finite
     for step in range(first, config.steps):
         team.clock.enter("rollout")
         started = time.time()
@@ -330,6 +333,9 @@ def train(config, team):
         row = describe(step + 1, responses, rewards, stats, spans, [notes for *_, notes in told])
         keep(row)
         table.show(row, spans)
+        bad = bad + 1 if row["skipped"] else 0
+        if bad == 3:
+            raise UserError(f"step {step + 1}: the gradient was not finite in three steps in a row; lower --lr and --resume from {newest_checkpoint(out)}")
         bar.update()
         if config.show_every and (step + 1) % config.show_every == 0:
             show_samples(say, responses, tokenizer)
@@ -398,14 +404,16 @@ def update(model, reference, optimizer, responses, advantage, step, config, team
             done = step * config.epochs * config.minibatches + len(norms)  # updates so far, this one included
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1.0, done / max(1, config.warmup))
-            optimizer.step()
+            if math.isfinite(norms[-1]):  # the same on all workers
+                optimizer.step()
             optimizer.zero_grad()
     model.eval()
-    stats["norm"] = sum(norms) / max(1, len(norms))
+    good = [n for n in norms if math.isfinite(n)]
+    stats["norm"] = sum(good) / max(1, len(good))
     everyone = team.everyone(stats)
     total = {k: sum(s[k] for s in everyone) for k in stats}
     tokens = max(1.0, total["tokens"])
-    return {"loss": total["loss"], "grad_norm": stats["norm"], "gap_mean": total["gap_sum"] / tokens * config.epochs,
+    return {"loss": total["loss"], "grad_norm": stats["norm"], "skipped": len(norms) - len(good), "gap_mean": total["gap_sum"] / tokens * config.epochs,
             "gap_max": max(s["gap_max"] for s in everyone), "clipped": total["clipped"] / tokens, "kl": total["kl"] / tokens}
 
 
@@ -418,7 +426,7 @@ def prepare_folder(out, config):
         write_atomically(out / "config.json", json.dumps(asdict(config), indent=1))
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror or error})") from error
-    if config.resume and newest_checkpoint(out) is None:
+    if config.resume and newest_checkpoint(out, tqdm.write) is None:
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
     if not config.resume:
         for old in out.glob("checkpoint-??????"):  # or a later --resume could go on from another run
@@ -452,20 +460,53 @@ def save_policy(folder, model, tokenizer):
     tokenizer.save_pretrained(folder)
 
 
+FORMAT = 1  # of checkpoints
+
+
 def save_checkpoint(out, step, model, tokenizer, optimizer, metrics):
-    """checkpoint-NNNNNN: a Hugging Face folder plus optimizer.pt and state.json. Seeds and data follow from the step, so they need no state."""
+    """checkpoint-NNNNNN: a Hugging Face folder plus optimizer.pt and state.json, which holds the files' checksums. Seeds and data follow from the step, so they need no state."""
     def fill(folder):
         save_policy(folder, model, tokenizer)
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-        (folder / "state.json").write_text(json.dumps({"step": step, "metrics": metrics}))
-    save_folder(out / f"checkpoint-{step:06d}", fill)
+        sums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
+        (folder / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, "metrics": metrics, "checksums": sums}))
+
+    try:
+        save_folder(out / f"checkpoint-{step:06d}", fill)
+    except Exception as error:  # disk full, read-only, ...: each library has its own type for it
+        shutil.rmtree(out / f"checkpoint-{step:06d}.part", ignore_errors=True)
+        raise UserError(f"--out {out}: cannot write the checkpoint of step {step} ({error}); the last one there: {newest_checkpoint(out)}") from error
     for old in sorted(out.glob("checkpoint-??????"))[:-2]:
         shutil.rmtree(old)
 
 
-def newest_checkpoint(out):
-    found = sorted(out.glob("checkpoint-??????"))
-    return found[-1] if found else None
+def checksum(path):
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def damage(folder):
+    """What is wrong with a checkpoint, in words; empty if nothing is."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        if state.get("format") != FORMAT:
+            return f"format {state.get('format')}, wanted {FORMAT}"
+        return ", ".join(name for name, known in state["checksums"].items() if checksum(folder / name) != known)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def newest_checkpoint(out, say=lambda text: None):
+    """The newest one that is whole, or None. Damaged ones are named."""
+    for folder in sorted(out.glob("checkpoint-??????"), reverse=True):
+        wrong = damage(folder)
+        if not wrong:
+            return folder
+        say(f"{folder} is damaged ({wrong}) and is passed over")
+    return None
 
 
 def load_state(checkpoint, optimizer):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import train_grpo
 from report import describe, gantt
 from rollout import Engine, Group, Sampling, run, sequence_seed
-from tasks import Countdown, Grade
+from tasks import Countdown, Grade, UserError
 from train_grpo import Alone, Clock, Config, advantages, micro_batches, parse_flags, pass_at_k, policy_loss, token_logprobs, token_weights, update
 
 CONFIG = Config(prompts=4, samples=6, max_new=30, micro_tokens=200, device="cpu")
@@ -346,8 +346,78 @@ def test_unknown_flags_and_values_exit_with_2(capsys):
     assert config.lr == 3e-5 and config.loss == "dapo" and config.mask_truncated
 
 
+def checkpoint(folder, step, content="good"):
+    def fill(f):
+        (f / "x").write_text(content)
+        (f / "state.json").write_text(json.dumps({"format": train_grpo.FORMAT, "step": step, "metrics": [], "checksums": {"x": train_grpo.checksum(f / "x")}}))
+    train_grpo.save_folder(folder / f"checkpoint-{step:06d}", fill)
+    return folder / f"checkpoint-{step:06d}"
+
+
 def test_a_failed_checkpoint_write_leaves_the_last_one(tmp_path):
-    train_grpo.save_folder(tmp_path / "checkpoint-000001", lambda f: (f / "x").write_text("good"))
+    checkpoint(tmp_path, 1)
     with pytest.raises(RuntimeError):
         train_grpo.save_folder(tmp_path / "checkpoint-000002", lambda f: [(f / "x").write_text("half"), (_ for _ in ()).throw(RuntimeError("killed"))])
     assert train_grpo.newest_checkpoint(tmp_path).name == "checkpoint-000001"
+
+
+@pytest.mark.parametrize("harm", [lambda f: (f / "x").write_text("goof"), lambda f: (f / "x").write_text("go"), lambda f: (f / "x").unlink(), lambda f: (f / "state.json").write_text('{"form'),
+                                  lambda f: (f / "state.json").unlink(), lambda f: (f / "state.json").write_text('{"format": 0}'), lambda f: (f / "state.json").write_text("[]")])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tmp_path):
+    checkpoint(tmp_path, 1)
+    harm(checkpoint(tmp_path, 2))
+    said = []
+    assert train_grpo.newest_checkpoint(tmp_path, said.append).name == "checkpoint-000001"
+    assert len(said) == 1 and "checkpoint-000002 is damaged" in said[0]
+
+
+def test_a_resumed_run_passes_over_a_damaged_checkpoint(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_grpo, "make_task", lambda name, data: Parity())
+    argv = ["--model", model_folder, "--out", tmp_path, *SMALL, "--save-every", 1, "--eval-every", 0]
+    run_main(monkeypatch, *argv, "--steps", 2)
+    whole = weights(tmp_path / "policy")
+    with open(tmp_path / "checkpoint-000002/model.safetensors", "r+b") as file:
+        file.seek(5000)
+        file.write(b"rot")
+    run_main(monkeypatch, *argv, "--steps", 2, "--resume")  # makes step 2 again
+    again = weights(tmp_path / "policy")
+    assert "checkpoint-000002 is damaged (model.safetensors)" in capsys.readouterr().out and all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_a_disk_that_is_full_gives_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    checkpoint(tmp_path, 1)
+    monkeypatch.setattr(train_grpo, "save_policy", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space left on device.*checkpoint-000001"):
+        train_grpo.save_checkpoint(tmp_path, 2, None, None, None, [])
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000001"]
+
+
+def check_poison(model_folder, out, monkeypatch):
+    """The loss is nan in steps 2 to 4: the policy stays that of step 1, and the run stops."""
+    calls, real = [0], train_grpo.policy_loss
+
+    def poisoned(*args):
+        calls[0] += 1
+        return real(*args) * (float("nan") if calls[0] > 1 else 1.0)
+
+    monkeypatch.setattr(train_grpo, "policy_loss", poisoned)
+    status = None
+    try:
+        run_main(monkeypatch, "--model", model_folder, "--out", out, *SMALL, "--save-every", 1, "--eval-every", 0, "--steps", 9)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert [r["skipped"] for r in rows] == [0, 1, 1, 1]
+    assert all(x.isfinite().all() for x in weights(out / "checkpoint-000003").values())
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_three_stop_the_run(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_grpo, "make_task", lambda name, data: Parity())
+    check_poison(model_folder, tmp_path / "good", monkeypatch)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "three steps in a row" in error and "checkpoint-000003" in error
+    monkeypatch.undo()
+    monkeypatch.setattr(train_grpo, "make_task", lambda name, data: Parity())
+    monkeypatch.setattr(train_grpo.math, "isfinite", lambda x: True)
+    caught(check_poison, model_folder, tmp_path / "broken", monkeypatch)
