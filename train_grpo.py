@@ -335,6 +335,7 @@ def train(config, team):
         table.show(row, spans)
         bad = bad + 1 if row["skipped"] else 0
         if bad == 3:
+            bar.close()
             raise UserError(f"step {step + 1}: the gradient was not finite in three steps in a row; lower --lr and --resume from {newest_checkpoint(out)}")
         bar.update()
         if config.show_every and (step + 1) % config.show_every == 0:
