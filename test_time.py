@@ -390,16 +390,7 @@ def sweep(args):
     print(f"wrote {args.json}")
 
 
-# ---------------------------------------------------------------- what came of it
-
-
-def table(rows):
-    """rows in the order of the questions: (search, n, pick) -> arrays over them (seeds are further questions): right, tokens emitted, FLOPs, attempts (lists)."""
-    found = defaultdict(lambda: ([], [], [], []))
-    for r in rows:
-        for column, x in zip(found[r["search"], r["n"], r["pick"]], (r["right"], r["ledger"]["decode"], r["flops"], r["attempts"])):
-            column.append(x)
-    return {key: (*(np.array(c, float) for c in columns[:3]), columns[3]) for key, columns in found.items()}
+# ---------------------------------------------------------------- statistics
 
 
 def quintiles(easiness):
@@ -410,7 +401,7 @@ def quintiles(easiness):
 
 
 def best_within(right, cost, questions, budget):
-    """The key whose mean cost over these questions is within the budget and that is right most often, the cheaper one of equals; None: all are too dear."""
+    """The strategy whose mean cost over these questions is within the budget and that is right most often, the cheaper one of equals; None: all are too dear."""
     good = [k for k in right if questions.any() and cost[k][questions].mean() <= budget]
     return max(good, key=lambda k: (right[k][questions].mean(), -cost[k][questions].mean()), default=None)
 
@@ -436,8 +427,8 @@ def compute_optimal(right, cost, bins, folds, budget, look=0.0):
     return outcome, paid, chosen
 
 
-def interval(x, rng, draws=1000):
-    """Half the width of the 95 % bootstrap interval of a mean over questions."""
+def interval(x, rng=np.random.default_rng(0), draws=1000):
+    """Half the width of the 95 % bootstrap interval of a mean over questions. Of a difference: paired."""
     return 1.96 * np.std([x[rng.integers(0, len(x), len(x))].mean() for _ in range(draws)])
 
 
@@ -447,111 +438,139 @@ def matched_samples(m, r, backward=3.0):
     return m + backward * (m - 1) / r
 
 
+# ---------------------------------------------------------------- what came of the sweep
+
+
+class Sweep:
+    """The rows of a sweep as arrays over the questions, always in the same order (seeds are further questions). key: (search, n, pick)."""
+
+    def __init__(self, path):
+        rows = sorted((json.loads(line) for line in open(path)), key=lambda r: (r["prompt"], r["seed"]))
+        columns = defaultdict(list)
+        for r in rows:
+            columns[r["search"], r["n"], r["pick"]].append(r)
+        self.right = {key: np.array([r["right"] for r in mine], float) for key, mine in columns.items()}
+        self.attempts = {key: np.array([r["attempts"] for r in mine], float) for key, mine in columns.items() if key[0] not in ("beam", "lookahead", "dvts", "noisy beam")}
+        self.cost = {unit: {key: np.array([of(r) for r in mine], float) for key, mine in columns.items()}
+                     for unit, of in (("tokens", lambda r: r["ledger"]["decode"]), ("flops", lambda r: r["flops"]))}
+        self.weights = {r["search"]: r["weights"] for r in rows}
+        looks = columns["probe", 4, "weighted"]
+        self.easiness = np.array([r["score"] for r in looks])
+        self.bins = {"predicted": quintiles(self.easiness), "known": quintiles(self.attempts["oracle", 16, "weighted"].mean(1))}
+        self.folds = np.array([zlib.crc32(r["prompt"].encode()) % 2 for r in looks])  # all that is known of a question is in one fold
+        self.plain = [key for key in columns if key[0] in ("greedy", "parallel", "beam", "lookahead", "dvts") and key[2] != "outcome"]
+        self.questions = len({r["prompt"] for r in looks})
+
+    def by_bin(self, x):
+        return [x[self.bins["known"] == b].mean() for b in range(5)]
+
+    def choices(self, unit):
+        """(right, cost) of what may be chosen from."""
+        return {k: self.right[k] for k in self.plain}, {k: self.cost[unit][k] for k in self.plain}
+
+    def budgets(self, unit, count):
+        cost = self.cost[unit]
+        return np.geomspace(cost["greedy", 1, "majority"].mean() * 1.01, max(cost[k].mean() for k in self.plain) * 1.01, count)
+
+    def optimal(self, unit, budget, difficulty):
+        """compute_optimal by known or predicted difficulty, or None: for all questions alike. What prediction costs is charged."""
+        bins = np.zeros(len(self.folds), int) if difficulty is None else self.bins[difficulty]
+        return compute_optimal(*self.choices(unit), bins, self.folds, budget, self.cost[unit]["probe", 4, "weighted"] if difficulty == "predicted" else 0.0)
+
+
+RATIOS = (1, 2, 4, 8, 16)  # lengths of the chains among 16 revisions
+
+
 def report(args):
     """Tables and figures from the rows of `sweep`, and the choices that --strategy auto makes, in --model/choice.json."""
-    rows = sorted((json.loads(line) for line in open(args.json)), key=lambda r: (r["prompt"], r["seed"]))
-    found, rng = table(rows), np.random.default_rng(args.seed)
-    of = lambda *key: found[key][0]
-    probe, oracle, looks = found["probe", 4, "weighted"], found["oracle", 16, "weighted"], [r for r in rows if r["search"] == "probe"]
-    scores = np.array([r["score"] for r in looks])
-    bins = {"predicted": quintiles(scores), "known": quintiles([sum(a) for a in oracle[3]])}
-    folds = np.array([zlib.crc32(r["prompt"].encode()) % 2 for r in looks])  # all that is known of a question is in one fold
-    plain = {k: v for k, v in found.items() if k[0] in ("greedy", "parallel", "beam", "lookahead", "dvts") and k[2] != "outcome"}
-    print(f"{len(set(r['prompt'] for r in looks))} questions, {len(scores)} rows for each strategy\n{'strategy':>24} {'pick':>9} {'right':>7} {'+-':>6} {'tokens':>8} {'MFLOPs':>8}")
-    for (search, n, how), (right, tokens, flops, _) in sorted(found.items()):
-        print(f"{search + ' ' + str(n):>24} {how:>9} {right.mean():7.3f} {interval(right, rng):6.3f} {tokens.mean():8.0f} {flops.mean() / 1e6:8.0f}")
-    results, choices = {}, {}
-    for unit, column in (("tokens", 1), ("flops", 2)):
-        right, cost = {k: v[0] for k, v in plain.items()}, {k: v[column] for k, v in plain.items()}
-        budgets = np.geomspace(cost["greedy", 1, "majority"].mean() * 1.01, max(c.mean() for c in cost.values()) * 1.01, 12)
-        lines = results[unit] = defaultdict(list)
-        for budget in budgets:
-            parties = {"best fixed": compute_optimal(right, cost, np.zeros(len(scores), int), folds, budget), "known difficulty": compute_optimal(right, cost, bins["known"], folds, budget),
-                       "predicted difficulty": compute_optimal(right, cost, bins["predicted"], folds, budget, probe[column])}
-            for name, party in parties.items():
-                if party:
-                    lines[name].append((party[1].mean(), party[0].mean(), party[0], party[2]))
-            if unit == "tokens" and parties["predicted difficulty"]:
-                choices[float(budget)] = [list(best_within(right, cost, bins["predicted"] == b, budget) or ("greedy", 1, "majority")) for b in range(5)]
-        print(f"\ncompute-optimal against the best fixed strategy at equal budget, {unit}:   predicted (everything charged)   known")
-        for budget in budgets:
-            at = {name: max((x for x in line if x[0] <= budget), key=lambda x: x[0], default=None) for name, line in lines.items()}
-            if len(at) == 3 and all(at.values()):
-                fixed = at["best fixed"]
-                print(f"{budget:14.3g}   fixed {fixed[1]:.3f}   " + "   ".join(
-                    f"{at[n][1]:.3f} ({at[n][1] - fixed[1]:+.3f} +- {interval(at[n][2] - fixed[2], rng):.3f})" for n in ("predicted difficulty", "known difficulty")))
-    edges = [float(scores[bins["predicted"] == b].min()) for b in range(4)]
-    write_atomically(Path(args.model) / "choice.json", json.dumps({"edges": edges, "choices": choices}))
+    s = Sweep(args.json)
+    numbers = lambda values: "  ".join(f"{x:6.3f}" for x in values)
+    print(f"{s.questions} questions, {len(s.folds)} rows for each strategy\n{'strategy':>24} {'pick':>9} {'right':>7} {'+-':>6} {'tokens':>8} {'MFLOPs':>8}")
+    for key in sorted(s.right):
+        print(f"{key[0] + ' ' + str(key[1]):>24} {key[2]:>9} {s.right[key].mean():7.3f} {interval(s.right[key]):6.3f} {s.cost['tokens'][key].mean():8.0f} {s.cost['flops'][key].mean() / 1e6:8.0f}")
+    for unit in ("tokens", "flops"):
+        print(f"\nthe best strategy for all at equal budget in {unit}, and compute-optimal ones\n{'budget':>10} {'for all':>8} {'by predicted difficulty':>26} {'by known difficulty':>26}")
+        for budget in s.budgets(unit, 12):
+            alike, *others = (s.optimal(unit, budget, d) for d in (None, "predicted", "known"))
+            if alike:
+                print(f"{budget:10.3g} {alike[0].mean():8.3f} " + " ".join(f"{x[0].mean():8.3f} ({x[0].mean() - alike[0].mean():+.3f} +- {interval(x[0] - alike[0]):.3f})" for x in others))
+    right, cost = s.choices("tokens")
+    table = {float(b): [best_within(right, cost, s.bins["predicted"] == x, b) or ("greedy", 1, "majority") for x in range(5)] for b in s.budgets("tokens", 12)}
+    edges = [float(s.easiness[s.bins["predicted"] == b].min()) for b in range(4)]
+    write_atomically(Path(args.model) / "choice.json", json.dumps({"edges": edges, "choices": table}))
 
-    figure, axes = pyplot().subplots(2, 3, figsize=(16, 9))
-    shown = {"best-of-N": ("parallel", "max"), "weighted": ("parallel", "weighted"), "majority": ("parallel", "majority"), "beam": ("beam", "weighted"),
-             "lookahead": ("lookahead", "weighted"), "DVTS": ("dvts", "weighted")}
-    for axis, (unit, column) in zip(axes[0], (("tokens", 1), ("flops", 2))):
-        for name, (search, how) in shown.items():
-            line = sorted((v[column].mean(), v[0].mean()) for (s, _, h), v in found.items() if (s, h) == (search, how))
-            axis.plot(*zip(*line), "o-", ms=3, label=name)
-        axis.plot(found["greedy", 1, "majority"][column].mean(), of("greedy", 1, "majority").mean(), "k*", label="greedy")
-        for name, style in (("predicted difficulty", "k-"), ("known difficulty", "k:")):
-            axis.plot(*zip(*[(x[0], x[1]) for x in results[unit][name]]), style, label=f"compute-optimal, {name}")
-        axis.set(xscale="log", xlabel={"tokens": "tokens emitted for a question", "flops": "FLOPs for a question"}[unit], ylabel="right")
-    axes[0, 0].legend(fontsize=7)
-    by_bin = lambda x: [x[bins["known"] == b].mean() for b in range(5)]
-    ticks = dict(xlabel="difficulty (quintile; 5: hardest)", xticks=range(5), xticklabels=range(1, 6))
-    for name, key in {"weighted": ("parallel", 16, "weighted"), "beam": ("beam", 16, "weighted"), "weighted, noisy verifier": ("noisy parallel", 16, "weighted"),
-                      "beam, noisy verifier": ("noisy beam", 16, "weighted")}.items():
-        axes[0, 2].plot(by_bin(of(*key)), "o-" if "noisy" not in name else "o--", label=name)
-    axes[0, 2].set(title=f"N = 16; noise turns {args.verifier_noise:.0%} of the scores round", **ticks)
-    print("\nN = 16 by difficulty (quintiles of pass@1 in 16 other attempts)")
-    for key in (("parallel", 1, "majority"), ("parallel", 16, "majority"), ("parallel", 16, "max"), ("parallel", 16, "weighted"), ("beam", 16, "weighted"), ("beam", 16, "max"),
+    print("\nN = 16, right by difficulty (fifths by pass@1 in 16 other attempts)")
+    for key in (("parallel", 1, "majority"), ("parallel", 16, "majority"), ("parallel", 16, "max"), ("parallel", 16, "weighted"), ("beam", 16, "weighted"),
                 ("noisy parallel", 16, "weighted"), ("noisy beam", 16, "weighted")):
-        print(f"{' '.join(map(str, key)):>28}  " + "  ".join(f"{x:.3f}" for x in by_bin(of(*key))))
-    grid = [[best_within({k: v[0] for k, v in plain.items()}, {k: v[1] for k, v in plain.items()}, bins["known"] == b, budget) for budget in budgets_of(plain)] for b in range(5)]
-    names = sorted({k[0] + " " + k[2] for line in grid for k in line if k})
-    axes[1, 0].imshow([[names.index(k[0] + " " + k[2]) if k else np.nan for k in line] for line in grid], aspect="auto", cmap="Pastel1")
-    for b, line in enumerate(grid):
-        for x, k in enumerate(line):
-            axes[1, 0].text(x, b, f"{k[0]}\n{k[2]}\n{k[1]}" if k else "", ha="center", va="center", fontsize=6)
-    axes[1, 0].set(title="best strategy", xlabel="tokens", xticks=range(6), xticklabels=[f"{x:.0f}" for x in budgets_of(plain)], yticks=range(5), yticklabels=range(1, 6), ylabel="difficulty")
-    if ("revise 1", 16, "weighted") in found:
-        ratios = [length for length in (1, 2, 4, 8, 16)]
-        for b in range(5):
-            axes[1, 1].plot(ratios, [of(f"revise {length}", 16, "chains")[bins["known"] == b].mean() for length in ratios], "o-", label=f"difficulty {b + 1}")
-        axes[1, 1].set(xscale="log", xticks=ratios, xticklabels=[f"{x}:{16 // x}" for x in ratios], xlabel="sequential : parallel (16 attempts, revision policy)", title="right, by ratio")
-        chains = np.array(found["revise 16", 16, "weighted"][3])
-        print("\nrevisions, pass@1 by attempt:  " + " ".join(f"{x:.3f}" for x in chains.mean(0)) + f"\ncontrols: the same policy without attempts in view {np.array(found['revise 1', 16, 'weighted'][3]).mean():.3f}, "
-              f"tuned without attempts {np.array(found['refit parallel', 16, 'majority'][3]).mean():.3f}, before tuning {np.array(found['parallel', 16, 'majority'][3]).mean():.3f}")
+        print(f"{' '.join(map(str, key)):>28}  {numbers(s.by_bin(s.right[key]))}")
+    if ("revise 1", 16, "weighted") in s.right:
+        chains = s.attempts["revise 16", 16, "weighted"]
+        print(f"\nrevisions, pass@1 by attempt: {numbers(chains.mean(0))}\ncontrols: the same policy without attempts in view {s.attempts['revise 1', 16, 'weighted'].mean():.3f}, "
+              f"tuned without attempts {s.attempts['refit parallel', 16, 'majority'].mean():.3f}, before tuning {s.attempts['parallel', 16, 'majority'].mean():.3f}")
         before, after = chains[:, :-1], chains[:, 1:]
         print(f"right attempts revised to wrong {1 - after[before == 1].mean():.1%}, wrong ones to right {after[before == 0].mean():.1%}")
-        for length in ratios:
-            print(f"{'chains of ' + str(length):>14}: " + "  ".join(f"{how} {of(f'revise {length}', 16, how).mean():.3f}" for how in ("chains", "weighted", "majority")) + "   by difficulty "
-                  + " ".join(f"{x:.3f}" for x in by_bin(of(f"revise {length}", 16, "chains"))))
-    if ("large greedy", 1, "majority") in found:
-        large, small = found["large greedy", 1, "majority"], found["parallel", 1, "majority"]
-        weights = {r["search"]: r["weights"] for r in rows}
-        m = weights["large greedy"] / weights["parallel"]
-        axes[1, 2].plot(by_bin(large[0]), "k*-", label=f"large model ({m:.1f} x), greedy")
-        print(f"\nsmall model with search against one {m:.1f} times larger, greedy: {large[0].mean():.3f} (small: {of('greedy', 1, 'majority').mean():.3f})\n"
-              f"{'':>26} by difficulty " + "  ".join(f"{x:6.3f}" for x in by_bin(large[0])))
-        for version, backward in (("v1", 3.0), ("ICLR", 1.5)):
-            for r in (0.16, 0.79, 22.0):
-                n = matched_samples(m, r, backward)
-                party = compute_optimal({k: v[0] for k, v in plain.items()}, {k: v[2] for k, v in plain.items()}, bins["predicted"], folds, n * small[2].mean(), probe[2])
-                if party:
-                    print(f"{version:>5} R = {r:<5} {n:6.1f} samples  difference " + "  ".join(f"{x:+6.3f}" for x in by_bin(party[0] - large[0])) + f"   all {(party[0] - large[0]).mean():+.3f}")
-                    if backward == 3.0:
-                        axes[1, 2].plot(by_bin(party[0]), "o-", label=f"small, R = {r} ({n:.0f} samples)")
-        axes[1, 2].set(title="small model with search, FLOPs-matched", **ticks)
-    for axis in (axes[0, 2], axes[1, 1], axes[1, 2]):
-        if axis.lines:
-            axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(Path(args.json).with_suffix(".png"), dpi=90)
+        for length in RATIOS:
+            mine = {how: s.right[f"revise {length}", 16, how] for how in ("chains", "weighted", "majority")}
+            print(f"{'chains of ' + str(length):>14}: " + "  ".join(f"{how} {x.mean():.3f}" for how, x in mine.items()) + f"   by difficulty {numbers(s.by_bin(mine['chains']))}")
+    if "large greedy" in s.weights:
+        large = s.right["large greedy", 1, "majority"]
+        print(f"\na model {s.weights['large greedy'] / s.weights['parallel']:.1f} times larger, greedy: {large.mean():.3f}, by difficulty {numbers(s.by_bin(large))}\n"
+              "the small one with compute-optimal search (predicted difficulty) at equal FLOPs, minus that:")
+        for version, r, n, small in matched(s):
+            print(f"{version:>6} R = {r:<5} {n:6.1f} samples   all {(small - large).mean():+.3f}   by difficulty  " + "  ".join(f"{x:+.3f}" for x in s.by_bin(small - large)))
+    draw(s, args, Path(args.json).with_suffix(".png"))
     print(f"wrote {Path(args.json).with_suffix('.png')} and {args.model}/choice.json")
 
 
-def budgets_of(plain):
-    """Six budgets in tokens, from greedy to the dearest strategy."""
-    return np.geomspace(plain["greedy", 1, "majority"][1].mean() * 1.01, max(v[1].mean() for v in plain.values()) * 1.01, 6)
+def matched(s):
+    """(version of the multiplier, R, samples, right (Q,)) of the small model with as many FLOPs as the large one."""
+    for version, backward in (("v1", 3.0), ("ICLR", 1.5)):
+        for r in (0.16, 0.79, 22.0):
+            n = matched_samples(s.weights["large greedy"] / s.weights["parallel"], r, backward)
+            party = s.optimal("flops", n * s.cost["flops"]["parallel", 1, "majority"].mean(), "predicted")
+            if party:
+                yield version, r, n, party[0]
+
+
+def draw(s, args, path):
+    """Accuracy against tokens and FLOPs; the noisy verifier; best strategy by difficulty and budget; sequential against parallel; small against large."""
+    figure, axes = pyplot().subplots(2, 3, figsize=(16, 9))
+    shown = {"best-of-N": ("parallel", "max"), "weighted": ("parallel", "weighted"), "majority": ("parallel", "majority"), "beam": ("beam", "weighted"),
+             "lookahead": ("lookahead", "weighted"), "DVTS": ("dvts", "weighted")}
+    for axis, unit in zip(axes[0], ("tokens", "flops")):
+        cost = s.cost[unit]
+        for name, (search, how) in shown.items():
+            axis.plot(*zip(*sorted((cost[k].mean(), s.right[k].mean()) for k in s.right if (k[0], k[2]) == (search, how))), "o-", ms=3, label=name)
+        axis.plot(cost["greedy", 1, "majority"].mean(), s.right["greedy", 1, "majority"].mean(), "k*", label="greedy")
+        for difficulty, style in (("predicted", "k-"), ("known", "k:")):
+            line = [x for b in s.budgets(unit, 12) if (x := s.optimal(unit, b, difficulty))]
+            axis.plot([x[1].mean() for x in line], [x[0].mean() for x in line], style, label=f"compute-optimal, {difficulty} difficulty")
+        axis.set(xscale="log", xlabel={"tokens": "tokens emitted for a question", "flops": "FLOPs for a question"}[unit], ylabel="right")
+    ticks = dict(xlabel="difficulty (fifths; 5: hardest)", xticks=range(5), xticklabels=range(1, 6))
+    for name, search, style in (("weighted", "parallel", "o-"), ("beam", "beam", "o-"), ("weighted, noisy verifier", "noisy parallel", "o--"), ("beam, noisy verifier", "noisy beam", "o--")):
+        axes[0, 2].plot(s.by_bin(s.right[search, 16, "weighted"]), style, label=name)
+    axes[0, 2].set(title=f"N = 16; noise turns {args.verifier_noise:.0%} of the scores round", **ticks)
+    budgets = s.budgets("tokens", 6)
+    grid = [[best_within(*s.choices("tokens"), s.bins["known"] == b, budget) for budget in budgets] for b in range(5)]
+    names = sorted({k[0] + k[2] for line in grid for k in line if k})
+    axes[1, 0].imshow([[names.index(k[0] + k[2]) if k else np.nan for k in line] for line in grid], aspect="auto", cmap="Pastel1")
+    for b, line in enumerate(grid):
+        for x, k in enumerate(line):
+            axes[1, 0].text(x, b, f"{k[0]}\n{k[2]}\n{k[1]}" if k else "", ha="center", va="center", fontsize=6)
+    axes[1, 0].set(title="best strategy", xlabel="tokens", xticks=range(6), xticklabels=[f"{x:.0f}" for x in budgets], yticks=range(5), yticklabels=range(1, 6), ylabel="difficulty")
+    for b in range(5) if ("revise 1", 16, "chains") in s.right else ():
+        axes[1, 1].plot(RATIOS, [s.by_bin(s.right[f"revise {length}", 16, "chains"])[b] for length in RATIOS], "o-", label=f"difficulty {b + 1}")
+    axes[1, 1].set(xscale="log", xticks=RATIOS, xticklabels=[f"{x}:{16 // x}" for x in RATIOS], xlabel="sequential : parallel", title="16 attempts of the revision policy")
+    if "large greedy" in s.weights:
+        axes[1, 2].plot(s.by_bin(s.right["large greedy", 1, "majority"]), "k*-", label="large model, greedy")
+        for version, r, n, small in matched(s):
+            axes[1, 2].plot(s.by_bin(small), "o-" if version == "v1" else "o:", label=f"small, {version}, R = {r} ({n:.0f} samples)")
+    axes[1, 2].set(title="small model with search, FLOPs-matched", **ticks)
+    for axis in axes.flat:
+        if axis.lines and axis is not axes[0, 1]:
+            axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
 
 
 # ---------------------------------------------------------------- one question at a time
