@@ -35,6 +35,7 @@ bench: .venv/installed  ## the speeds in the README, side by side (about 35 minu
 	$(RUN) bench.py identity --json runs/bench-identity.json
 	$(RUN) bench.py speculation --threads 1 --json runs/bench-speculation.json
 	$(RUN) bench.py spot --json runs/bench-spot.json
+	$(RUN) bench.py scale --threads 1 --json runs/bench-scale.json
 	$(RUN) bench.py step $(if $(wildcard runs/demo/policy),--model runs/demo/policy) --rounds 2 --json runs/bench-step.json
 
 figures: .venv/installed  ## the README's training figures: 60 steps plain, static and adaptive (about 50 minutes on 2 cores)

@@ -11,12 +11,14 @@ with rows of
     identity     sampling, mode, responses, identical, largest_logprob_gap, tokens_per_round
     speculation  workload, mode, tokens_per_second, ratio, tokens_per_round, draft_share, rounds, tokens
     spot         party, tokens_per_second; training, steps_per_second
+    scale        workers; predicted seconds plain and speculative; ratio, idle
     step         party, workers, digests, seconds per step: rollout, drafter, idle, update, step
     paired       phase, plain, tlt, ratio; then the checks: steps, identical, parted, evaluations, equal, reclaimed, preempted
     drafter      steps, adaptive, static
 """
 
 import argparse
+import heapq
 import json
 import os
 import platform
@@ -159,7 +161,7 @@ def identity(args):
 
 
 class Watch:
-    """A strategy that passes another one's choices on and keeps, for each bucket of batch sizes, the seconds and tokens they came to."""
+    """A strategy that passes another one's choices on and keeps, for each bucket of batch sizes, the seconds and tokens they came to, the rounds, and the rows in them."""
 
     def __init__(self, inner):
         self.inner, self.found = inner, {}
@@ -168,8 +170,7 @@ class Watch:
         return self.inner(live)
 
     def observe(self, rows, arm, seconds, tried, right):
-        spent, made = self.found.get(bucket(rows), (0.0, 0))
-        self.found[bucket(rows)] = (spent + seconds, made + rows + sum(right))
+        self.found[bucket(rows)] = tuple(a + b for a, b in zip(self.found.get(bucket(rows), (0.0, 0, 0, 0)), (seconds, rows + sum(right), 1, rows)))
         if hasattr(self.inner, "observe"):
             self.inner.observe(rows, arm, seconds, tried, right)
 
@@ -213,8 +214,8 @@ def speculation(args):
             rows.append({"workload": workload, "mode": name, "tokens_per_second": speed, "ratio": speed / speeds["plain"][0], "tokens_per_round": per_round,
                          "draft_share": drafting, "rounds": rounds, "tokens": tokens})
         found = [notes[name][3] for name in fixed]
-        best = sum(made * min(f[size][0] / f[size][1] for f in found if size in f) for size, (_, made) in notes["plain"][3].items())
-        seconds = sum(spent for spent, _ in notes["plain"][3].values())
+        best = sum(made * min(f[size][0] / f[size][1] for f in found if size in f) for size, (_, made, *_) in notes["plain"][3].items())
+        seconds = sum(spent for spent, *_ in notes["plain"][3].values())
         rows.append({"workload": workload, "mode": "oracle", "ratio": seconds / best, "tokens_per_second": speeds["plain"][0] * seconds / best})
     print(f"\n{'workload':>8} {'mode':>9} {'tok/s':>7} {'ratio':>6} {'tokens per round':>17} {'drafting':>9} {'rounds':>7}")
     for r in rows:
@@ -262,6 +263,51 @@ def spot(args):
     rows = [{"party": name, "tokens_per_second": speed} for name, speed in speeds.items()] + [{"party": "training", "steps_per_second": statistics.median(x for x in trained if x)}]
     print(f"\nrollout alone {speeds['alone']:.0f} tokens/s, beside training {speeds['beside training']:.0f}; {rows[-1]['steps_per_second']:.1f} drafter steps/s of 512 tokens")
     return speeds["beside training"] / speeds["alone"], rows
+
+
+def simulate(lengths, workers, slots, rounds):
+    """When each worker is done with a rollout. lengths: of the responses of each group; rounds: bucket of batch sizes -> (seconds of a round, tokens a row gets in it).
+    As in tlt.py: a worker takes the next group when its rows fit, a round takes as long as its live rows make it."""
+    queue, done = list(reversed(lengths)), []
+    clocks = [(0.0, worker, []) for worker in range(workers)]
+    while clocks:
+        now, worker, rows = heapq.heappop(clocks)
+        while queue and len(rows) + len(queue[-1]) <= slots:
+            rows = rows + [float(n) for n in queue.pop()]
+        if not rows:
+            done.append(now)
+            continue
+        seconds, tokens = rounds[bucket(len(rows))]
+        heapq.heappush(clocks, (now + seconds, worker, [n - tokens for n in rows if n > tokens]))
+    return done
+
+
+def scale(args):
+    """Rollout time of --responses in groups of 16 with 1 to 16 workers of one core each, predicted by a small simulation from the measured round times by batch size
+    and the real lengths of one rollout. More workers than groups have nothing to do. Ratio: plain over speculative rollout with 16 workers."""
+    made, tokenizer = drafted_engine(args, args.slots)
+    groups = groups_for(Countdown(), tokenizer, args.responses, args.seed, "train")
+    made.reserve(room(groups, args))
+    rows, rounds, spent = [], {}, {}
+    strategies = {"plain": lambda live: Draft(), "speculative": Goodput(arms(["learned"]))}
+    for turn in range(2):  # the first does not count
+        for name, strategy in strategies.items():
+            watch, lengths = Watch(strategy), [[] for _ in groups]
+            for r in made.generate(groups, Sampling(max_new=args.max_new), watch):
+                lengths[r.group].append(len(r.tokens))
+            spent[name] = made.stats["seconds"]
+            rounds[name] = {size: (seconds / count, tokens / live) for size, (seconds, tokens, count, live) in watch.found.items()}
+    sizes = range(1, bucket(args.slots) + 1)
+    for name, known in rounds.items():
+        rounds[name] = {size: known[min(known, key=lambda other: abs(other - size))] for size in sizes}
+    print(f"\nrollout of {args.responses} responses, seconds; measured with one worker: plain {spent['plain']:.1f}, speculative {spent['speculative']:.1f}\n"
+          f"{'workers':>7} {'plain':>7} {'speculative':>12} {'ratio':>6} {'idle, speculative':>18}")
+    for workers in (1, 2, 4, 8, 16):
+        ends = {name: simulate(lengths, workers, args.slots, known) for name, known in rounds.items()}
+        last = {name: max(x) for name, x in ends.items()}
+        rows.append({"workers": workers, **last, "ratio": last["plain"] / last["speculative"], "idle": 1 - statistics.mean(ends["speculative"]) / last["speculative"]})
+        print(f"{workers:7d} {last['plain']:7.1f} {last['speculative']:12.1f} {rows[-1]['ratio']:6.2f} {rows[-1]['idle']:18.0%}")
+    return rows[-1]["ratio"], rows
 
 
 def steps_of(folder):
@@ -418,7 +464,7 @@ def drafter(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="name", required=True)
-    for function in (engine, identity, speculation, spot, step, paired, drafter):
+    for function in (engine, identity, speculation, spot, scale, step, paired, drafter):
         sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(function=function)
         sub.add_argument("--json", default="", help="also write the result here")
@@ -445,7 +491,7 @@ def main():
         sub.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="responses at once (engine)")
         sub.add_argument("--workloads", nargs="+", default=["one", "tail", "bulk", "mixed"], choices=["one", "tail", "bulk", "mixed"], help="(speculation)")
         sub.add_argument("--slots", type=int, default=64, help="rows at once (speculation)")
-        sub.add_argument("--responses", type=int, default=1024 if function is identity else 128, help="how many (identity, speculation)")
+        sub.add_argument("--responses", type=int, default={identity: 1024, scale: 256}.get(function, 128), help="how many (identity, speculation, scale)")
         sub.add_argument("--drafter", default="", help="folder of a trained drafter; else the model's own (model/drafter), else one is warm-started")
         sub.add_argument("--warm", type=float, default=60, help="seconds of warm start")
     args = parser.parse_args()

@@ -328,3 +328,11 @@ def test_the_board_hands_out_each_number_once():
     for t in threads:
         t.join()
     assert sorted(taken) == list(range(200)) and Board("", 0, hosted).add("next", 0) == 204
+
+
+def test_the_simulation_by_hand():
+    """Two groups of two rows, two slots a worker: one worker does them one after the other, two at once. A round of two rows takes 2 s, of one row 1 s."""
+    rounds = {1: (1.0, 1.0), 2: (2.0, 1.0)}
+    assert bench.simulate([[1, 3], [2, 2]], 1, 2, rounds) == [2 + 1 + 1 + 2 + 2]
+    assert sorted(bench.simulate([[1, 3], [2, 2]], 2, 2, rounds)) == [4, 4]
+    assert sorted(bench.simulate([[4, 4]], 3, 2, {1: (1.0, 2.0), 2: (2.0, 2.0)})) == [0, 0, 4]
