@@ -228,7 +228,9 @@ def train_forever(args, ready, steps):
     torch.set_num_threads(1)
     made, tokenizer = drafted_engine(args, 16)
     trainer, buffer = Trainer(made.drafters["learned"].drafter), FeatureBuffer()
-    for response in made.generate(groups_for(Countdown(), tokenizer, 64, args.seed + 1), Sampling(max_new=args.max_new)):
+    groups = groups_for(Countdown(), tokenizer, 64, args.seed + 1)
+    made.reserve(room(groups, args))
+    for response in made.generate(groups, Sampling(max_new=args.max_new)):
         buffer.add(response)
     ready.set()
     while True:
@@ -256,7 +258,9 @@ def spot(args):
         trained.append((steps.value - before) / (time.perf_counter() - started))
         return tokens
 
-    ready.wait(300)
+    while not ready.wait(1):
+        if not trainer.is_alive():
+            raise UserError("the training process died; its message is above")
     parties = {"alone": lambda: go(signal.SIGSTOP), "beside training": lambda: go(signal.SIGCONT)}
     speeds = {name: speed for name, (speed, _) in take_turns(parties, 5 * args.rounds, "spot").items()}
     trainer.kill()
@@ -268,11 +272,11 @@ def spot(args):
 def simulate(lengths, workers, slots, rounds):
     """When each worker is done with a rollout. lengths: of the responses of each group; rounds: bucket of batch sizes -> (seconds of a round, tokens a row gets in it).
     As in tlt.py: a worker takes the next group when its rows fit, a round takes as long as its live rows make it."""
-    queue, done = list(reversed(lengths)), []
+    queue, done, most = list(reversed(lengths)), [], min(slots, -(-len(lengths) // workers) * max(map(len, lengths)))  # see tlt.fair_share
     clocks = [(0.0, worker, []) for worker in range(workers)]
     while clocks:
         now, worker, rows = heapq.heappop(clocks)
-        while queue and len(rows) + len(queue[-1]) <= slots:
+        while queue and len(rows) + len(queue[-1]) <= most:
             rows = rows + [float(n) for n in queue.pop()]
         if not rows:
             done.append(now)

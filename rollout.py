@@ -404,6 +404,7 @@ class Engine:
 
     def __init__(self, model, stop_tokens, slots=64, context=64, keep_hidden=False, drafters=None, verify="coupled", frozen=False):
         self.model, self.slots, self.context, self.verify, self.frozen, self.ready = model, slots, 0, verify, frozen, False
+        self.most = slots  # rows at once; lower it, and a group that would make more waits
         self.drafters = drafters or {}
         self.keep_hidden = keep_hidden or any(d.needs_hidden for d in self.drafters.values())
         quick = fuse_model(model)
@@ -457,7 +458,7 @@ class Engine:
                     groups = None
                     break
                 self.check(waiting, sampling)
-                if len(live) + sum(len(g.seeds) for g in batch) + len(waiting.seeds) > self.slots:
+                if (live or batch) and len(live) + sum(len(g.seeds) for g in batch) + len(waiting.seeds) > self.most:
                     break
                 batch.append(waiting)
                 waiting = None

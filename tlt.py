@@ -177,6 +177,7 @@ class Team(Alone):
         self.rollouts += 1
         name = f"rollout {self.rollouts} "  # fresh counters for each rollout: no reset, so no race
         spot, total, started, done = self.spot, sum(len(g.seeds) for g in groups), time.time(), []
+        engine.most = fair_share(groups, self.size, engine.slots)
         adaptive = spot and self.config.drafter == "adaptive"
         if spot:
             spot.begin(self.rollouts)
@@ -248,6 +249,11 @@ class Team(Alone):
 
     def everyone(self, value):
         return self.gather([value]) if self.size > 1 else [value]
+
+
+def fair_share(groups, workers, slots):
+    """Rows that a worker may hold at once: with slots enough for more than its share of the groups, the first to come would leave nothing for the others."""
+    return min(slots, -(-len(groups) // workers) * max(len(g.seeds) for g in groups))
 
 
 def spare(over, clock, spot=None):

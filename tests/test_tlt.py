@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import bench
 import tlt
+from rollout import Draft, Group
 from tasks import UserError
 from tlt import Board, TLTConfig
 
@@ -336,3 +337,22 @@ def test_the_simulation_by_hand():
     assert bench.simulate([[1, 3], [2, 2]], 1, 2, rounds) == [2 + 1 + 1 + 2 + 2]
     assert sorted(bench.simulate([[1, 3], [2, 2]], 2, 2, rounds)) == [4, 4]
     assert sorted(bench.simulate([[4, 4]], 3, 2, {1: (1.0, 2.0), 2: (2.0, 2.0)})) == [0, 0, 4]
+
+
+def test_nobody_takes_more_than_a_fair_share_at_once():
+    groups = [Group(i, [1], [0] * 16) for i in range(16)]
+    assert [tlt.fair_share(groups, workers, 256) for workers in (1, 2, 4, 8, 16, 64)] == [256, 128, 64, 32, 16, 16]
+    assert tlt.fair_share(groups, 2, 64) == 64 and tlt.fair_share(groups[:3], 2, 64) == 32
+    assert len(bench.simulate([[5] * 16] * 16, 8, 256, {n: (1.0, 1.0) for n in range(1, 10)})) == 8
+
+
+def test_the_engine_holds_back_what_it_may_not_hold(model_folder):
+    from rollout import Engine, Sampling
+    engine, seen = Engine(tiny(), {1}, slots=16, context=64), []
+    groups = [Group(i, [5, 6, 7], [i * 10 + k for k in range(4)]) for i in range(5)]
+    run = lambda: {(r.group, r.sample): r.tokens for r in engine.generate(groups, Sampling(max_new=12), lambda live: seen.append(len(live)) or Draft())}
+    free = run()
+    assert max(seen) == 16
+    seen.clear()
+    engine.most = 4
+    assert run() == free and max(seen) == 4
