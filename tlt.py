@@ -281,7 +281,7 @@ def worker(config):
         torch.distributed.destroy_process_group()
 
 
-def spawned(rank, config, count, port, threads):
+def spawned(rank, config, count, port, threads, said):
     """A child process: set what torchrun would set, and never outlive the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = os.getppid()
@@ -302,8 +302,7 @@ def spawned(rank, config, count, port, threads):
             time.sleep(3)
         raise
     except UserError as error:
-        if rank == 0:  # all workers make the same mistake; one line says it
-            print(f"tlt.py: {error}", file=sys.stderr, flush=True)
+        said.put(str(error))  # several workers may make the same mistake: the parent prints one line
         os._exit(2)  # at once: the others may wait for this worker in a collective
 
 
@@ -314,7 +313,8 @@ def spawn(config, count):
         port = probe.getsockname()[1]
     threads = max(1, (os.cpu_count() or 1) // count)  # spawn does not divide the cores: without this they oversubscribe, 10x slower
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    context = mp.spawn(spawned, (config, count, port, threads), nprocs=count, join=False)
+    said = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(spawned, (config, count, port, threads, said), nprocs=count, join=False)
 
     def stop():
         for process in context.processes:
@@ -329,8 +329,8 @@ def spawn(config, count):
             pass
     except mp.ProcessExitedException as error:
         stop()
-        if error.exit_code == 2:
-            sys.exit(2)  # a UserError; the worker has printed it
+        if not said.empty():
+            raise UserError(said.get()) from error
         cause = f"signal {error.signal_name}" if error.signal_name else f"exit status {error.exit_code}"
         sys.exit(f"tlt.py: worker {error.error_index} died ({cause}); the others were stopped. Continue with --resume.")
     except mp.ProcessRaisedException as error:

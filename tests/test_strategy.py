@@ -69,11 +69,12 @@ def test_goodput_is_near_the_best_and_poor_lengths_are_not():
         caught(check_near_the_best, other, LIKE_OURS, 1.05)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.floats(0.5, 5), st.floats(0.01, 0.4), st.floats(0.02, 0.5), st.floats(0.0, 0.3), st.floats(0.3, 0.97))
-def test_goodput_is_near_the_best_on_any_machine(start, row, guess, both, right):
-    machine = Machine(start, row, guess, both, {"learned": right, "n-gram": 0.2})
-    check_near_the_best(Goodput(arms(["learned", "n-gram"])), machine, 1.1)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.floats(0.5, 5), st.floats(0.01, 0.4), st.floats(0.02, 0.5), st.floats(0.0, 1.0), st.floats(0.3, 0.97))
+def test_goodput_is_near_the_best_on_any_machine(start, row, guess, share, right):
+    """share: what verifying one more token of a row costs, as a share of what the row itself costs."""
+    machine = Machine(start, row, guess, row * share, {"learned": right, "n-gram": 0.2})
+    check_near_the_best(Goodput(arms(["learned", "n-gram"])), machine, 1.06)
 
 
 def check_no_slower_than_plain(strategy):
