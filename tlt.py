@@ -325,7 +325,7 @@ def spawn(config, count):
                 process.kill()
 
     try:
-        while not context.join(timeout=1.0):
+        while not context.join(timeout=1.0, grace_period=3):  # when one has died, a hung one gets 3 s, not torch's 30
             pass
     except mp.ProcessExitedException as error:
         stop()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import bench
 import tlt
+import train_grpo
 from rollout import Draft, Group
 from tasks import UserError
 from tlt import Board, TLTConfig
@@ -28,6 +29,15 @@ TLT = ["--warm-start", "0"]
 def launch(model_folder, out, *argv, door=("tlt.py",), **environment):
     return subprocess.Popen([sys.executable, *door, "--model", str(model_folder), "--out", str(out), *SMALL, *(TLT if "tlt.py" in door else []), *map(str, argv)], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env={**os.environ, **environment})
+
+
+def here(main, model_folder, out, *argv):
+    """As `launch` and `finish`, for one worker, in this process: without the seconds that imports take."""
+    old, sys.argv = sys.argv, [main.__module__, "--model", str(model_folder), "--out", str(out), *SMALL, *(TLT if main is tlt.main else []), *map(str, argv)]
+    try:
+        main()
+    finally:
+        sys.argv = old
 
 
 def finish(process, code=0, seconds=120):
@@ -73,13 +83,16 @@ def runs(model_folder, tmp_path_factory):
     """The same small run through every door (1, 2, 3 workers, torchrun, train_grpo.py alone), and with all kinds of drafting. Two at a time: there may be two cores."""
     folder = tmp_path_factory.mktemp("runs")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tlt.py")
-    jobs = {"1": ("--workers", 1), "2": ("--workers", 2), "3": ("--workers", 3), "torchrun": (), "alone": (), "plain": ("--workers", 2, "--drafter", "off", "--strategy", "off"),
-            "warm": ("--workers", 2, "--warm-start", 4, "--drafter", "static", "--strategy", 4), "bandit": ("--workers", 1, "--strategy", "beg-mab")}
-    doors = {"torchrun": torchrun, "alone": ("train_grpo.py",)}
-    for pair in (("1", "alone"), ("2", "3"), ("torchrun", "bandit"), ("plain", "warm")):
-        running = [launch(model_folder, folder / name, "--steps", 2, *jobs[name], door=doors.get(name, ("tlt.py",))) for name in pair]
-        for process in running:
-            finish(process)
+    jobs = {"2": ("--workers", 2), "3": ("--workers", 3), "torchrun": (), "plain": ("--workers", 2, "--drafter", "off", "--strategy", "off"),
+            "warm": ("--workers", 2, "--warm-start", 4, "--drafter", "static", "--strategy", 4)}
+    for pair in (("2", "3"), ("torchrun", "plain"), ("warm",)):
+        running = [launch(model_folder, folder / name, "--steps", 2, *jobs[name], door=torchrun if name == "torchrun" else ("tlt.py",)) for name in pair]
+        if pair == ("warm",):
+            here(tlt.main, model_folder, folder / "1", "--steps", 2, "--workers", 1)
+            here(train_grpo.main, model_folder, folder / "alone", "--steps", 2)
+            here(tlt.main, model_folder, folder / "bandit", "--steps", 2, "--workers", 1, "--strategy", "beg-mab")
+        for name, process in zip(pair, running):
+            (folder / name / "printed.txt").write_text(finish(process))
     return folder
 
 
@@ -107,24 +120,23 @@ def test_the_policy_moved_and_another_seed_is_seen(runs, model_folder):
     start, end = load_file(model_folder / "model.safetensors"), load_file(runs / "1/policy/model.safetensors")
     rewards = [row.get("reward", 0) for row in metrics(runs / "1")]
     assert max(rewards) == 0 or not torch.equal(start["lm_head.weight"], end["lm_head.weight"])
-    finish(launch(model_folder, runs / "other", "--steps", 2, "--workers", 1, "--seed", 1))
+    here(tlt.main, model_folder, runs / "other", "--steps", 2, "--workers", 1, "--seed", 1)
     caught(check_same_run, runs / "1", runs / "other")
 
 
-def test_workers_share_the_rollout_and_draw_it(model_folder, tmp_path):
-    text = finish(launch(model_folder, tmp_path, "--steps", 3, "--workers", 2, "--eval-every", 0))
+def test_workers_share_the_rollout_and_draw_it(runs):
+    text = (runs / "2/printed.txt").read_text()
     assert "worker 0 |" in text and "worker 1 |" in text and "step s" in text
-    for row in metrics(tmp_path):
+    for row in (row for row in metrics(runs / "2") if "eval" not in row):
         s = row["seconds"]
         assert abs(sum(v for k, v in s.items() if k != "step") - s["step"]) < 1e-6
 
 
-def test_two_workers_resume_exactly(model_folder, tmp_path):
-    finish(launch(model_folder, tmp_path / "whole", "--steps", 3, "--workers", 2))
-    finish(launch(model_folder, tmp_path / "parts", "--steps", 2, "--workers", 2, "--eval-every", 0))
-    (tmp_path / "parts/config.json").unlink()
-    finish(launch(model_folder, tmp_path / "parts", "--steps", 3, "--workers", 2, "--eval-every", 0, "--resume"))
-    x, y = (load_file(tmp_path / name / "policy/model.safetensors") for name in ("whole", "parts"))
+def test_two_workers_resume_exactly(runs, model_folder, tmp_path):
+    finish(launch(model_folder, tmp_path, "--steps", 1, "--workers", 2, "--eval-every", 0))
+    (tmp_path / "config.json").unlink()
+    finish(launch(model_folder, tmp_path, "--steps", 2, "--workers", 2, "--eval-every", 0, "--resume"))
+    x, y = (load_file(folder / "policy/model.safetensors") for folder in (runs / "2", tmp_path))
     assert all(torch.equal(x[k], y[k]) for k in x)
 
 
@@ -153,7 +165,7 @@ def test_nothing_is_left_behind(how, model_folder, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     newest = sorted(tmp_path.glob("checkpoint-??????"))[-1]
     step = json.loads((newest / "state.json").read_text())["step"]
-    finish(launch(model_folder, tmp_path, "--steps", step + 1, "--workers", 1, "--eval-every", 0, "--resume"))
+    here(tlt.main, model_folder, tmp_path, "--steps", step + 1, "--workers", 1, "--eval-every", 0, "--resume")
 
 
 def test_a_mistake_in_a_worker_is_one_line_and_status_2(model_folder, tmp_path):
@@ -287,8 +299,8 @@ def test_a_worker_that_dies_while_it_trains_the_drafter(model_folder, tmp_path):
         if left_over(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
     load_file(tmp_path / "drafter/drafter.safetensors")  # whole
-    finish(launch(model_folder, tmp_path, "--steps", json.loads((sorted(tmp_path.glob("checkpoint-??????"))[-1] / "state.json").read_text())["step"] + 1,
-                  "--workers", 1, "--eval-every", 0, "--resume"))
+    here(tlt.main, model_folder, tmp_path, "--steps", json.loads((sorted(tmp_path.glob("checkpoint-??????"))[-1] / "state.json").read_text())["step"] + 1,
+         "--workers", 1, "--eval-every", 0, "--resume")
 
 
 def test_two_torchrun_agents_are_two_hosts(model_folder, tmp_path, runs):
