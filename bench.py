@@ -7,7 +7,7 @@ the rounds, each comparison a ratio of medians. Every sub-command prints one tab
 
 with rows of
 
-    engine       batch; tokens per second of engine, generate, continuous or prompt lookup; ratio
+    engine       batch; tokens per second of engine, generate, continuous or prompt lookup and generate with drafter; ratio
     identity     sampling, mode, responses, identical, largest_logprob_gap, tokens_per_round
     speculation  workload, mode, tokens_per_second, ratio, tokens_per_round, draft_share, rounds, tokens
     spot         party, tokens_per_second; training, steps_per_second
@@ -72,7 +72,7 @@ def room(groups, args):
 
 def engine(args):
     """Our plain engine against Hugging Face generate, its continuous batching (generate_batch), and at batch 1 its prompt lookup: same model, prompts, temperature,
-    limit, cores. Ratio: tokens per second, engine over the fastest of the others, at the largest batch."""
+    limit, cores. Ratio: tokens per second, engine over the fastest of these, at the largest batch. Beside them, at batch 1: generate with our drafter (custom_generate/)."""
     model, tokenizer = load_model(args.model)
     stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     stop, rows, turn = stop_tokens(model, tokenizer), [], [0]
@@ -104,10 +104,11 @@ def engine(args):
                 out = stock.generate_batch(inputs=prompts, generation_config=GenerationConfig(**{**settings, "eos_token_id": max(stop)}), progress_bar=False)
             return sum(len(x.generated_tokens) for x in out.values())
 
-        parties = {"engine": mine, "generate": theirs, **({"prompt lookup": lambda: theirs(prompt_lookup_num_tokens=4)} if batch == 1 else {"continuous": continuous})}
+        one = {"prompt lookup": lambda: theirs(prompt_lookup_num_tokens=4), "with drafter": lambda: theirs(custom_generate=str(Path(__file__).parent), trust_remote_code=True)}
+        parties = {"engine": mine, "generate": theirs, **(one if batch == 1 else {"continuous": continuous})}
         speeds = {name: speed for name, (speed, _) in take_turns(parties, args.rounds, f"batch {batch}").items()}
-        rows.append({"batch": batch, **speeds, "ratio": speeds["engine"] / max(v for k, v in speeds.items() if k != "engine")})
-    names = ("engine", "generate", "continuous", "prompt lookup")
+        rows.append({"batch": batch, **speeds, "ratio": speeds["engine"] / max(v for k, v in speeds.items() if k in ("generate", "continuous", "prompt lookup"))})
+    names = ("engine", "generate", "continuous", "prompt lookup", "with drafter")
     print(f"\ntokens per second\n{'batch':>6} " + " ".join(f"{n:>14}" for n in names) + f" {'ratio':>6}")
     for r in rows:
         print(f"{r['batch']:6d} " + " ".join(f"{r[n]:14.0f}" if n in r else " " * 14 for n in names) + f" {r['ratio']:6.2f}")
@@ -365,8 +366,7 @@ def trl_steps(args, seed, indices):
 def step(args):
     """Whole GRPO steps from one policy, in turns: plain and with TLT, 1 and 2 workers, the same prompts and seeds; with --trl also TRL's GRPOTrainer. Ratio: plain
     over TLT with 2 workers (with --trl: TRL over TLT). The first step of each turn does not count: memory is touched, the strategy looks around."""
-    drafter = args.drafter or str(Path(args.model).parent / "drafter")
-    ours = {"plain": ("--drafter", "off", "--strategy", "off"), "TLT": ("--drafter-from", drafter) if Path(drafter).exists() else ()}
+    ours = {"plain": ("--drafter", "off", "--strategy", "off"), "TLT": ("--drafter-from", args.drafter) if args.drafter else ()}
     parties = [(who, workers) for workers in ((2,) if args.trl else (1, 2)) for who in ours]
     found, digests, trl = {party: [] for party in parties}, {party: [] for party in parties}, []
     for turn in tqdm(range(args.rounds), desc="step", unit="round"):
@@ -490,7 +490,7 @@ def main():
             sub.add_argument("--steps", type=int, default=4, help="steps in a turn")
             sub.add_argument("--trl", action="store_true", help="compare with TRL (pip install trl)")
             sub.add_argument("--trl-batch", type=int, default=64, help="responses in a forward-backward of TRL's")
-            sub.add_argument("--drafter", default="", help="folder of a drafter for the policy; else the folder drafter/ beside it")
+            sub.add_argument("--drafter", default="", help="folder of a drafter for the policy; else its own (model/drafter)")
             continue
         sub.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="responses at once (engine)")
         sub.add_argument("--workloads", nargs="+", default=["one", "tail", "bulk", "mixed"], choices=["one", "tail", "bulk", "mixed"], help="(speculation)")

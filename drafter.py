@@ -22,6 +22,7 @@ Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a r
 """
 
 import argparse
+import json
 import os
 import random
 import time
@@ -49,6 +50,8 @@ class Drafter(torch.nn.Module):
         self.borrowed = (decoder.embed_tokens, decoder.rotary_emb, policy.get_output_embeddings(), config)  # a tuple: not registered as submodules
         self.fc = torch.nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False, device=device, dtype=dtype)
         self.layer = type(decoder.layers[0])(config, layer_idx=0).to(device, dtype)
+        if hasattr(self.layer, "input_layernorm"):  # as in EAGLE, so that SGLang and vLLM can serve it; with the norm 2 % more tokens a round, and a dearer step
+            self.layer.input_layernorm = torch.nn.Identity()
         for p in self.parameters():
             if p.ndim > 1:
                 torch.nn.init.normal_(p, std=p.shape[1] ** -0.5 * 0.5)
@@ -87,6 +90,31 @@ def save_weights(weights, folder):
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "drafter.safetensors.part")
     os.replace(folder / "drafter.safetensors.part", folder / "drafter.safetensors")
+
+
+SERVERS = {"sglang": {"llama": "LlamaForCausalLMEagle", "qwen2": "Qwen2ForCausalLMEagle"}, "vllm": {"llama": "LlamaForCausalLM", "qwen2": "LlamaForCausalLM"}}
+
+
+def export(drafter, folder, server):
+    """Write the drafter as the EAGLE checkpoint that a server loads beside the policy: config.json and model.safetensors (it takes embedding and head from the policy).
+
+    Names, shapes and settings follow the loaders in SGLang 0.5.23 (models/llama_eagle.py, qwen2_eagle.py) and vLLM 0.33 (models/llama_eagle.py, which vLLM names
+    Eagle + architecture; Qwen2 runs there as a Llama with biases on q, k, v). Raises UserError for other kinds of policies: neither server has an EAGLE layer for them.
+    """
+    config, folder = drafter.borrowed[3], Path(folder)
+    kind = config.model_type
+    if kind not in SERVERS[server]:
+        raise UserError(f"{server} serves EAGLE drafters of {', '.join(SERVERS[server])} policies, not of {kind}")
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window", "dtype")}
+    settings.update(architectures=[SERVERS[server][kind]], num_hidden_layers=1, torch_dtype=str(drafter.fc.weight.dtype).removeprefix("torch."))
+    weights = {name.replace("layer.", "layers.0.", 1): w.detach().cpu().contiguous() for name, w in drafter.state_dict().items()}
+    if server == "sglang":
+        weights["fc.bias"] = torch.zeros_like(weights["fc.weight"][:, 0])  # its fc has one, which would stay random; vLLM's has none, and refuses it
+    elif kind == "qwen2":
+        settings.update(model_type="llama", attention_bias=False, qkv_bias=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 # ---------------------------------------------------------------- guessing, inside the engine
@@ -336,14 +364,17 @@ def warm_start(drafter, engine, groups, sampling, seconds, seed):
     print(f"{trainer.steps} steps in {seconds:.0f} s, {torch.get_num_threads()} threads, loss {loss:.3f}, likeliest token right {agreement:.1%}")
 
 
-# ---------------------------------------------------------------- command line: warm start
+# ---------------------------------------------------------------- command line: warm start, export
 
 
 def main():
-    flags = argparse.ArgumentParser(description="Warm-start a drafter for a policy from the policy's own rollouts. Nobody has to: "
-                                    "a random drafter is a valid start.")
+    flags = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=
+                                    "train   warm-start a drafter for a policy from the policy's own rollouts. Nobody has to: a random drafter is a valid start\n"
+                                    "export  write the drafter in --model/drafter (or --start) for SGLang and vLLM: --out/sglang, --out/vllm\n"
+                                    "        (for stock transformers the folder of a policy that tlt.py has trained is complete: see custom_generate/generate.py)")
+    flags.add_argument("command", nargs="?", default="train", choices=["train", "export"])
     flags.add_argument("--model", default="base")
-    flags.add_argument("--out", default="runs/drafter", help="folder for drafter.safetensors")
+    flags.add_argument("--out", default="runs/drafter", help="folder for drafter.safetensors, or for what is exported")
     flags.add_argument("--start", default="", help="go on from the drafter in this folder")
     flags.add_argument("--task", default="countdown")
     flags.add_argument("--data", default="")
@@ -359,6 +390,14 @@ def main():
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     task, drafter = make_task(args.task, args.data), Drafter(model)
+    if args.command == "export":
+        drafter.load(args.start or Path(args.model) / "drafter")
+        for server in SERVERS:
+            export(drafter, Path(args.out) / server, server)
+        return print(f"wrote {args.out}/sglang and {args.out}/vllm; as the draft model of {args.model}:\n"
+                     f"  python -m sglang.launch_server --model {args.model} --speculative-algorithm EAGLE --speculative-draft-model-path {args.out}/sglang --speculative-num-steps 5 "
+                     "--speculative-eagle-topk 1 --speculative-num-draft-tokens 6\n"
+                     f'  vllm serve {args.model} --speculative-config \'{{"method": "eagle", "model": "{args.out}/vllm", "num_speculative_tokens": 5}}\'')
     if args.start:
         drafter.load(args.start)
     engine = Engine(model, stop_tokens(model, tokenizer), slots=64, drafters={"learned": LearnedDrafts(drafter)}, keep_hidden=True)

@@ -141,6 +141,22 @@ def summarise(metrics, config):
     return {"evals": evals, "seconds": total, "text": text}
 
 
+def model_card(metrics, config):
+    """README.md of the policy's folder, from the run's own figures."""
+    steps, evals = [m for m in metrics if "eval" not in m], [m for m in metrics if "eval" in m]
+    results = [f"| {e['step']} | " + " | ".join(f"{v:.3f}" for v in e["eval"].values()) + f" | {e['length']:.0f} |" for e in evals]
+    names = list(evals[0]["eval"]) if evals else []
+    table = [f"| RL step | {' | '.join(names)} | mean length |", "| --- " * (len(names) + 2) + "|", *results,
+             "", f"Held out: {evals[-1]['problems']} problems, {evals[-1]['samples']} samples each, temperature {config.temperature}, at most {config.max_new} tokens."] if evals else []
+    drafted = [m["speculation"] for m in steps[-10:] if m.get("speculation", {}).get("share")]
+    drafter = ["## Drafter", "", f"`drafter/` holds the one-layer EAGLE drafter that was trained along: {sum(d['tokens_per_round'] for d in drafted) / len(drafted):.2f} tokens per round at a mean draft "
+               f"length of {sum(d['k'] for d in drafted) / len(drafted):.1f} in the last {len(drafted)} steps.", "", "    model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True)", "",
+               "decodes with it (FOLDER: this one), at temperature 0 with the tokens of plain generation."] if drafted else []
+    return "\n".join(["---", "library_name: transformers", "tags: [grpo, speculative-decoding]", "---", f"# {config.model}, trained on {config.task}", "",
+                      f"{len(steps)} GRPO steps ({config.loss}) of {config.prompts} prompts x {config.samples} samples, learning rate {config.lr:g}, KL weight {config.kl:g}, seed {config.seed}; "
+                      f"{sum(m['seconds']['step'] for m in steps):.0f} s. A normal Hugging Face folder.", "", *table, "", *drafter, ""])
+
+
 def draw_curves(metrics, path, config):
     plt = pyplot()
     steps, evals = [m for m in metrics if "eval" not in m], [m for m in metrics if "eval" in m]

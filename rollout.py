@@ -222,13 +222,14 @@ class FusedLayer:
 
         self.qkv, self.out = join(attention.q_proj, attention.k_proj, attention.v_proj), join(attention.o_proj)
         self.up, self.down = join(mlp.gate_proj, mlp.up_proj), join(mlp.down_proj)
-        self.norms = [(n.weight, n.variance_epsilon) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.norms = [None if isinstance(n, torch.nn.Identity) else (n.weight, n.variance_epsilon) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
         self.module, self.heads = attention, (config.num_attention_heads, kv_heads(config), attention.head_dim)
 
     def __call__(self, x, mask, cache, angles, index):
         """x (B, T, D) -> (B, T, D). index: the layer's place in the cache."""
         F, (h, kv, w) = torch.nn.functional, self.heads
-        qkv = F.linear(F.rms_norm(x, x.shape[-1:], *self.norms[0]), *self.qkv).view(*x.shape[:2], h + 2 * kv, w).transpose(1, 2)  # (B, heads, T, w)
+        normed = F.rms_norm(x, x.shape[-1:], *self.norms[0]) if self.norms[0] else x  # a drafter's layer has no first norm
+        qkv = F.linear(normed, *self.qkv).view(*x.shape[:2], h + 2 * kv, w).transpose(1, 2)  # (B, heads, T, w)
         turn, value = qkv[:, :h + kv], qkv[:, h + kv:]
         cos, sin = (a[:, None] for a in angles)
         turn = turn * cos + torch.cat([-turn[..., w // 2:], turn[..., :w // 2]], -1) * sin  # queries and keys rotate together

@@ -30,6 +30,7 @@ Left out: stealing rows of the tail from a busy worker, drafter checkpoints with
 """
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -239,6 +240,13 @@ class Team(Alone):
     def save(self, out):
         if self.spot and self.rank == 0:
             self.spot.save(out / "drafter")
+
+    def deploy(self, folder):
+        """The drafter, and what decodes with it in stock transformers."""
+        if self.spot:
+            self.spot.trainer.publish(self.spot.served)
+            self.spot.served.save(folder / "drafter")
+            shutil.copytree(Path(__file__).parent / "custom_generate", folder / "custom_generate", ignore=shutil.ignore_patterns("__pycache__"))
 
     def sum(self, tensors):
         if self.size > 1:

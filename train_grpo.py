@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from report import Table, describe, draw_curves, draw_timeline, show_samples, summarise, trace
+from report import Table, describe, draw_curves, draw_timeline, model_card, show_samples, summarise, trace
 from rollout import Engine, Group, Sampling, load_model, run, sequence_seed, stop_tokens
 from tasks import UserError, encode_prompt, make_task
 
@@ -240,6 +240,9 @@ class Alone:
     def save(self, out):
         """With each checkpoint: whatever the workers keep beside the policy."""
 
+    def deploy(self, folder):
+        """Into the final policy's folder: whatever else serves it."""
+
     def sum(self, tensors):
         """Add up each tensor over the workers, in place."""
 
@@ -261,6 +264,7 @@ def train(config, team):
     model, tokenizer = load_model(str(newest or config.model), team.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     first, metrics = load_state(newest, optimizer)
+    model.generation_config.update(do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=config.max_new)  # `generate` as it was trained
     reference = load_model(config.model, team.device)[0].requires_grad_(False) if config.kl else None
     # on a GPU the rollout runs on a bfloat16 copy of the fp32 policy; on a CPU on the policy itself
     actor = copy.deepcopy(model).bfloat16().requires_grad_(False) if team.device != "cpu" else model
@@ -354,7 +358,13 @@ def train(config, team):
         if history:
             draw_timeline({f"step {config.steps}": spans}, out / "timeline.png")
             write_atomically(out / "trace.json", trace(history))
-        save_folder(out / "policy", lambda folder: save_policy(folder, model, tokenizer))
+
+        def fill(folder):  # all that deployment needs
+            save_policy(folder, model, tokenizer)
+            (folder / "README.md").write_text(model_card(metrics, config))
+            team.deploy(folder)
+
+        save_folder(out / "policy", fill)
         say(summary["text"])
     return summary
 
@@ -449,9 +459,10 @@ def save_folder(folder, fill):
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     fill(part)
-    for path in part.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    for path in part.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 

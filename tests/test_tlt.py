@@ -28,7 +28,8 @@ TLT = ["--warm-start", "0"]
 
 def launch(model_folder, out, *argv, door=("tlt.py",), **environment):
     return subprocess.Popen([sys.executable, *door, "--model", str(model_folder), "--out", str(out), *SMALL, *(TLT if "tlt.py" in door else []), *map(str, argv)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env={**os.environ, **environment})
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env={**os.environ, **environment},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore Ctrl-C, and so would this
 
 
 def here(main, model_folder, out, *argv):
