@@ -346,6 +346,14 @@ def forward(model, cache, rows, ids, lens, view, tree=None, quick=None):
 # ---------------------------------------------------------------- the engine
 
 
+def free_memory(device):
+    """Bytes of GPU memory that torch can still hand out; None on a CPU, where memory is taken only as it is touched."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 @dataclass
 class Group:
     """A prompt and the seeds of the samples wanted from it. index: the caller's name for it. begun: how many tokens at the prompt's end are already part of
@@ -424,8 +432,11 @@ class Engine:
             raise UserError(f"prompt + response of {context} tokens is longer than the model's context of {limit}: lower --max-new or shorten the prompt")
         if context <= self.context:
             return
-        self.context, config, slots, device = context, self.model.config, self.slots, self.model.device
+        self.context, config, device = context, self.model.config, self.model.device
         room = context + self.LONGEST + 1  # rejected drafts may stand beyond the end
+        self.cache = self.tokens = self.logprobs = self.hidden = None  # what was there makes room
+        self.slots = slots = self.affordable(room)
+        self.most = min(self.most, slots)
         self.cache = SlotCache(config, slots, room, self.model.dtype, device)
         self.lens = torch.zeros(slots, dtype=torch.long, device=device)   # valid cache entries of each row
         self.start = torch.zeros(slots, dtype=torch.long, device=device)  # where its response begins
@@ -435,6 +446,22 @@ class Engine:
         self.hidden = torch.zeros(slots, room, config.hidden_size, dtype=self.model.dtype, device=device) if self.keep_hidden else None  # h_t
         for drafter in self.drafters.values():
             drafter.reserve(self, slots, room)
+
+    def affordable(self, room):
+        """As many slots as asked for, or as four fifths of the free memory hold: keys, values, features, and the logits of a round."""
+        free = free_memory(self.model.device)
+        if free is None:
+            return self.slots
+        config, size = self.model.config, self.model.dtype.itemsize
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each = room * size * ((config.num_hidden_layers + len(self.drafters)) * 2 * kv_heads(config) * width + self.keep_hidden * config.hidden_size)
+        each += (self.LONGEST + 1) * config.vocab_size * 4 * 4  # float32: logits, noise, their sum, hash
+        fits = int(free * 0.8 / each)
+        if fits < 1:
+            raise UserError(f"a sequence of {room} tokens needs {each / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: lower --max-new")
+        if fits < self.slots:
+            print(f"memory holds {fits} rows of {room} tokens, not {self.slots} ({each / 1e9:.3f} GB each, {free / 1e9:.1f} GB free): {fits} slots it is", file=sys.stderr)
+        return min(self.slots, fits)
 
     @torch.inference_mode()
     def generate(self, groups, sampling, choose=None, on_token=None):
@@ -481,7 +508,7 @@ class Engine:
         if need > self.context:
             raise UserError(f"prompt {group.index} has {len(group.prompt) - group.begun} tokens; with max_new {sampling.max_new} it exceeds the context of {self.context}")
         if len(group.seeds) > self.slots:
-            raise UserError(f"a group of {len(group.seeds)} samples does not fit {self.slots} slots: raise --slots")
+            raise UserError(f"a group of {len(group.seeds)} samples does not fit {self.slots} slots: raise --slots, or lower --samples")
 
     def admit(self, batch):
         """Prefill prompt[:-1] of each group once, in the rows behind the live ones, then give every sample its copy. cur = prompt[-1]."""

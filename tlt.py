@@ -29,6 +29,7 @@ optimizer. So 1, 2 and 3 workers, with and without speculation, make the same to
 Left out: stealing rows of the tail from a busy worker, drafter checkpoints with optimizer state (a resumed run goes on with its weights and new moments).
 """
 
+import copy
 import os
 import shutil
 import signal
@@ -36,6 +37,7 @@ import socket
 import sys
 import threading
 import time
+import types
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
@@ -46,10 +48,11 @@ import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 
 from drafter import Drafter, FeatureBuffer, LearnedDrafts, NGramDrafts, Trainer, save_weights
+from report import STATES
 from rollout import Engine, run
 from strategy import make_strategy
 from tasks import UserError
-from train_grpo import Alone, Config, flag, parse_flags, train
+from train_grpo import Alone, Clock, Config, flag, logits_at, parse_flags, train
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class TLTConfig(Config):
     warm_start: float = flag(20.0, "with no drafter to start from: seconds that all workers train one after the first rollout; 0: start from a random one")
     drafter_from: str = flag("", "folder of a drafter to start from (`make drafter`); empty: the policy's own subfolder drafter/, if it has one")
     workers: int = flag(0, "worker processes; 0: one per GPU, or one per CPU core without GPUs")
+    shard: bool = flag(False, "spread the policy's fp32 weights, gradients and optimizer state over the workers (FSDP2): for policies that do not fit a GPU whole")
+    patience: float = flag(600.0, "seconds without a sign of life (a round, a micro-batch, a micro-step) after which a worker counts as hung and the run is stopped")
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,6 +72,8 @@ class TLTConfig(Config):
         if self.drafter_from and not (Path(self.drafter_from) / "drafter.safetensors").exists():
             raise UserError(f"--drafter-from {self.drafter_from}: no drafter.safetensors there; `make drafter` writes one")
         gpus = torch.cuda.device_count() if self.device != "cpu" else 0
+        if self.patience <= 0:
+            raise UserError(f"--patience {self.patience:g}: must be above 0 seconds")
         if self.workers < 0:
             raise UserError(f"--workers {self.workers}: must be at least 1, or 0 for one per GPU or core")
         if gpus and self.workers > gpus:
@@ -147,19 +154,36 @@ class Team(Alone):
 
     ONE_WORKER_SHARE = 0.05  # drafter training as a share of the rollout's time, for one worker, who is never idle
 
-    def __init__(self, config):
+    def __init__(self, config, tell=lambda state: None):
         from accelerate import Accelerator
         from accelerate.utils import broadcast_object_list, gather_object
         self.accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
         self.gather = gather_object
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
         super().__init__(config)
+        self.clock = Clock(tell)
         self.device = "cpu" if self.accelerator.device.type == "cpu" else str(self.accelerator.device)  # accelerate says "cpu:0"
         hosted = Board.host() if self.rank == 0 else None
         address = [os.environ.get("MASTER_ADDR", "127.0.0.1"), hosted.port if hosted else 0]
         if self.size > 1:
             broadcast_object_list(address)
         self.board, self.rollouts, self.config = Board(*address, hosted), 0, config
+
+    def prepare(self, model):
+        """With --shard each worker keeps a slice of every weight, and gathers a layer when it computes with it. What generates is a whole copy."""
+        self.sharded = self.config.shard and self.size > 1
+        if not self.sharded:
+            return super().prepare(model)
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        actor = copy.deepcopy(model).to(torch.bfloat16 if self.device != "cpu" else torch.float32).requires_grad_(False)
+        mesh = torch.distributed.device_mesh.init_device_mesh(self.accelerator.device.type, (self.size,))
+        for part in (*model.get_decoder().layers, model):
+            fully_shard(part, mesh=mesh)
+            part.set_gradient_divide_factor(1.0)  # sums, not means: the weights of the loss are those of the whole mini-batch
+            part.set_force_sum_reduction_for_comms(True)
+        model.logits_at = types.MethodType(logits_at, model)
+        register_fsdp_forward_method(model, "logits_at")
+        return model, actor
 
     def engine(self, actor, stop, slots):
         """An engine with its drafters; with them come the spot trainer and the strategy."""
@@ -277,10 +301,10 @@ def spare(over, clock, spot=None):
     clock.enter("idle")
 
 
-def worker(config):
-    """The one worker function behind all three doors."""
+def worker(config, tell=lambda state: None):
+    """The one worker function behind all three doors. tell: see Clock."""
     torch.manual_seed(config.seed)
-    team = Team(config)
+    team = Team(config, tell)
     train(config, team)
     if team.spot:
         team.spot.wait()
@@ -289,7 +313,26 @@ def worker(config):
         torch.distributed.destroy_process_group()
 
 
-def spawned(rank, config, count, port, threads, said):
+class Pulse:
+    """What each spawned worker is doing, and since when it has said nothing: in shared memory, for the parent."""
+
+    NAMES = ("start", *STATES)
+
+    def __init__(self, count):
+        self.state, self.heard = mp.get_context("spawn").Array("i", count, lock=False), mp.get_context("spawn").Array("d", [time.time()] * count, lock=False)
+
+    def tell(self, rank, state):
+        self.state[rank], self.heard[rank] = self.NAMES.index(state) if state in self.NAMES else self.state[rank], time.time()
+
+    def doing(self, rank):
+        return self.NAMES[self.state[rank]]
+
+    def silent(self, patience):
+        """Workers that have said nothing for so many seconds. Those that wait for a hung one in a collective are silent, too."""
+        return [rank for rank, heard in enumerate(self.heard) if self.state[rank] and time.time() - heard > patience]  # a start may take long: it loads the model
+
+
+def spawned(rank, config, count, port, threads, said, pulse):
     """A child process: set what torchrun would set, and never outlive the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = os.getppid()
@@ -304,7 +347,7 @@ def spawned(rank, config, count, port, threads, said):
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS=str(threads))
     torch.set_num_threads(threads)
     try:
-        worker(config)
+        worker(config, lambda state: pulse.tell(rank, state))
     except RuntimeError as error:
         if "onnection" in str(error):  # another worker is gone, and this one has only noticed: let the other one's reason be heard first
             time.sleep(3)
@@ -315,14 +358,15 @@ def spawned(rank, config, count, port, threads, said):
 
 
 def spawn(config, count):
-    """Run `count` workers on this host; when one dies, stop the rest and say which."""
+    """Run `count` workers on this host; when one dies or hangs, stop the rest and say which, and what it was doing."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     threads = max(1, (os.cpu_count() or 1) // count)  # spawn does not divide the cores: without this they oversubscribe, 10x slower
     os.environ["OMP_NUM_THREADS"] = str(threads)
     said = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(spawned, (config, count, port, threads, said), nprocs=count, join=False)
+    pulse = Pulse(count)
+    context = mp.spawn(spawned, (config, count, port, threads, said, pulse), nprocs=count, join=False)
 
     def stop():
         for process in context.processes:
@@ -334,16 +378,19 @@ def spawn(config, count):
 
     try:
         while not context.join(timeout=1.0, grace_period=3):  # when one has died, a hung one gets 3 s, not torch's 30
-            pass
+            if hung := pulse.silent(config.patience):
+                stop()
+                sys.exit(f"tlt.py: no sign of life for {config.patience:g} s from " + ", ".join(f"worker {r} ({pulse.doing(r)})" for r in hung)
+                         + "; all were stopped. Continue with --resume; if it was only slow, with a larger --patience.")
     except mp.ProcessExitedException as error:
         stop()
         if not said.empty():
             raise UserError(said.get()) from error
         cause = f"signal {error.signal_name}" if error.signal_name else f"exit status {error.exit_code}"
-        sys.exit(f"tlt.py: worker {error.error_index} died ({cause}); the others were stopped. Continue with --resume.")
+        sys.exit(f"tlt.py: worker {error.error_index} died ({cause}) in state {pulse.doing(error.error_index)}; the others were stopped. Continue with --resume.")
     except mp.ProcessRaisedException as error:
         stop()
-        sys.exit(f"tlt.py: worker {error.error_index} failed; the others were stopped. Continue with --resume.\n{error}")
+        sys.exit(f"tlt.py: worker {error.error_index} failed in state {pulse.doing(error.error_index)}; the others were stopped. Continue with --resume.\n{error}")
     except KeyboardInterrupt:
         stop()
         raise

@@ -34,10 +34,12 @@ import math
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
 from report import Table, describe, draw_curves, draw_timeline, model_card, show_samples, summarise, trace
@@ -152,9 +154,14 @@ def token_logprobs(model, responses, temperature):
         ids[i, :len(row)] = torch.tensor(row)
         picked[i, len(r.prompt) - 1:len(row)] = True  # the position before a token predicts it, the stop token included
     targets = torch.tensor([t for r in responses for t in r.tokens], device=model.device)
-    hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state  # (B, T, D)
-    logits = model.get_output_embeddings()(hidden[picked.to(model.device)]).float() / temperature    # (N, V)
-    return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    logits = getattr(model, "logits_at", partial(logits_at, model))(ids.to(model.device), picked.to(model.device))  # a sharded model gathers its weights around its own method
+    return -torch.nn.functional.cross_entropy(logits.float() / temperature, targets, reduction="none")
+
+
+def logits_at(model, ids, picked):
+    """ids (B, T), picked (B, T) bool -> logits (N, V) of the picked positions."""
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+    return model.get_output_embeddings()(hidden[picked])
 
 
 def micro_batches(responses, tokens, workers):
@@ -185,12 +192,13 @@ def pass_at_k(n, right, k):
 
 
 class Clock:
-    """Where a worker's time goes. It is in exactly one state at any moment, so the states' seconds sum to the whole."""
+    """Where a worker's time goes. It is in exactly one state at any moment, so the states' seconds sum to the whole. tell(state) hears of each call: a sign of life."""
 
-    def __init__(self):
-        self.spans, self.state, self.since = [], "idle", time.time()
+    def __init__(self, tell=lambda state: None):
+        self.spans, self.state, self.since, self.tell = [], "idle", time.time(), tell
 
     def enter(self, state):
+        self.tell(state)
         if state != self.state:
             now = time.time()
             self.spans.append((self.state, self.since, now))
@@ -208,11 +216,15 @@ class Clock:
 class Alone:
     """The loop's view of the workers, for one process. tlt.Team has the same members for many."""
 
-    rank, size = 0, 1
+    rank, size, sharded = 0, 1, False
 
     def __init__(self, config):
-        self.clock = Clock()
+        self.clock, self.micro_tokens = Clock(), config.micro_tokens  # the latter falls when memory runs out
         self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+    def prepare(self, model):
+        """-> (the policy that learns, the one that generates). On a GPU the rollout runs on a bfloat16 copy of the fp32 policy; on a CPU on the policy itself."""
+        return model, copy.deepcopy(model).bfloat16().requires_grad_(False) if self.device != "cpu" else model
 
     def engine(self, actor, stop, slots):
         return Engine(actor, stop, slots)
@@ -260,14 +272,15 @@ def train(config, team):
     if team.rank == 0:
         prepare_folder(out, config)
     task = make_task(config.task, config.data)
-    newest = newest_checkpoint(out) if config.resume else None
+    newest = newest_checkpoint(out) if config.resume or restarted() else None
     model, tokenizer = load_model(str(newest or config.model), team.device)
+    model, actor = team.prepare(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    first, metrics = load_state(newest, optimizer)
+    first, metrics = load_state(newest, model, optimizer)
+    if len(set(team.everyone(first))) > 1:
+        raise UserError(f"--out {out}: not every worker finds the same checkpoint there; it must be a folder that all hosts share")
     model.generation_config.update(do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=config.max_new)  # `generate` as it was trained
     reference = load_model(config.model, team.device)[0].requires_grad_(False) if config.kl else None
-    # on a GPU the rollout runs on a bfloat16 copy of the fp32 policy; on a CPU on the policy itself
-    actor = copy.deepcopy(model).bfloat16().requires_grad_(False) if team.device != "cpu" else model
     sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
     engine = team.engine(actor, stop_tokens(model, tokenizer), max(config.slots, config.samples, config.eval_samples))
     for split in ("train", "test"):  # mistakes show here, before anything runs
@@ -329,7 +342,7 @@ def train(config, team):
         stats = update(model, reference, optimizer, responses, advantages(rewards, config.loss).flatten().tolist(), step, config, team)
         if actor is not model:
             for a, m in zip(actor.parameters(), model.parameters()):
-                a.data.copy_(m.data)
+                a.data.copy_(whole(m).data)
         team.clock.enter("idle")
         told = team.everyone((team.clock.take(), started, team.notes()))
         history.append((step + 1, [spans for spans, *_ in told]))  # with the evaluation and the checkpoint before the step
@@ -348,11 +361,12 @@ def train(config, team):
             keep(evaluate(step + 1))
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             team.clock.enter("checkpoint")
+            states = get_state_dict(model, optimizer, options=WHOLE)  # of the policy and its optimizer, by the names of the weights, on rank 0
             if team.rank == 0:
-                save_checkpoint(out, step + 1, model, tokenizer, optimizer, metrics)
+                save_checkpoint(out, step + 1, model, tokenizer, states, metrics)
             team.save(out)
     bar.close()
-    summary = summarise(metrics, config)
+    weights, summary = get_model_state_dict(model, options=WHOLE), summarise(metrics, config)
     if team.rank == 0:
         draw_curves(metrics, out / "curves.png", config)
         if history:
@@ -360,7 +374,7 @@ def train(config, team):
             write_atomically(out / "trace.json", trace(history))
 
         def fill(folder):  # all that deployment needs
-            save_policy(folder, model, tokenizer)
+            save_policy(folder, model, tokenizer, weights)
             (folder / "README.md").write_text(model_card(metrics, config))
             team.deploy(folder)
 
@@ -386,32 +400,33 @@ def update(model, reference, optimizer, responses, advantage, step, config, team
                 r.weight = w
             useful = [r for r in batch if r.advantage or config.kl]  # advantage 0 without KL: the gradient is exactly 0, so don't compute it
             fresh = epoch == part == 0
-            for micro in micro_batches(useful, config.micro_tokens, team.size)[team.rank]:
-                with torch.autocast(model.device.type, torch.bfloat16) if config.bf16 or team.device != "cpu" else contextlib.nullcontext():
-                    logp = token_logprobs(model, micro, config.temperature)
-                    with torch.no_grad():
-                        ref = token_logprobs(reference, micro, config.temperature) if reference else None
-                behaviour = torch.cat([r.logprobs for r in micro]).to(logp.device)
-                each = torch.tensor([len(r.tokens) for r in micro], device=logp.device)
-                spread = lambda name: torch.tensor([getattr(r, name) for r in micro], device=logp.device).repeat_interleave(each)
-                loss = policy_loss(logp, logp.detach() if fresh else behaviour, ref, spread("advantage"), spread("weight"), config)
-                loss.backward()
-                with torch.no_grad():
-                    gap = (logp - behaviour).abs()
-                    stats["loss"] += loss.item()
-                    if fresh:
-                        stats["gap_sum"] += gap.sum().item()
-                        stats["gap_max"] = max(stats["gap_max"], gap.max().item())
-                    stats["tokens"] += len(logp)
-                    ratio = (logp - behaviour).exp()
-                    stats["clipped"] += ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum().item() * (not fresh)
-                    if ref is not None:
-                        stats["kl"] += ((ref - logp).exp() - (ref - logp) - 1).sum().item()
+            shares = micro_batches(useful, config.micro_tokens, team.size)
+            mine = shares[team.rank]
+            if team.sharded:  # each forward gathers weights from all workers: all must do equally many, so fill up with a response that weighs nothing
+                mine = mine + [[nothing(useful)] for _ in range(max(map(len, shares)) - len(mine))]
+            while True:
+                if team.micro_tokens < config.micro_tokens:  # only its own share is cut finer: what the others do stays as it is
+                    mine = micro_batches([r for micro in mine for r in micro], team.micro_tokens, 1)[0]
+                try:
+                    found = accumulate(model, reference, mine, fresh, config, team)
+                    break
+                except torch.OutOfMemoryError as error:
+                    optimizer.zero_grad()  # a part may be summed up already
+                    torch.cuda.empty_cache()
+                    team.micro_tokens //= 2
+                    if team.sharded:
+                        raise UserError(f"out of memory in the update: lower --micro-tokens {config.micro_tokens}") from error  # no worker can do its part again alone
+                    if max(len(micro) for micro in mine) == 1:
+                        raise UserError(f"out of memory in the update with a single response of {len(mine[0][0].prompt) + len(mine[0][0].tokens)} tokens: lower --max-new") from error
+                    tqdm.write(f"worker {team.rank}: out of memory in the update; it is done again with --micro-tokens {team.micro_tokens}")
+            for name, value in found.items():
+                stats[name] = max(stats[name], value) if name == "gap_max" else stats[name] + value
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
-            team.sum(grads)
+            if not team.sharded:
+                team.sum(grads)
             for p, g in zip(model.parameters(), grads):
                 p.grad = g
-            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
+            norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)).item())
             done = step * config.epochs * config.minibatches + len(norms)  # updates so far, this one included
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1.0, done / max(1, config.warmup))
@@ -428,7 +443,49 @@ def update(model, reference, optimizer, responses, advantage, step, config, team
             "gap_max": max(s["gap_max"] for s in everyone), "clipped": total["clipped"] / tokens, "kl": total["kl"] / tokens}
 
 
+def nothing(responses):
+    """A copy of the shortest response with weight 0."""
+    filler = replace(min(responses, key=lambda r: len(r.prompt) + len(r.tokens)))
+    filler.advantage = filler.weight = 0.0
+    return filler
+
+
+def accumulate(model, reference, micros, fresh, config, team):
+    """Forward and backward of this worker's micro-batches; gradients add up in the model -> statistics. fresh: the first update of a rollout, whose old policy is the present one."""
+    stats = dict(loss=0.0, gap_sum=0.0, gap_max=0.0, tokens=0.0, clipped=0.0, kl=0.0)
+    for micro in micros:
+        team.clock.enter("update")
+        with torch.autocast(model.device.type, torch.bfloat16) if config.bf16 or team.device != "cpu" else contextlib.nullcontext():
+            logp = token_logprobs(model, micro, config.temperature)
+            with torch.no_grad():
+                ref = token_logprobs(reference, micro, config.temperature) if reference else None
+        behaviour = torch.cat([r.logprobs for r in micro]).to(logp.device)
+        each = torch.tensor([len(r.tokens) for r in micro], device=logp.device)
+        spread = lambda name: torch.tensor([getattr(r, name) for r in micro], device=logp.device).repeat_interleave(each)
+        loss = policy_loss(logp, logp.detach() if fresh else behaviour, ref, spread("advantage"), spread("weight"), config)
+        loss.backward()
+        if not micro[0].weight:
+            continue
+        with torch.no_grad():
+            gap, ratio = (logp - behaviour).abs(), (logp - behaviour).exp()
+            stats["loss"] += loss.item()
+            stats["tokens"] += len(logp)
+            if fresh:
+                stats["gap_sum"] += gap.sum().item()
+                stats["gap_max"] = max(stats["gap_max"], gap.max().item())
+            else:
+                stats["clipped"] += ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum().item()
+            if ref is not None:
+                stats["kl"] += ((ref - logp).exp() - (ref - logp) - 1).sum().item()
+    return stats
+
+
 # ---------------------------------------------------------------- files: everything appears whole or not at all
+
+
+def restarted():
+    """Whether torchrun has started this process again after a failure (--max-restarts): then it goes on from the newest checkpoint, if there is one."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def prepare_folder(out, config):
@@ -437,9 +494,9 @@ def prepare_folder(out, config):
         write_atomically(out / "config.json", json.dumps(asdict(config), indent=1))
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror or error})") from error
-    if config.resume and newest_checkpoint(out, tqdm.write) is None:
+    if config.resume and not restarted() and newest_checkpoint(out, tqdm.write) is None:
         raise UserError(f"--resume: no checkpoint in {out}; start without it")
-    if not config.resume:
+    if not config.resume and not restarted():
         for old in out.glob("checkpoint-??????"):  # or a later --resume could go on from another run
             shutil.rmtree(old)
 
@@ -467,19 +524,28 @@ def save_folder(folder, fill):
     os.replace(part, folder)
 
 
-def save_policy(folder, model, tokenizer):
-    model.save_pretrained(folder)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def whole(x):
+    """A tensor that may be sharded, as a whole: a collective then."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def save_policy(folder, model, tokenizer, weights):
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
 
 
-def save_checkpoint(out, step, model, tokenizer, optimizer, metrics):
-    """checkpoint-NNNNNN: a Hugging Face folder plus optimizer.pt and state.json, which holds the files' checksums. Seeds and data follow from the step, so they need no state."""
+def save_checkpoint(out, step, model, tokenizer, states, metrics):
+    """checkpoint-NNNNNN: a Hugging Face folder plus optimizer.pt and state.json, which holds the files' checksums. Seeds and data follow from the step, so they need no state.
+    states: of policy and optimizer, whole, so that a sharded run can go on unsharded and the other way round."""
     def fill(folder):
-        save_policy(folder, model, tokenizer)
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        save_policy(folder, model, tokenizer, states[0])
+        torch.save(states[1], folder / "optimizer.pt")
         sums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
         (folder / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, "metrics": metrics, "checksums": sums}))
 
@@ -521,12 +587,12 @@ def newest_checkpoint(out, say=lambda text: None):
     return None
 
 
-def load_state(checkpoint, optimizer):
+def load_state(checkpoint, model, optimizer):
     """(first step to do, metrics so far); fills the optimizer."""
     if checkpoint is None:
         return 0, []
     state = json.loads((checkpoint / "state.json").read_text())
-    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    set_optimizer_state_dict(model, optimizer, torch.load(checkpoint / "optimizer.pt", weights_only=True), options=WHOLE)
     return state["step"], state["metrics"]
 
 

@@ -39,7 +39,8 @@ def gradient(model, responses, config=CONFIG, size=1):
 
     class Rank(Alone):
         def __init__(self, rank):
-            self.rank, self.size, self.device, self.clock = rank, size, "cpu", Clock()
+            super().__init__(config)
+            self.rank, self.size = rank, size
 
         def sum(self, tensors):
             self.seen = [t.clone() for t in tensors]
@@ -310,16 +311,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model_folder, tmp_path, monke
     monkeypatch.setattr(train_grpo, "make_task", lambda name, data: Parity())
     check_resume(tmp_path, model_folder, monkeypatch)
     assert {p.name for p in (tmp_path / "parts").iterdir()} == {"config.json", "metrics.jsonl", "curves.png", "timeline.png", "trace.json", "policy", "checkpoint-000002", "checkpoint-000004"}
-    real = train_grpo.load_state
-    monkeypatch.setattr(train_grpo, "load_state", lambda checkpoint, optimizer: real(checkpoint, Forgetful()))
+    monkeypatch.setattr(train_grpo, "set_optimizer_state_dict", lambda *args, **kwargs: None)
     caught(check_resume, tmp_path / "broken", model_folder, monkeypatch)  # the optimizer's moments are lost
-
-
-class Forgetful:
-    """An optimizer that drops the state it is given."""
-
-    def load_state_dict(self, state):
-        pass
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -388,7 +381,7 @@ def test_a_disk_that_is_full_gives_one_line_and_keeps_the_last_checkpoint(tmp_pa
     checkpoint(tmp_path, 1)
     monkeypatch.setattr(train_grpo, "save_policy", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left on device.*checkpoint-000001"):
-        train_grpo.save_checkpoint(tmp_path, 2, None, None, None, [])
+        train_grpo.save_checkpoint(tmp_path, 2, None, None, ({}, {}), [])
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000001"]
 
 
@@ -421,3 +414,32 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_three_stop_the_run(model_f
     monkeypatch.setattr(train_grpo, "make_task", lambda name, data: Parity())
     monkeypatch.setattr(train_grpo.math, "isfinite", lambda x: True)
     caught(check_poison, model_folder, tmp_path / "broken", monkeypatch)
+
+
+def check_out_of_memory(limit, monkeypatch, cut=micro_batches):
+    """Whatever exceeds `limit` tokens does not fit: the gradient is that of a machine with room, the next update begins with what fits."""
+    model = tiny()
+    responses = make_responses(model)
+    wanted, stats = gradient(model, responses)
+    real, tried = train_grpo.token_logprobs, []
+
+    def small(model, micro, temperature):
+        tried.append(len(micro) * max(len(r.prompt) + len(r.tokens) for r in micro))
+        if tried[-1] > limit:
+            raise torch.OutOfMemoryError("no room")
+        return real(model, micro, temperature)
+
+    monkeypatch.setattr(train_grpo, "token_logprobs", small)
+    found, again = gradient(model, responses)
+    assert close(wanted, found) and abs(stats["gap_mean"] - again["gap_mean"]) < 1e-6 and max(tried) > limit
+    monkeypatch.undo()
+
+
+def test_what_does_not_fit_memory_is_cut_finer_and_done_again(monkeypatch, capsys):
+    check_out_of_memory(100, monkeypatch)
+    assert "--micro-tokens 100" in capsys.readouterr().out
+    with pytest.raises(UserError, match="single response"):
+        check_out_of_memory(5, monkeypatch)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.nn.Module, "zero_grad", lambda self: None)  # what a failed try has summed up stays
+    caught(check_out_of_memory, 100, monkeypatch)

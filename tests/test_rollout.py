@@ -201,3 +201,16 @@ def test_command_line_streams_what_the_engine_makes(model_folder, tmp_path, caps
                                      "--drafter", str(tmp_path / "drafter"), "--k", "3"])
     rollout.main()
     assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_slots_are_those_that_memory_holds(monkeypatch, capsys):
+    """On a machine with little memory: fewer slots, said once, the same tokens; with less than a sequence's worth, an error that names the sizes."""
+    model, groups = tiny(), groups_of(6, random.Random(0))
+    tokens = lambda slots: {(r.group, r.sample): r.tokens for r in Engine(model, {1}, slots, 60).generate(groups, Sampling(max_new=20))}
+    wanted = tokens(30)
+    monkeypatch.setattr(rollout, "free_memory", lambda device: 800_000)
+    assert Engine(model, {1}, 30, 60).slots in range(8, 30) and "slots it is" in capsys.readouterr().err
+    assert tokens(30) == wanted
+    monkeypatch.setattr(rollout, "free_memory", lambda device: 10_000)
+    with pytest.raises(UserError, match="lower --max-new"):
+        Engine(model, {1}, 30, 60)

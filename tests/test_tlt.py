@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import bench
 import tlt
 import train_grpo
-from rollout import Draft, Group
+from rollout import Draft, Engine, Group, Sampling
 from tasks import UserError
 from tlt import Board, TLTConfig
 
@@ -85,10 +85,10 @@ def runs(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tlt.py")
     jobs = {"2": ("--workers", 2), "3": ("--workers", 3), "torchrun": (), "plain": ("--workers", 2, "--drafter", "off", "--strategy", "off"),
-            "warm": ("--workers", 2, "--warm-start", 4, "--drafter", "static", "--strategy", 4)}
-    for pair in (("2", "3"), ("torchrun", "plain"), ("warm",)):
+            "warm": ("--workers", 2, "--warm-start", 4, "--drafter", "static", "--strategy", 4), "sharded": ("--workers", 2, "--shard")}
+    for pair in (("2", "3"), ("torchrun", "plain"), ("warm", "sharded")):
         running = [launch(model_folder, folder / name, "--steps", 2, *jobs[name], door=torchrun if name == "torchrun" else ("tlt.py",)) for name in pair]
-        if pair == ("warm",):
+        if "warm" in pair:
             here(tlt.main, model_folder, folder / "1", "--steps", 2, "--workers", 1)
             here(train_grpo.main, model_folder, folder / "alone", "--steps", 2)
             here(tlt.main, model_folder, folder / "bandit", "--steps", 2, "--workers", 1, "--strategy", "beg-mab")
@@ -97,7 +97,7 @@ def runs(model_folder, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("other", ["alone", "2", "3", "torchrun", "plain", "warm", "bandit"])
+@pytest.mark.parametrize("other", ["alone", "2", "3", "torchrun", "plain", "warm", "bandit", "sharded"])
 def test_every_door_number_of_workers_and_kind_of_drafting_gives_the_same_run(runs, other):
     check_same_run(runs / "1", runs / other, 0.0 if other in ("alone", "bandit") else 1e-5)
 
@@ -141,9 +141,9 @@ def test_two_workers_resume_exactly(runs, model_folder, tmp_path):
     assert all(torch.equal(x[k], y[k]) for k in x)
 
 
-@pytest.mark.parametrize("how", ["kill -9 a worker", "Ctrl-C", "kill -9 the parent"])
+@pytest.mark.parametrize("how", ["kill -9 a worker", "a worker hangs", "Ctrl-C", "kill -9 the parent"])
 def test_nothing_is_left_behind(how, model_folder, tmp_path):
-    process = launch(model_folder, tmp_path, "--steps", 10_000, "--workers", 2, "--eval-every", 0)
+    process = launch(model_folder, tmp_path, "--steps", 10_000, "--workers", 2, "--eval-every", 0, "--patience", 5 if "hangs" in how else 600)
     try:
         wait_for(lambda: (tmp_path / "checkpoint-000002").exists())
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -156,7 +156,11 @@ def test_nothing_is_left_behind(how, model_folder, tmp_path):
         elif how == "kill -9 a worker":
             os.kill(workers[1], signal.SIGKILL)
             text = finish(process, 1)
-            assert "worker 1 died (signal SIGKILL)" in text and "--resume" in text and "Traceback" not in text
+            assert "worker 1 died (signal SIGKILL) in state " in text and "--resume" in text and "Traceback" not in text
+        elif how == "a worker hangs":
+            os.kill(workers[1], signal.SIGSTOP)
+            text = finish(process, 1)
+            assert "no sign of life for 5 s from " in text and "worker 1 (" in text and "--resume" in text and "Traceback" not in text
         else:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
@@ -369,3 +373,50 @@ def test_the_engine_holds_back_what_it_may_not_hold(model_folder):
     seen.clear()
     engine.most = 4
     assert run() == free and max(seen) == 4
+
+
+# ---------------------------------------------------------------- sharding
+
+
+def one_update(team, config):
+    """Two updates on made-up advantages -> whole states of policy and optimizer. tiny() and the responses are the same on every worker."""
+    model = tiny()
+    responses = [r for r in Engine(model, {1}, 8, 60).generate([Group(i, [5 + i, 9, 30], [7 * i + k for k in range(3)]) for i in range(5)], Sampling(max_new=25))]
+    responses.sort(key=lambda r: (r.group, r.sample))
+    model, actor = team.prepare(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    stats = train_grpo.update(model, None, optimizer, responses, [((i * 7) % 5 - 2) / 2 for i in range(15)], 0, config, team)
+    return stats, train_grpo.get_state_dict(model, optimizer, options=train_grpo.WHOLE)
+
+
+def sharded(rank, port, folder, broken):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    if broken:  # means instead of sums
+        from torch.distributed.fsdp import FSDPModule
+        FSDPModule.set_gradient_divide_factor = lambda self, factor: None
+    config = TLTConfig(device="cpu", minibatches=2, micro_tokens=150, shard=True)
+    found = one_update(tlt.Team(config), config)
+    if rank == 0:
+        torch.save(found, folder / f"broken {broken}")
+    torch.distributed.destroy_process_group()
+
+
+def check_sharded(folder, broken):
+    import socket
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(sharded, (port, folder, broken), nprocs=2)
+    config = train_grpo.Config(device="cpu", minibatches=2, micro_tokens=150)
+    stats, (weights, moments) = one_update(train_grpo.Alone(config), config)
+    their_stats, (theirs, their_moments) = torch.load(folder / f"broken {broken}", weights_only=True)
+    assert weights.keys() == theirs.keys() and all(torch.allclose(weights[k], theirs[k], atol=1e-5) for k in weights)
+    a, b = moments["state"], their_moments["state"]
+    assert a.keys() == b.keys() and all(torch.allclose(a[k]["exp_avg"], b[k]["exp_avg"], atol=1e-6) for k in a)
+    assert all(abs(stats[k] - their_stats[k]) < 1e-4 for k in stats)
+
+
+def test_sharded_and_replicated_updates_agree(tmp_path):
+    check_sharded(tmp_path, False)
+    caught(check_sharded, tmp_path, True)
