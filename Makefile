@@ -21,8 +21,14 @@ demo: .venv/installed  ## train a policy with TLT, then the last steps once more
 	$(RUN) tlt.py --demo --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 	$(RUN) bench.py paired --run $(OUT) --json $(OUT)/paired.json
 
-test: .venv/installed  ## all tests (about 4 minutes on 2 cores)
+test: .venv/installed  ## all tests (about 5 minutes on 2 cores)
 	$(RUN) -m pytest -q tests
+
+soak: .venv/installed  ## kill -9 a run 50 times at random moments and resume it: its metrics and policy must come out equal (about 12 minutes)
+	$(RUN) tests/soak.py --kills 50
+
+fuzz: .venv/installed  ## the random tests with over 100,000 cases: verifiers, files, command lines, drafts, engine (about 15 minutes)
+	FUZZ=100 $(RUN) -m pytest -q tests -k "any_text or stack_machine or any_file or any_command_line or byte_that or by_hand_finds or random_shapes"
 
 bench-quick: .venv/installed  ## a first look at the speeds of this machine (about 3 minutes on 2 cores)
 	mkdir -p runs
@@ -68,4 +74,4 @@ base: .venv/installed  ## make base/ again: the tiny policy from scratch, and it
 clean:  ## remove runs and the virtual environment
 	rm -rf runs .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__
 
-.PHONY: help demo test bench-quick bench figures drafter test-time chain large base clean
+.PHONY: help demo test soak fuzz bench-quick bench figures drafter test-time chain large base clean

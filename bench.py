@@ -10,7 +10,7 @@ with rows of
     engine       batch; tokens per second of engine, generate, continuous or prompt lookup and generate with drafter; ratio
     identity     sampling, mode, responses, identical, largest_logprob_gap, tokens_per_round
     speculation  workload, mode, tokens_per_second, ratio, tokens_per_round, draft_share, rounds, tokens
-    spot         party, tokens_per_second; training, steps_per_second
+    spot         party, tokens_per_second; training, steps_per_second; packing and saving (seconds)
     scale        workers; predicted seconds plain and speculative; ratio, idle
     step         party, workers, digests, seconds per step: rollout, drafter, idle, update, step
     paired       phase, plain, tlt, ratio; then the checks: steps, identical, parted, evaluations, equal, reclaimed, preempted
@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +42,8 @@ from report import draw_timeline, pyplot
 from rollout import Draft, Engine, Group, Sampling, load_model, run, sequence_seed, stop_tokens
 from strategy import Bandit, Goodput, arms, bucket
 from tasks import Countdown, UserError, encode_prompt
-from train_grpo import write_atomically
+from tlt import Spot, TLTConfig, fair_share
+from train_grpo import WHOLE, get_state_dict, save_checkpoint, write_atomically
 
 
 def machine():
@@ -267,13 +269,42 @@ def spot(args):
     trainer.kill()
     rows = [{"party": name, "tokens_per_second": speed} for name, speed in speeds.items()] + [{"party": "training", "steps_per_second": statistics.median(x for x in trained if x)}]
     print(f"\nrollout alone {speeds['alone']:.0f} tokens/s, beside training {speeds['beside training']:.0f}; {rows[-1]['steps_per_second']:.1f} drafter steps/s of 512 tokens")
+    rows += training_costs(args, made, tokenizer, groups)
     return speeds["beside training"] / speeds["alone"], rows
+
+
+def training_costs(args, made, tokenizer, groups):
+    """Packed against padded batches, in tokens that teach per second, and what saving costs the worker: policy and optimizer; the drafter; the drafter in the background."""
+    responses = list(made.generate(groups, Sampling(max_new=args.max_new)))
+    drafter, speeds, saving = made.drafters["learned"].drafter, {}, {}
+    for name, longest in (("packed", 0), ("padded", max(len(r.hidden) for r in responses))):
+        buffer, trainer = FeatureBuffer(), Trainer(drafter)
+        for r in responses:  # padded: by repeating, so that it costs what padding costs
+            buffer.add(r if not longest else replace(r, tokens=(r.tokens * longest)[:longest + 1 - len(r.prompt)], hidden=r.hidden.repeat(longest, 1)[:longest]))
+        useful = sum(len(r.hidden) for r in responses) / sum(len(row[1]) for row in buffer.rows)  # share of tokens that are not padding
+        steps = 5 * args.rounds
+        started = time.perf_counter()
+        for _ in range(steps):
+            trainer.step(buffer)
+        speeds[name] = trainer.tokens * useful * steps / (time.perf_counter() - started)
+    optimizer = torch.optim.AdamW(made.model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        background = Spot(made.model, TLTConfig(model=args.model, device="cpu"), 0)
+        for name, save in (("all", lambda: save_checkpoint(Path(folder), 1, made.model, tokenizer, get_state_dict(made.model, optimizer, options=WHOLE), [])),
+                           ("drafter", lambda: drafter.save(folder)), ("drafter, background", lambda: background.save(folder))):
+            started = time.perf_counter()
+            save()
+            saving[name] = time.perf_counter() - started
+        background.wait()
+    print(f"drafter training, tokens that teach per second: packed {speeds['packed']:.0f}, padded {speeds['padded']:.0f}; seconds that saving takes: "
+          + ", ".join(f"{name} {seconds:.4f}" for name, seconds in saving.items()))
+    return [{"party": "packing", **speeds}, {"party": "saving", **saving}]
 
 
 def simulate(lengths, workers, slots, rounds):
     """When each worker is done with a rollout. lengths: of the responses of each group; rounds: bucket of batch sizes -> (seconds of a round, tokens a row gets in it).
     As in tlt.py: a worker takes the next group when its rows fit, a round takes as long as its live rows make it."""
-    queue, done, most = list(reversed(lengths)), [], min(slots, -(-len(lengths) // workers) * max(map(len, lengths)))  # see tlt.fair_share
+    queue, done, most = list(reversed(lengths)), [], fair_share([len(x) for x in lengths], workers, slots)
     clocks = [(0.0, worker, []) for worker in range(workers)]
     while clocks:
         now, worker, rows = heapq.heappop(clocks)

@@ -24,7 +24,7 @@ from statistics import median, median_low
 
 import numpy as np
 
-from rollout import Draft
+from rollout import Draft, Engine
 from tasks import UserError
 
 
@@ -151,7 +151,7 @@ def make_strategy(name, kinds):
         return Goodput(arms(kinds))
     if name == "beg-mab":
         return Bandit(arms(kinds))
-    if name != "off" and not name.isdecimal():
-        raise UserError(f"--strategy {name}: off, goodput, beg-mab, or a draft length such as 4")
+    if name != "off" and not (name.isdecimal() and int(name) <= Engine.LONGEST):
+        raise UserError(f"--strategy {name}: off, goodput, beg-mab, or a draft length such as 4, at most {Engine.LONGEST}")
     draft = Draft(kinds[0], int(name)) if name != "off" and kinds and int(name) else Draft()
     return lambda live: draft

@@ -72,7 +72,9 @@ class TLTConfig(Config):
         if self.drafter_from and not (Path(self.drafter_from) / "drafter.safetensors").exists():
             raise UserError(f"--drafter-from {self.drafter_from}: no drafter.safetensors there; `make drafter` writes one")
         gpus = torch.cuda.device_count() if self.device != "cpu" else 0
-        if self.patience <= 0:
+        if not 0 <= self.warm_start < float("inf"):
+            raise UserError(f"--warm-start {self.warm_start}: seconds, 0 or more")
+        if not self.patience > 0:  # nor nan
             raise UserError(f"--patience {self.patience:g}: must be above 0 seconds")
         if self.workers < 0:
             raise UserError(f"--workers {self.workers}: must be at least 1, or 0 for one per GPU or core")
@@ -202,7 +204,7 @@ class Team(Alone):
         self.rollouts += 1
         name = f"rollout {self.rollouts} "  # fresh counters for each rollout: no reset, so no race
         spot, total, started, done = self.spot, sum(len(g.seeds) for g in groups), time.time(), []
-        engine.most = fair_share(groups, self.size, engine.slots)
+        engine.most = fair_share([len(g.seeds) for g in groups], self.size, engine.slots)
         adaptive = spot and self.config.drafter == "adaptive"
         if spot:
             spot.begin(self.rollouts)
@@ -283,9 +285,9 @@ class Team(Alone):
         return self.gather([value]) if self.size > 1 else [value]
 
 
-def fair_share(groups, workers, slots):
-    """Rows that a worker may hold at once: with slots enough for more than its share of the groups, the first to come would leave nothing for the others."""
-    return min(slots, -(-len(groups) // workers) * max(len(g.seeds) for g in groups))
+def fair_share(sizes, workers, slots):
+    """Rows that a worker may hold at once, of groups of these sizes: with slots enough for more than its share of the groups, the first to come would leave nothing for the others."""
+    return min(slots, -(-len(sizes) // workers) * max(sizes))
 
 
 def spare(over, clock, spot=None):
@@ -378,7 +380,7 @@ def spawn(config, count):
 
     try:
         while not context.join(timeout=1.0, grace_period=3):  # when one has died, a hung one gets 3 s, not torch's 30
-            if hung := pulse.silent(config.patience):
+            if hung := [rank for rank in pulse.silent(config.patience) if context.processes[rank].is_alive()]:
                 stop()
                 sys.exit(f"tlt.py: no sign of life for {config.patience:g} s from " + ", ".join(f"worker {r} ({pulse.doing(r)})" for r in hung)
                          + "; all were stopped. Continue with --resume; if it was only slow, with a larger --patience.")

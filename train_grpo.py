@@ -94,8 +94,11 @@ class Config:
                      "eval_problems", "eval_samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise UserError(f"--temperature {self.temperature}: learning needs samples that differ, so it must be above 0")
+        for name in ("lr", "kl", "clip_low", "clip_high", "grad_clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a number that is not negative")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
 
@@ -541,13 +544,13 @@ FORMAT = 2  # of checkpoints
 
 
 def save_checkpoint(out, step, model, tokenizer, states, metrics):
-    """checkpoint-NNNNNN: a Hugging Face folder plus optimizer.pt and state.json, which holds the files' checksums. Seeds and data follow from the step, so they need no state.
+    """checkpoint-NNNNNN: a Hugging Face folder plus optimizer.pt, state.json (step, metrics) and checksums.json. Seeds and data follow from the step, so they need no state.
     states: of policy and optimizer, whole, so that a sharded run can go on unsharded and the other way round."""
     def fill(folder):
         save_policy(folder, model, tokenizer, states[0])
         torch.save(states[1], folder / "optimizer.pt")
-        sums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
-        (folder / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, "metrics": metrics, "checksums": sums}))
+        (folder / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, "metrics": metrics}))
+        (folder / "checksums.json").write_text(json.dumps({path.name: checksum(path) for path in sorted(folder.iterdir())}))
 
     try:
         save_folder(out / f"checkpoint-{step:06d}", fill)
@@ -569,11 +572,14 @@ def checksum(path):
 def damage(folder):
     """What is wrong with a checkpoint, in words; empty if nothing is."""
     try:
+        sums = json.loads((folder / "checksums.json").read_text())
+        if wrong := sorted({path.name for path in folder.iterdir()} - {"checksums.json"} ^ sums.keys()):
+            return "missing or unknown: " + ", ".join(wrong)
+        if wrong := [name for name, known in sums.items() if checksum(folder / name) != known]:
+            return ", ".join(wrong)
         state = json.loads((folder / "state.json").read_text())
-        if state.get("format") != FORMAT:
-            return f"format {state.get('format')}, wanted {FORMAT}"
-        return ", ".join(name for name, known in state["checksums"].items() if checksum(folder / name) != known)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return "" if state["format"] == FORMAT else f"format {state['format']}, wanted {FORMAT}"
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
 
 

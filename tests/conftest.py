@@ -9,11 +9,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from pretrain import make_tokenizer
 
 torch.set_num_threads(1)
+
+
+def cases(n):
+    """So many random cases; `make fuzz` multiplies them."""
+    return settings(max_examples=n * int(os.environ.get("FUZZ", 1)), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def tiny(config_class=Qwen2Config, **changes):

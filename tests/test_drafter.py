@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from conftest import caught, tiny
-from hypothesis import given, settings
+from conftest import cases, caught, tiny
+from hypothesis import given
 from hypothesis import strategies as st
 from test_rollout import FAMILIES, groups_of
 
@@ -46,10 +46,11 @@ STRATEGIES = {**{f"chain {k}": fixed("learned", k) for k in range(1, 9)}, "tree 
               "n-gram": fixed("ngram", 4), "n-gram tree": fixed("ngram", 3, 2), "changing": changing(0)}
 
 
-def check_identity(choose, sampling=SAMPLINGS[0], model=None, groups=None, slots=10):
+def check_identity(choose, sampling=SAMPLINGS[0], model=None, groups=None, slots=10, stop=(1,)):
     """Refills, row moves, mixed prompts: tokens equal to plain decoding, log-probabilities and features to 1e-4."""
     model = model or tiny()
     engine, groups = make_engine(model, slots=slots), groups or groups_of(12, random.Random(1))
+    engine.stop_at(stop)
     plain = {(r.group, r.sample): r for r in engine.generate(groups, sampling)}
     spec = {(r.group, r.sample): r for r in engine.generate(groups, sampling, choose)}
     assert plain.keys() == spec.keys()
@@ -70,10 +71,10 @@ def test_every_family_speculates(family):
     check_identity(changing(3), model=tiny(FAMILIES[family][0], **FAMILIES[family][1]))
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6), st.integers(4, 12), st.integers(1, 25))
-def test_identity_on_random_shapes(seed, slots, max_new):
-    check_identity(changing(seed), Sampling(max_new=max_new), groups=groups_of(7, random.Random(seed)), slots=slots)
+@cases(15)
+@given(st.integers(0, 10**6), st.integers(4, 12), st.integers(1, 25), st.sets(st.integers(1, 117), min_size=1, max_size=20), st.sampled_from([0.0, 0.7, 1.0, 1.3]))
+def test_identity_on_random_shapes(seed, slots, max_new, stop, temperature):
+    check_identity(changing(seed), Sampling(temperature, max_new=max_new), groups=groups_of(7, random.Random(seed)), slots=slots, stop=stop)
 
 
 @pytest.mark.parametrize("broken", ["siblings see each other", "accepted path not compacted", "row moves forget the drafter's length", "stale features"])
@@ -107,9 +108,9 @@ def trained_drafter(model, steps=150):
     return drafter
 
 
-def accepted_per_round(model, drafter, k=4):
+def accepted_per_round(model, drafter, k=4, groups=40):
     engine = make_engine(model, drafter)
-    list(engine.generate(groups_of(12, random.Random(1)), SAMPLINGS[0], fixed("learned", k)))
+    list(engine.generate(groups_of(groups, random.Random(1)), SAMPLINGS[0], fixed("learned", k)))
     return engine.stats["spec_tokens"] / engine.stats["spec_row_rounds"]
 
 
@@ -425,6 +426,21 @@ def test_ngrams_draft_what_followed_before_and_from_siblings():
     other = Row(Group(1, [5, 7], [1]), 0, [10, 11])  # another prompt shares nothing
     engine.live = [other]
     assert drafts.propose(engine, 1, 2, 1, None, None)[0][:, :, 0].tolist() == [[0, 0]]
+
+
+@cases(100)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.lists(st.integers(1, 6), max_size=8), st.integers(1, 6))
+def test_ngrams_are_what_a_search_by_hand_finds(text, pieces, k):
+    """However the text grows: what followed the newest occurrence of the longest suffix (4 tokens at most)."""
+    drafts, row = NGramDrafts(), Row(Group(0, [9], [1]), 0, [])
+    engine = type("E", (), {"live": [row], "lens": torch.zeros(1)})()
+    for n in [*pieces, len(text)]:
+        row.tokens += text[len(row.tokens):][:n]
+        t = row.tokens
+        ends = ([end for end in range(m, len(t)) if t[end - m:end] == t[-m:]] for m in range(min(4, len(t)), 0, -1))
+        end = next((found[-1] for found in ends if found), len(t))
+        wanted = t[end:end + k]
+        assert drafts.propose(engine, 1, k, 1, None, None)[0][0, :, 0].tolist() == wanted + [0] * (k - len(wanted))
 
 
 def test_ngrams_learn_a_loop():

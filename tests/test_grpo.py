@@ -1,16 +1,21 @@
+import contextlib
+import io
 import itertools
 import json
 import math
 import random
 import re
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import caught, tiny
+from conftest import cases, caught, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tlt
 import train_grpo
 from report import describe, gantt
 from rollout import Engine, Group, Sampling, run, sequence_seed
@@ -330,6 +335,21 @@ def test_mistakes_get_one_line_and_status_2(argv, words, model_folder, tmp_path,
     assert exit_info.value.code == 2 and re.search(words, error) and error.startswith("train_grpo.py: ")
 
 
+@cases(100)
+@given(st.lists(st.sampled_from(["--steps", "--lr", "--loss", "--workers", "--strategy", "--temperature", "--shard", "--no-resume", "--drafter", "--patience", "--bf16", "-1", "0", "3", "1e-3",
+                                 "nan", "dapo", "goodput", "off", "4"]) | st.text(max_size=5), max_size=6))
+def test_any_command_line_is_a_config_or_a_mistake_with_status_2(argv):
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            config = parse_flags(tlt.TLTConfig, "", argv)
+        except SystemExit as end:
+            assert end.code == 2 or "-h" in argv
+        except UserError as error:
+            assert str(error).startswith("--")
+        else:
+            assert config.steps >= 1 and config.temperature > 0 and config.patience > 0 and math.isfinite(config.lr)
+
+
 def test_unknown_flags_and_values_exit_with_2(capsys):
     for argv in (["--no-such-flag", "1"], ["--loss", "ppo"], ["--steps", "many"]):
         with pytest.raises(SystemExit) as exit_info:
@@ -342,7 +362,8 @@ def test_unknown_flags_and_values_exit_with_2(capsys):
 def checkpoint(folder, step, content="good"):
     def fill(f):
         (f / "x").write_text(content)
-        (f / "state.json").write_text(json.dumps({"format": train_grpo.FORMAT, "step": step, "metrics": [], "checksums": {"x": train_grpo.checksum(f / "x")}}))
+        (f / "state.json").write_text(json.dumps({"format": train_grpo.FORMAT, "step": step, "metrics": []}))
+        (f / "checksums.json").write_text(json.dumps({name: train_grpo.checksum(f / name) for name in ("x", "state.json")}))
     train_grpo.save_folder(folder / f"checkpoint-{step:06d}", fill)
     return folder / f"checkpoint-{step:06d}"
 
@@ -355,13 +376,27 @@ def test_a_failed_checkpoint_write_leaves_the_last_one(tmp_path):
 
 
 @pytest.mark.parametrize("harm", [lambda f: (f / "x").write_text("goof"), lambda f: (f / "x").write_text("go"), lambda f: (f / "x").unlink(), lambda f: (f / "state.json").write_text('{"form'),
-                                  lambda f: (f / "state.json").unlink(), lambda f: (f / "state.json").write_text('{"format": 0}'), lambda f: (f / "state.json").write_text("[]")])
+                                  lambda f: (f / "state.json").unlink(), lambda f: (f / "state.json").write_text('{"format": 0}'), lambda f: (f / "state.json").write_text("[]"),
+                                  lambda f: (f / "y").write_text("what is this?"), lambda f: (f / "checksums.json").unlink(), lambda f: (f / "checksums.json").write_text("[" * 100_000)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tmp_path):
     checkpoint(tmp_path, 1)
     harm(checkpoint(tmp_path, 2))
     said = []
     assert train_grpo.newest_checkpoint(tmp_path, said.append).name == "checkpoint-000001"
     assert len(said) == 1 and "checkpoint-000002 is damaged" in said[0]
+
+
+@cases(40)
+@given(st.sampled_from(["x", "state.json", "checksums.json"]), st.integers(0, 10**6), st.integers(0, 255) | st.none())
+def test_a_byte_that_changes_anywhere_is_noticed(name, where, byte):
+    """byte: what one byte becomes; None: the file ends there."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = checkpoint(Path(folder), 1) / name
+        old = file.read_bytes()
+        where %= len(old)
+        new = old[:where] if byte is None else old[:where] + bytes([byte]) + old[where + 1:]
+        file.write_bytes(new)
+        assert bool(train_grpo.damage(file.parent)) == (new != old)
 
 
 def test_a_resumed_run_passes_over_a_damaged_checkpoint(model_folder, tmp_path, monkeypatch, capsys):

@@ -2,8 +2,8 @@ import random
 
 import pytest
 import torch
-from conftest import caught, tiny
-from hypothesis import given, settings
+from conftest import cases, caught, tiny
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (AttentionInterface, AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config,
                           Qwen3Config, Qwen3NextConfig, SmolLM3Config)
@@ -53,7 +53,7 @@ def test_engine_equals_full_forward(family, sampling):
     check_against_full_forward(model, groups_of(9, random.Random(1)), sampling)
 
 
-@settings(max_examples=15, deadline=None)
+@cases(15)
 @given(st.integers(0, 10**6), st.integers(4, 16), st.integers(1, 30))
 def test_engine_equals_full_forward_on_random_shapes(seed, slots, max_new):
     check_against_full_forward(tiny(), groups_of(6, random.Random(seed)), Sampling(max_new=max_new), slots)

@@ -1,11 +1,13 @@
 import json
 import random
+import tempfile
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
-from conftest import caught
-from hypothesis import given, settings
+from conftest import cases, caught
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain import make_tokenizer, trace
@@ -27,7 +29,7 @@ def test_verifiers_are_total_and_fast():
             assert time.process_time() - started < 2, text[:40]  # a hang, not a benchmark
 
 
-@settings(max_examples=500, deadline=None)
+@cases(600)
 @given(st.text(alphabet="0123456789+-*/() .<>answer=\u0663", max_size=200) | st.text(max_size=100))
 def test_any_text_gets_a_grade(text):
     for wrapped in (text, f"<answer>{text}</answer>"):
@@ -36,6 +38,7 @@ def test_any_text_gets_a_grade(text):
         GSM8K().grade(Problem("", "", Fraction(3)), wrapped)
 
 
+@cases(100)
 @given(st.recursive(st.integers(1, 99).map(str), lambda s: st.tuples(s, st.sampled_from("+-*/"), s).map(lambda t: f"({t[0]}{t[1]}{t[2]})"), max_leaves=6))
 def test_evaluate_agrees_with_an_independent_stack_machine(expression):
     def independent(text):  # shunting-yard over fully bracketed text
@@ -106,6 +109,21 @@ def test_gsm8k_reads_local_jsonl_and_names_bad_lines(tmp_path):
             read_jsonl(tmp_path / "bad.jsonl")
     with pytest.raises(UserError, match="missing.jsonl"):
         read_jsonl(tmp_path / "missing.jsonl")
+
+
+@cases(60)
+@given(st.lists(st.sampled_from(['{"question": "1+1?", "answer": "two\\n#### 2"}', '{"question": "x", "answer": "####"}', "[1]", "", "null", '{"a": 1']) | st.text(max_size=40), max_size=5)
+       .map(lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass")) | st.binary(max_size=60))
+def test_any_file_is_problems_or_a_named_mistake(content):
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+        file.write(content)
+        file.flush()
+        try:
+            rows = read_jsonl(Path(file.name))
+        except UserError as error:
+            assert file.name in str(error)
+        else:
+            assert rows and all(last_number(row["answer"].rpartition("####")[2]) is not None for row in rows)
 
 
 def check_splits(task):

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import caught
-from hypothesis import given, settings
+from conftest import cases, caught
+from hypothesis import given
 from hypothesis import strategies as st
 
 import rollout
@@ -163,7 +163,7 @@ def test_a_verifier_turned_round_does_harm(solver):
 # ---------------------------------------------------------------- engine, ledger
 
 
-@settings(deadline=None, max_examples=10)
+@cases(10)
 @given(st.integers(0, 10**6), st.integers(1, 6))
 def test_a_response_made_in_pieces_is_the_same(solver, index, cut):
     ids = solver.encode(Chain().problem("test", index))

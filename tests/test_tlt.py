@@ -357,9 +357,8 @@ def test_the_simulation_by_hand():
 
 
 def test_nobody_takes_more_than_a_fair_share_at_once():
-    groups = [Group(i, [1], [0] * 16) for i in range(16)]
-    assert [tlt.fair_share(groups, workers, 256) for workers in (1, 2, 4, 8, 16, 64)] == [256, 128, 64, 32, 16, 16]
-    assert tlt.fair_share(groups, 2, 64) == 64 and tlt.fair_share(groups[:3], 2, 64) == 32
+    assert [tlt.fair_share([16] * 16, workers, 256) for workers in (1, 2, 4, 8, 16, 64)] == [256, 128, 64, 32, 16, 16]
+    assert tlt.fair_share([16] * 16, 2, 64) == 64 and tlt.fair_share([16] * 3, 2, 64) == 32
     assert len(bench.simulate([[5] * 16] * 16, 8, 256, {n: (1.0, 1.0) for n in range(1, 10)})) == 8
 
 
@@ -378,15 +377,25 @@ def test_the_engine_holds_back_what_it_may_not_hold(model_folder):
 # ---------------------------------------------------------------- sharding
 
 
-def one_update(team, config):
-    """Two updates on made-up advantages -> whole states of policy and optimizer. tiny() and the responses are the same on every worker."""
+def updates(team, config, folder):
+    """An update on made-up advantages, then, as a run that is resumed, one from the saved states -> statistics, whole states of policy and optimizer."""
     model = tiny()
-    responses = [r for r in Engine(model, {1}, 8, 60).generate([Group(i, [5 + i, 9, 30], [7 * i + k for k in range(3)]) for i in range(5)], Sampling(max_new=25))]
-    responses.sort(key=lambda r: (r.group, r.sample))
-    model, actor = team.prepare(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    stats = train_grpo.update(model, None, optimizer, responses, [((i * 7) % 5 - 2) / 2 for i in range(15)], 0, config, team)
-    return stats, train_grpo.get_state_dict(model, optimizer, options=train_grpo.WHOLE)
+    responses = list(Engine(model, {1}, 8, 60).generate([Group(i, [5 + i, 9, 30], [7 * i + k for k in range(3)]) for i in range(5)], Sampling(max_new=25)))
+    responses.sort(key=lambda r: (r.group, r.sample))  # the same on every worker
+    for step in range(2):
+        learner, _ = team.prepare(model)
+        optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2, fused=True)
+        if step:
+            train_grpo.set_optimizer_state_dict(learner, optimizer, states[1], options=train_grpo.WHOLE)
+        stats = train_grpo.update(learner, None, optimizer, responses, [((i * 7) % 5 - 2) / 2 for i in range(15)], step, config, team)
+        states = train_grpo.get_state_dict(learner, optimizer, options=train_grpo.WHOLE)
+        if team.rank == 0:
+            torch.save(states, folder / "states")
+        team.everyone(0)
+        states = torch.load(folder / "states", weights_only=True)
+        model = tiny()
+        model.load_state_dict(states[0])
+    return stats, states
 
 
 def sharded(rank, port, folder, broken):
@@ -396,7 +405,7 @@ def sharded(rank, port, folder, broken):
         from torch.distributed.fsdp import FSDPModule
         FSDPModule.set_gradient_divide_factor = lambda self, factor: None
     config = TLTConfig(device="cpu", minibatches=2, micro_tokens=150, shard=True)
-    found = one_update(tlt.Team(config), config)
+    found = updates(tlt.Team(config), config, folder)
     if rank == 0:
         torch.save(found, folder / f"broken {broken}")
     torch.distributed.destroy_process_group()
@@ -409,7 +418,7 @@ def check_sharded(folder, broken):
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(sharded, (port, folder, broken), nprocs=2)
     config = train_grpo.Config(device="cpu", minibatches=2, micro_tokens=150)
-    stats, (weights, moments) = one_update(train_grpo.Alone(config), config)
+    stats, (weights, moments) = updates(train_grpo.Alone(config), config, folder)
     their_stats, (theirs, their_moments) = torch.load(folder / f"broken {broken}", weights_only=True)
     assert weights.keys() == theirs.keys() and all(torch.allclose(weights[k], theirs[k], atol=1e-5) for k in weights)
     a, b = moments["state"], their_moments["state"]
