@@ -411,7 +411,8 @@ class Engine:
 
     LONGEST = 16  # drafts and siblings in a round, at most
 
-    def __init__(self, model, stop_tokens, slots=64, context=64, keep_hidden=False, drafters=None, verify="coupled", frozen=False):
+    def __init__(self, model, stop_tokens, slots=64, context=64, keep_hidden=False, drafters=None, verify="coupled", frozen=False, spare=0):
+        self.spare = spare  # bytes of memory to leave to others
         self.model, self.slots, self.context, self.verify, self.frozen, self.ready = model, slots, 0, verify, frozen, False
         self.most = slots  # rows at once; lower it, and a group that would make more waits
         self.drafters = drafters or {}
@@ -448,7 +449,7 @@ class Engine:
             drafter.reserve(self, slots, room)
 
     def affordable(self, room):
-        """As many slots as asked for, or as four fifths of the free memory hold: keys, values, features, and the logits of a round."""
+        """As many slots as asked for, or as four fifths of the free memory, less `spare`, hold: keys, values, features, and the logits of a round."""
         free = free_memory(self.model.device)
         if free is None:
             return self.slots
@@ -456,7 +457,7 @@ class Engine:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         each = room * size * ((config.num_hidden_layers + len(self.drafters)) * 2 * kv_heads(config) * width + self.keep_hidden * config.hidden_size)
         each += (self.LONGEST + 1) * config.vocab_size * 4 * 4  # float32: logits, noise, their sum, hash
-        fits = int(free * 0.8 / each)
+        fits = int((free * 0.8 - self.spare) / each)
         if fits < 1:
             raise UserError(f"a sequence of {room} tokens needs {each / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: lower --max-new")
         if fits < self.slots:

@@ -187,14 +187,14 @@ class Team(Alone):
         register_fsdp_forward_method(model, "logits_at")
         return model, actor
 
-    def engine(self, actor, stop, slots):
+    def engine(self, actor, stop, slots, spare):
         """An engine with its drafters; with them come the spot trainer and the strategy."""
         self.spot = Spot(actor, self.config, self.rank) if self.config.drafter != "off" else None
         drafters = {"learned": LearnedDrafts(self.spot.served)} if self.spot else {}
         if self.config.strategy != "off":
             drafters["n-gram"] = NGramDrafts()
         self.strategy = make_strategy(self.config.strategy, list(drafters))
-        self.made = Engine(actor, stop, slots, drafters=drafters)
+        self.made = Engine(actor, stop, slots, drafters=drafters, spare=spare)
         self.tried, self.right = [], []  # guesses of the learned drafter by depth since the last notes
         return self.made
 

@@ -229,8 +229,8 @@ class Alone:
         """-> (the policy that learns, the one that generates). On a GPU the rollout runs on a bfloat16 copy of the fp32 policy; on a CPU on the policy itself."""
         return model, copy.deepcopy(model).bfloat16().requires_grad_(False) if self.device != "cpu" else model
 
-    def engine(self, actor, stop, slots):
-        return Engine(actor, stop, slots)
+    def engine(self, actor, stop, slots, spare):
+        return Engine(actor, stop, slots, spare=spare)
 
     def rollout(self, engine, groups, sampling, grade, progress):
         """All responses to the groups, graded, ordered by (group, sample). The same list on every worker. progress(number so far)."""
@@ -285,7 +285,9 @@ def train(config, team):
     model.generation_config.update(do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=config.max_new)  # `generate` as it was trained
     reference = load_model(config.model, team.device)[0].requires_grad_(False) if config.kl else None
     sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
-    engine = team.engine(actor, stop_tokens(model, tokenizer), max(config.slots, config.samples, config.eval_samples))
+    # what the update will take: gradients and Adam's moments, and for each token of a micro-batch three rows as wide as the vocabulary
+    spare = 12 * sum(p.numel() for p in model.parameters()) // (team.size if team.sharded else 1) + 12 * config.micro_tokens * model.config.vocab_size
+    engine = team.engine(actor, stop_tokens(model, tokenizer), max(config.slots, config.samples, config.eval_samples), spare)
     for split in ("train", "test"):  # mistakes show here, before anything runs
         engine.reserve(len(encode_prompt(task.problem(split, 0), tokenizer, config.prompt_style)) + config.max_new)
     say = tqdm.write if team.rank == 0 else lambda *a: None
@@ -494,6 +496,9 @@ def restarted():
 def prepare_folder(out, config):
     try:
         out.mkdir(parents=True, exist_ok=True)
+        before = json.loads((out / "config.json").read_text()) if config.resume and (out / "config.json").exists() else {}
+        if changed := [f"{k} {before[k]} -> {v}" for k, v in asdict(config).items() if before.get(k, v) != v and k not in ("steps", "resume", "out")]:
+            tqdm.write("goes on with other settings than before: " + ", ".join(changed))
         write_atomically(out / "config.json", json.dumps(asdict(config), indent=1))
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror or error})") from error

@@ -412,6 +412,22 @@ def test_a_resumed_run_passes_over_a_damaged_checkpoint(model_folder, tmp_path, 
     assert "checkpoint-000002 is damaged (model.safetensors)" in capsys.readouterr().out and all(torch.equal(whole[k], again[k]) for k in whole)
 
 
+def test_a_restart_by_torchrun_goes_on_and_other_settings_are_told(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_grpo, "make_task", lambda name, data: Parity())
+    argv = ["--model", model_folder, "--out", tmp_path, *SMALL, "--save-every", 1, "--eval-every", 0]
+    first = lambda: json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run_main(monkeypatch, *argv, "--steps", 1)  # killed before the first checkpoint: there is nothing to go on from
+    made = first()
+    run_main(monkeypatch, *argv, "--steps", 2)
+    assert first() == made and "other settings" not in capsys.readouterr().out  # with its seconds: it was not made again
+    run_main(monkeypatch, *argv, "--steps", 3, "--resume", "--lr", 0.5)
+    assert "lr 0.0001 -> 0.5" in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    run_main(monkeypatch, *argv, "--steps", 1)
+    assert first() != made and [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-000001"]
+
+
 def test_a_disk_that_is_full_gives_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     checkpoint(tmp_path, 1)
     monkeypatch.setattr(train_grpo, "save_policy", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -211,6 +211,7 @@ def test_slots_are_those_that_memory_holds(monkeypatch, capsys):
     monkeypatch.setattr(rollout, "free_memory", lambda device: 800_000)
     assert Engine(model, {1}, 30, 60).slots in range(8, 30) and "slots it is" in capsys.readouterr().err
     assert tokens(30) == wanted
+    assert Engine(model, {1}, 30, 60, spare=200_000).slots < Engine(model, {1}, 30, 60).slots
     monkeypatch.setattr(rollout, "free_memory", lambda device: 10_000)
     with pytest.raises(UserError, match="lower --max-new"):
         Engine(model, {1}, 30, 60)

@@ -81,14 +81,15 @@ def check_same_run(a, b, tolerance=0.0):
 
 @pytest.fixture(scope="module")
 def runs(model_folder, tmp_path_factory):
-    """The same small run through every door (1, 2, 3 workers, torchrun, train_grpo.py alone), and with all kinds of drafting. Two at a time: there may be two cores."""
+    """The same small run through every door (1, 2, 3 workers, torchrun, accelerate launch, train_grpo.py alone), and with all kinds of drafting. Two at a time: there may be two cores."""
     folder = tmp_path_factory.mktemp("runs")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tlt.py")
-    jobs = {"2": ("--workers", 2), "3": ("--workers", 3), "torchrun": (), "plain": ("--workers", 2, "--drafter", "off", "--strategy", "off"),
+    jobs = {"2": ("--workers", 2), "3": ("--workers", 3), "plain": ("--workers", 2, "--drafter", "off", "--strategy", "off"),
             "warm": ("--workers", 2, "--warm-start", 4, "--drafter", "static", "--strategy", 4), "sharded": ("--workers", 2, "--shard")}
-    for pair in (("2", "3"), ("torchrun", "plain"), ("warm", "sharded")):
-        running = [launch(model_folder, folder / name, "--steps", 2, *jobs[name], door=torchrun if name == "torchrun" else ("tlt.py",)) for name in pair]
-        if "warm" in pair:
+    doors = {"torchrun": torchrun, "accelerate": ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "tlt.py")}  # multi_gpu: several processes, says --device of what kind
+    for pair in (("2", "3"), ("torchrun", "plain"), ("warm", "sharded"), ("accelerate",)):
+        running = [launch(model_folder, folder / name, "--steps", 2, *jobs.get(name, ()), door=doors.get(name, ("tlt.py",))) for name in pair]
+        if "accelerate" in pair:
             here(tlt.main, model_folder, folder / "1", "--steps", 2, "--workers", 1)
             here(train_grpo.main, model_folder, folder / "alone", "--steps", 2)
             here(tlt.main, model_folder, folder / "bandit", "--steps", 2, "--workers", 1, "--strategy", "beg-mab")
@@ -97,7 +98,7 @@ def runs(model_folder, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("other", ["alone", "2", "3", "torchrun", "plain", "warm", "bandit", "sharded"])
+@pytest.mark.parametrize("other", ["alone", "2", "3", "torchrun", "plain", "warm", "bandit", "sharded", "accelerate"])
 def test_every_door_number_of_workers_and_kind_of_drafting_gives_the_same_run(runs, other):
     check_same_run(runs / "1", runs / other, 0.0 if other in ("alone", "bandit") else 1e-5)
 
