@@ -73,13 +73,14 @@ def last_step(out):
 
 def shoot(process, states, rng, parents=True):
     """Wait for a moment, kill somebody -> what he was doing; None: the run has ended before."""
-    aim, rank, patience = rng.choice("#=d.ruc"), rng.randrange(2), time.time() + rng.uniform(3, 6)
+    aim, rank = rng.choice("#=d.ruc"), rng.randrange(2)
     while not any(states[:]):  # until a worker works
         if process.poll() is not None:
             return None
         time.sleep(0.01)
-    time.sleep(rng.uniform(0, 1.5))
-    while process.poll() is None and chr(states[rank]) != aim and time.time() < patience + 6:  # some states do not come: then whatever there is
+    time.sleep(rng.uniform(0, 8))  # a step or two
+    patience = time.time() + 6
+    while process.poll() is None and chr(states[rank]) != aim and time.time() < patience:  # some states do not come: then whatever there is
         time.sleep(0.001)
     time.sleep(rng.uniform(0, 0.02))
     alive = workers(process)
@@ -157,7 +158,7 @@ def soak(args):
 def main():
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--kills", type=int, default=50)
-    flags.add_argument("--steps", type=int, default=6, help="of each run")
+    flags.add_argument("--steps", type=int, default=8, help="of each run")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--out", type=Path, default=ROOT / "runs/soak")
     soak(flags.parse_args())
