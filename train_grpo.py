@@ -405,25 +405,7 @@ def update(model, reference, optimizer, responses, advantage, step, config, team
                 r.weight = w
             useful = [r for r in batch if r.advantage or config.kl]  # advantage 0 without KL: the gradient is exactly 0, so don't compute it
             fresh = epoch == part == 0
-            shares = micro_batches(useful, config.micro_tokens, team.size)
-            mine = shares[team.rank]
-            if team.sharded:  # each forward gathers weights from all workers: all must do equally many, so fill up with a response that weighs nothing
-                mine = mine + [[nothing(useful)] for _ in range(max(map(len, shares)) - len(mine))]
-            while True:
-                if team.micro_tokens < config.micro_tokens:  # only its own share is cut finer: what the others do stays as it is
-                    mine = micro_batches([r for micro in mine for r in micro], team.micro_tokens, 1)[0]
-                try:
-                    found = accumulate(model, reference, mine, fresh, config, team)
-                    break
-                except torch.OutOfMemoryError as error:
-                    optimizer.zero_grad()  # a part may be summed up already
-                    torch.cuda.empty_cache()
-                    team.micro_tokens //= 2
-                    if team.sharded:
-                        raise UserError(f"out of memory in the update: lower --micro-tokens {config.micro_tokens}") from error  # no worker can do its part again alone
-                    if max(len(micro) for micro in mine) == 1:
-                        raise UserError(f"out of memory in the update with a single response of {len(mine[0][0].prompt) + len(mine[0][0].tokens)} tokens: lower --max-new") from error
-                    tqdm.write(f"worker {team.rank}: out of memory in the update; it is done again with --micro-tokens {team.micro_tokens}")
+            found = gradients(model, reference, optimizer, useful, fresh, config, team)
             for name, value in found.items():
                 stats[name] = max(stats[name], value) if name == "gap_max" else stats[name] + value
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
@@ -446,6 +428,29 @@ def update(model, reference, optimizer, responses, advantage, step, config, team
     tokens = max(1.0, total["tokens"])
     return {"loss": total["loss"], "grad_norm": stats["norm"], "skipped": len(norms) - len(good), "gap_mean": total["gap_sum"] / tokens * config.epochs,
             "gap_max": max(s["gap_max"] for s in everyone), "clipped": total["clipped"] / tokens, "kl": total["kl"] / tokens}
+
+
+def gradients(model, reference, optimizer, responses, fresh, config, team):
+    """Gradients of this worker's share of the responses, added up in the model -> statistics. When memory runs out the share is cut finer and done again."""
+    shares = micro_batches(responses, config.micro_tokens, team.size)
+    mine = shares[team.rank]
+    if team.sharded:  # each forward gathers weights from all workers: all must do equally many, so fill up with a response that weighs nothing
+        mine = mine + [[nothing(responses)] for _ in range(max(map(len, shares)) - len(mine))]
+    while True:
+        if team.micro_tokens < config.micro_tokens:  # only its own share: what the others do stays as it is
+            mine = micro_batches([r for micro in mine for r in micro], team.micro_tokens, 1)[0]
+        try:
+            return accumulate(model, reference, mine, fresh, config, team)
+        except torch.OutOfMemoryError:
+            pass  # go on outside, where the failed try's tensors are gone
+        optimizer.zero_grad()  # a part may be summed up already
+        torch.cuda.empty_cache()
+        if team.sharded:
+            raise UserError(f"out of memory in the update: lower --micro-tokens {config.micro_tokens}")  # no worker can do its part again alone
+        if max(len(micro) for micro in mine) == 1:
+            raise UserError(f"out of memory in the update with a single response of {len(mine[0][0].prompt) + len(mine[0][0].tokens)} tokens: lower --max-new")
+        team.micro_tokens //= 2
+        tqdm.write(f"worker {team.rank}: out of memory in the update; it is done again with --micro-tokens {team.micro_tokens}")
 
 
 def nothing(responses):
