@@ -42,7 +42,7 @@ if where := os.environ.get("SOAK_STATES"):  # in a worker, or its parent
 
 
 def start(out, steps, seed, *argv, states="", door=()):
-    return subprocess.Popen([sys.executable, *door, __file__, "--run", *FLAGS, "--out", str(out), "--steps", str(steps), "--seed", str(seed), *argv], cwd=ROOT, start_new_session=True,
+    return subprocess.Popen([sys.executable, *door, __file__, "run", *FLAGS, "--out", str(out), "--steps", str(steps), "--seed", str(seed), *argv], cwd=ROOT, start_new_session=True,
                             stdout=open(str(out) + ".log", "a"), stderr=subprocess.STDOUT, env={**os.environ, "SOAK_STATES": str(states)})
 
 
@@ -78,7 +78,7 @@ def shoot(process, states, rng, parents=True):
         if process.poll() is not None:
             return None
         time.sleep(0.01)
-    time.sleep(rng.uniform(0, 8))  # a step or two
+    time.sleep(rng.uniform(0, 4))
     patience = time.time() + 6
     while process.poll() is None and chr(states[rank]) != aim and time.time() < patience:  # some states do not come: then whatever there is
         time.sleep(0.001)
@@ -165,7 +165,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--run"]:
+    if sys.argv[1:2] == ["run"]:
         del sys.argv[1]
         run(tlt.main)
     else:
