@@ -78,7 +78,7 @@ def shoot(process, states, rng, parents=True):
         if process.poll() is not None:
             return None
         time.sleep(0.01)
-    time.sleep(rng.uniform(0, 4))
+    time.sleep(rng.uniform(0, 2.5))
     patience = time.time() + 6
     while process.poll() is None and chr(states[rank]) != aim and time.time() < patience:  # some states do not come: then whatever there is
         time.sleep(0.001)
@@ -158,7 +158,7 @@ def soak(args):
 def main():
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--kills", type=int, default=50)
-    flags.add_argument("--steps", type=int, default=8, help="of each run")
+    flags.add_argument("--steps", type=int, default=20, help="of each run")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--out", type=Path, default=ROOT / "runs/soak")
     soak(flags.parse_args())
