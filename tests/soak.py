@@ -43,25 +43,28 @@ if where := os.environ.get("SOAK_STATES"):  # in a worker, or its parent
 
 def start(out, steps, seed, *argv, states="", door=()):
     return subprocess.Popen([sys.executable, *door, __file__, "run", *FLAGS, "--out", str(out), "--steps", str(steps), "--seed", str(seed), *argv], cwd=ROOT, start_new_session=True,
-                            stdout=open(str(out) + ".log", "a"), stderr=subprocess.STDOUT, env={**os.environ, "SOAK_STATES": str(states)})
+                            stdout=open(str(out) + ".log", "a"), stderr=subprocess.STDOUT, env={**os.environ, "SOAK_STATES": str(states), "SOAK_RUN": str(out)})
 
 
-def members(process):
-    """Processes still alive in the launched session, but for the first."""
+def members(out):
+    """Living processes of a run, wherever they belong: they share its environment."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == process.pid and fields[0] != "Z" and int(stat.parent.name) != process.pid:
-                found.append(int(stat.parent.name))
+            if f"SOAK_RUN={out}\0".encode() in (folder / "environ").read_bytes() and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(int(folder.name))
         except OSError:
             pass
-    return found
+    return sorted(found)
 
 
-def workers(process):
-    """Process ids of the workers, by rank: those that know the shared file of states by their environment and have a RANK, or were spawned in that order."""
-    mine = [p for p in sorted(members(process)) if b"spawn_main" in (line := Path(f"/proc/{p}/cmdline").read_bytes()) or b"soak.py" in line and b"torch.distributed.run" not in line]
+def workers(out, process):
+    """Process ids of the two workers, by rank; none if there are not two."""
+    line = lambda pid: Path(f"/proc/{pid}/cmdline").read_bytes()
+    try:
+        mine = [pid for pid in members(out) if pid != process.pid and (b"spawn_main" in line(pid) or b"soak.py" in line(pid))]
+    except OSError:
+        return []
     return mine if len(mine) == 2 else []
 
 
@@ -71,40 +74,35 @@ def last_step(out):
     return max([r["step"] for r in rows], default=0) - (int(newest.name[-6:]) if newest else 0)
 
 
-def shoot(process, states, rng, parents=True):
-    """Wait for a moment, kill somebody -> what he was doing; None: the run has ended before."""
-    aim, rank = rng.choice("#=d.ruc"), rng.randrange(2)
-    while not any(states[:]):  # until a worker works
-        if process.poll() is not None:
-            return None
-        time.sleep(0.01)
-    time.sleep(rng.uniform(0, 2.5))
-    patience = time.time() + 6
-    while process.poll() is None and chr(states[rank]) != aim and time.time() < patience:  # some states do not come: then whatever there is
-        time.sleep(0.001)
-    time.sleep(rng.uniform(0, 0.02))
-    alive = workers(process)
-    if process.poll() is not None or not alive:
-        return None
-    names = {mark: name for name, (mark, _) in STATES.items()}
-    doing = names.get(chr(states[rank]), "start")
-    victim = rng.choice([process.pid, *alive] if parents else alive) if aim != "c" else alive[0]  # rank 0 writes the checkpoints
-    if victim in alive:
-        doing = names.get(chr(states[alive.index(victim)]), "start")
-    try:
-        os.kill(victim, signal.SIGKILL)
-    except ProcessLookupError:
-        return None
-    return f"{'worker' if victim in alive else 'parent'}, {doing}"
+def shoot(out, process, states, rng, torchrun):
+    """Wait for a moment, kill somebody, see that all who have to follow do -> who it was, and what he was doing; None: the run has ended before."""
+    names, aim, rank = {mark: name for name, (mark, _) in STATES.items()}, rng.choice("#=d.ruc"), rng.randrange(2)
+    while process.poll() is None:
+        states[:] = bytes(2)
+        while not any(states[:]) and process.poll() is None:  # until a worker works
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 2.5))
+        patience = time.time() + 6
+        while process.poll() is None and chr(states[rank]) != aim and time.time() < patience:  # some states do not come: then whatever there is
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        alive = workers(out, process)
+        if process.poll() is None and alive:
+            victim = alive[0] if aim == "c" else rng.choice(alive if torchrun else [process.pid, *alive])  # rank 0 writes the checkpoints; torchrun itself nobody starts again
+            doing = f"worker, {names.get(chr(states[alive.index(victim)]), 'start')}" if victim in alive else "parent"
+            os.kill(victim, signal.SIGKILL)
+            while set(alive) & set(members(out)):
+                time.sleep(0.05)
+            return "torchrun's " * torchrun + doing
 
 
-def gone(process):
-    """Wait until the process has ended, then until its whole session has -> seconds that this took. Raises SystemExit if somebody stays."""
+def gone(out, process):
+    """Wait until the process has ended, then until all of its run have -> seconds that this took. Raises SystemExit if somebody stays."""
     process.wait()
     started = time.time()
-    while members(process):
+    while members(out):
         if time.time() > started + 60:
-            raise SystemExit(f"soak: processes left behind: {members(process)}")
+            raise SystemExit(f"soak: processes left behind: {members(out)}")
         time.sleep(0.05)
     return time.time() - started
 
@@ -124,7 +122,7 @@ def soak(args):
     wrong = []
     while sum(kills.values()) < args.kills:
         seed, calm, out = args.seed + runs, args.out / f"calm-{runs}", args.out / f"run-{runs}"
-        gone(start(calm, args.steps, seed, "--workers", "2"))
+        gone(calm, start(calm, args.steps, seed, "--workers", "2"))
         board = args.out / f"states-{runs}"
         board.write_bytes(bytes(2))
         with open(board, "r+b") as file, mmap.mmap(file.fileno(), 2) as states:
@@ -132,16 +130,14 @@ def soak(args):
             door = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1000", "--monitor-interval", "0.2") if torchrun else ()
             begin = lambda *resume: start(out, args.steps, seed, *resume, *([] if torchrun else ["--workers", "2"]), states=board, door=door)
             process = begin()
-            while (hit := sum(kills.values()) < args.kills and shoot(process, states, rng, parents=not torchrun)):
-                kills[("torchrun, " if torchrun else "") + hit] += 1
+            while (hit := sum(kills.values()) < args.kills and shoot(out, process, states, rng, torchrun)):
+                kills[hit] += 1
                 repeated, restarts = repeated + last_step(out), restarts + 1
                 print(f"run {runs}: {hit}; kill {sum(kills.values())}", flush=True)
                 if not torchrun:
-                    slowest = max(slowest, gone(process))
-                states[:] = bytes(2)
-                if not torchrun:
+                    slowest = max(slowest, gone(out, process))
                     process = begin(*["--resume"] * bool(train_grpo.newest_checkpoint(out)))
-            slowest = max(slowest, gone(process))
+            slowest = max(slowest, gone(out, process))
             if process.returncode:
                 raise SystemExit(f"soak: a run failed by itself, see {out}.log")
         wrong += [f"run {runs}: {x}" for x in differences(calm, out)]
