@@ -179,7 +179,7 @@ class Watch:
 
 
 def speculation(args):
-    """Ways to draft against plain rollout of the same engine, same tokens. Ratio: goodput over plain on the mixed workload.
+    """Ways to draft against plain rollout of the same engine, same tokens. Ratio: goodput over plain on the last workload. With --json F also a picture beside it.
 
     one: one row at a time. tail: 8 rows, until the last is done. bulk: full slots, short responses. mixed: --responses, at their natural lengths, in --slots.
     oracle: for each bucket of batch sizes the fixed length that was fastest there, in hindsight.
@@ -224,6 +224,16 @@ def speculation(args):
     for r in rows:
         more = f" {r['tokens_per_round']:17.2f} {r['draft_share']:9.0%} {r['rounds']:7d}" if "rounds" in r else ""
         print(f"{r['workload']:>8} {r['mode']:>9} {r['tokens_per_second']:7.0f} {r['ratio']:6.2f}{more}")
+    figure, axis = pyplot().subplots(figsize=(11, 3.6))
+    for i, workload in enumerate(args.workloads):
+        mine = [r for r in rows if r["workload"] == workload and r["mode"] != "plain"]
+        axis.bar([x + 0.8 * i / len(args.workloads) for x in range(len(mine))], [r["ratio"] for r in mine], 0.8 / len(args.workloads), align="edge", label=workload)
+    axis.axhline(1, color="0.3", lw=1)
+    axis.set(title="rollout speed over plain decoding, same tokens", xticks=[x + 0.4 for x in range(len(mine))], xticklabels=[r["mode"] for r in mine])
+    axis.legend()
+    figure.tight_layout()
+    if args.json:
+        figure.savefig(Path(args.json).with_suffix(".png"), dpi=100)
     return next(r["ratio"] for r in rows if r["workload"] == args.workloads[-1] and r["mode"] == "goodput"), rows
 
 
@@ -471,7 +481,7 @@ def drafter(args):
     """Adaptive against static drafter over the steps of two training runs (--adaptive, --static), in tokens per round at k = 8, worked out from the acceptance
     measured at each depth. Ratio: adaptive over static, mean of the last ten steps."""
     runs = {name: steps_of(folder)[0] for name, folder in (("adaptive", args.adaptive), ("static", args.static))}
-    figure, axis = pyplot().subplots(figsize=(7, 3.6))
+    figure, (axis, rewards) = pyplot().subplots(1, 2, figsize=(11, 3.6))
     curves = {}
     for name, steps in runs.items():
         curves[name] = {}
@@ -483,8 +493,11 @@ def drafter(args):
                 total += chance
             curves[name][step] = total
         axis.plot(list(curves[name]), list(curves[name].values()), label=name)
+        rewards.plot(list(steps), [row["reward"] for row in steps.values()], "-" if name == "adaptive" else "k:", label=name)
     axis.set(xlabel="RL step", title="tokens per round at k = 8")
+    rewards.set(xlabel="RL step", title="reward: the same, whatever drafts")
     axis.legend()
+    rewards.legend()
     figure.tight_layout()
     figure.savefig(Path(args.adaptive) / "drafter.png", dpi=100)
     common = [step for step in curves["adaptive"] if step in curves["static"]]

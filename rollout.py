@@ -453,9 +453,8 @@ class Engine:
         free = free_memory(self.model.device)
         if free is None:
             return self.slots
-        config, size = self.model.config, self.model.dtype.itemsize
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        each = room * size * ((config.num_hidden_layers + len(self.drafters)) * 2 * kv_heads(config) * width + self.keep_hidden * config.hidden_size)
+        config, dtype = self.model.config, self.model.dtype
+        each = SlotCache(config, 1, room, dtype, "meta", config.num_hidden_layers + len(self.drafters)).data.nbytes + self.keep_hidden * room * config.hidden_size * dtype.itemsize
         each += (self.LONGEST + 1) * config.vocab_size * 4 * 4  # float32: logits, noise, their sum, hash
         fits = int((free * 0.8 - self.spare) / each)
         if fits < 1:
