@@ -329,8 +329,8 @@ def simulate(lengths, workers, slots, rounds):
 
 
 def scale(args):
-    """Rollout time of --responses in groups of 16 with 1 to 16 workers of one core each, predicted by a small simulation from the measured round times by batch size
-    and the real lengths of one rollout. More workers than groups have nothing to do. Ratio: plain over speculative rollout with 16 workers."""
+    """Rollout time of --responses in groups of 16 with 1 to 64 workers of one core each, predicted by a small simulation from the measured round times by batch size
+    and the real lengths of one rollout. Workers beyond the number of groups have nothing to do. Ratio: plain over speculative rollout with 64 workers."""
     made, tokenizer = drafted_engine(args, args.slots)
     groups = groups_for(Countdown(), tokenizer, args.responses, args.seed, "train")
     made.reserve(room(groups, args))
@@ -348,7 +348,7 @@ def scale(args):
         rounds[name] = {size: known[min(known, key=lambda other: abs(other - size))] for size in sizes}
     print(f"\nrollout of {args.responses} responses, seconds; measured with one worker: plain {spent['plain']:.1f}, speculative {spent['speculative']:.1f}\n"
           f"{'workers':>7} {'plain':>7} {'speculative':>12} {'ratio':>6} {'idle, speculative':>18}")
-    for workers in (1, 2, 4, 8, 16):
+    for workers in (1, 2, 4, 8, 16, 32, 64):
         ends = {name: simulate(lengths, workers, args.slots, known) for name, known in rounds.items()}
         last = {name: max(x) for name, x in ends.items()}
         rows.append({"workers": workers, **last, "ratio": last["plain"] / last["speculative"], "idle": 1 - statistics.mean(ends["speculative"]) / last["speculative"]})
@@ -539,7 +539,7 @@ def main():
         sub.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="responses at once (engine)")
         sub.add_argument("--workloads", nargs="+", default=["one", "tail", "bulk", "mixed"], choices=["one", "tail", "bulk", "mixed"], help="(speculation)")
         sub.add_argument("--slots", type=int, default=64, help="rows at once (speculation)")
-        sub.add_argument("--responses", type=int, default={identity: 1024, scale: 256}.get(function, 128), help="how many (identity, speculation, scale)")
+        sub.add_argument("--responses", type=int, default=1024 if function in (identity, scale) else 128, help="how many (identity, speculation, scale)")
         sub.add_argument("--drafter", default="", help="folder of a trained drafter; else the model's own (model/drafter), else one is warm-started")
         sub.add_argument("--warm", type=float, default=60, help="seconds of warm start")
     args = parser.parse_args()

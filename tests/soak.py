@@ -43,7 +43,8 @@ if where := os.environ.get("SOAK_STATES"):  # in a worker, or its parent
 
 def start(out, steps, seed, *argv, states="", door=()):
     return subprocess.Popen([sys.executable, *door, __file__, "run", *FLAGS, "--out", str(out), "--steps", str(steps), "--seed", str(seed), *argv], cwd=ROOT, start_new_session=True,
-                            stdout=open(str(out) + ".log", "a"), stderr=subprocess.STDOUT, env={**os.environ, "SOAK_STATES": str(states), "SOAK_RUN": str(out)})
+                            stdout=open(str(out) + ".log", "a"), stderr=subprocess.STDOUT, env={**os.environ, "SOAK_STATES": str(states), "SOAK_RUN": str(out),
+                                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})  # or torchrun's workers, started again, read the addresses of those that were killed
 
 
 def members(out):
