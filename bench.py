@@ -440,17 +440,17 @@ def spans_of(folder, step):
 def paired(args):
     """The training run in --run against the same steps without speculation and drafter training. Ratio: seconds per step, plain over TLT.
 
-    The plain run is made here, from the last checkpoint but one of --run (with --whole from the start), unless --plain names a finished one.
+    The plain run is made here, from the last checkpoint but one of --run (with --whole, or if there is none, from the start), unless --plain names a finished one.
     """
     made, plain = Path(args.run), Path(args.plain or args.run.rstrip("/") + "-plain")
     if not (made / "trace.json").exists():
         raise UserError(f"--run {made}: no finished run of tlt.py there")
     if not args.plain:
-        config = {**json.loads((made / "config.json").read_text()), "out": str(plain), "drafter": "off", "strategy": "off", "resume": not args.whole}
-        if not args.whole:
-            start = sorted(made.glob("checkpoint-??????"))[-2:][0]
+        start = [] if args.whole else sorted(made.glob("checkpoint-??????"))[:-1][-1:]  # a short run has none before the last
+        config = {**json.loads((made / "config.json").read_text()), "out": str(plain), "drafter": "off", "strategy": "off", "resume": bool(start)}
+        if start:
             shutil.rmtree(plain, ignore_errors=True)
-            shutil.copytree(start, plain / start.name)
+            shutil.copytree(start[0], plain / start[0].name)
         flags = [("--" if v is not False else "--no-") + k.replace("_", "-") + (f"={v}" if not isinstance(v, bool) else "") for k, v in config.items()]
         subprocess.run([sys.executable, "tlt.py", *flags], check=True)
     (ours, our_evals), (theirs, their_evals) = steps_of(made), steps_of(plain)
