@@ -31,12 +31,14 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from custom_generate.generate import generate
 from drafter import Drafter, FeatureBuffer, LearnedDrafts, NGramDrafts, Trainer, warm_start
 from report import draw_timeline, pyplot
 from rollout import Draft, Engine, Group, Sampling, load_model, run, sequence_seed, stop_tokens
@@ -89,13 +91,13 @@ def engine(args):
             ours.reserve(room(groups, args))
             return sum(len(r.tokens) for r in ours.generate(groups, Sampling(max_new=args.max_new)))
 
-        def theirs(**more):
+        def theirs(decode=stock.generate, **more):
             torch.manual_seed(args.seed + turn[0])
             made = 0
             for part in [prompts] if batch > 1 else [[p] for p in prompts]:
                 padded = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
                 with torch.inference_mode():
-                    out = stock.generate(**padded, **settings, **more)[:, padded["input_ids"].shape[1]:]
+                    out = decode(**padded, **settings, **more)[:, padded["input_ids"].shape[1]:]
                 ended = torch.isin(out, torch.tensor(sorted(stop))).cumsum(1)
                 made += int((ended == 0).sum() + (ended[:, -1] > 0).sum())  # tokens up to and with the stop token
             return made
@@ -106,7 +108,7 @@ def engine(args):
                 out = stock.generate_batch(inputs=prompts, generation_config=GenerationConfig(**{**settings, "eos_token_id": max(stop)}), progress_bar=False)
             return sum(len(x.generated_tokens) for x in out.values())
 
-        one = {"prompt lookup": lambda: theirs(prompt_lookup_num_tokens=4), "with drafter": lambda: theirs(custom_generate=str(Path(__file__).parent), trust_remote_code=True)}
+        one = {"prompt lookup": lambda: theirs(prompt_lookup_num_tokens=4), "with drafter": lambda: theirs(partial(generate, stock))}
         parties = {"engine": mine, "generate": theirs, **(one if batch == 1 else {"continuous": continuous})}
         speeds = {name: speed for name, (speed, _) in take_turns(parties, args.rounds, f"batch {batch}").items()}
         rows.append({"batch": batch, **speeds, "ratio": speeds["engine"] / max(v for k, v in speeds.items() if k in ("generate", "continuous", "prompt lookup"))})
