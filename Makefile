@@ -24,10 +24,10 @@ demo: .venv/installed  ## train a policy with TLT, then the last steps once more
 test: .venv/installed  ## all tests (about 5 minutes on 2 cores)
 	$(RUN) -m pytest -q tests
 
-soak: .venv/installed  ## kill -9 a run 50 times at random moments and resume it: its metrics and policy must come out equal (about 12 minutes)
+soak: .venv/installed  ## kill -9 a run 50 times at random moments and resume it: its metrics and policy must come out equal (about 10 minutes)
 	$(RUN) tests/soak.py --kills 50
 
-fuzz: .venv/installed  ## the random tests with over 100,000 cases: verifiers, files, command lines, drafts, engine (about 15 minutes)
+fuzz: .venv/installed  ## the random tests with over 100,000 cases: verifiers, files, command lines, drafts, engine (about 6 minutes)
 	FUZZ=100 $(RUN) -m pytest -q tests -k "any_text or stack_machine or any_file or any_command_line or byte_that or by_hand_finds or random_shapes"
 
 bench-quick: .venv/installed  ## a first look at the speeds of this machine (about 3 minutes on 2 cores)
