@@ -226,15 +226,15 @@ def speculation(args):
     for r in rows:
         more = f" {r['tokens_per_round']:17.2f} {r['draft_share']:9.0%} {r['rounds']:7d}" if "rounds" in r else ""
         print(f"{r['workload']:>8} {r['mode']:>9} {r['tokens_per_second']:7.0f} {r['ratio']:6.2f}{more}")
-    figure, axis = pyplot().subplots(figsize=(11, 3.6))
-    for i, workload in enumerate(args.workloads):
-        mine = [r for r in rows if r["workload"] == workload and r["mode"] != "plain"]
-        axis.bar([x + 0.8 * i / len(args.workloads) for x in range(len(mine))], [r["ratio"] for r in mine], 0.8 / len(args.workloads), align="edge", label=workload)
-    axis.axhline(1, color="0.3", lw=1)
-    axis.set(title="rollout speed over plain decoding, same tokens", xticks=[x + 0.4 for x in range(len(mine))], xticklabels=[r["mode"] for r in mine])
-    axis.legend()
-    figure.tight_layout()
     if args.json:
+        figure, axis = pyplot().subplots(figsize=(11, 3.6))
+        for i, workload in enumerate(args.workloads):
+            mine = [r for r in rows if r["workload"] == workload and r["mode"] != "plain"]
+            axis.bar([x + 0.8 * i / len(args.workloads) for x in range(len(mine))], [r["ratio"] for r in mine], 0.8 / len(args.workloads), align="edge", label=workload)
+        axis.axhline(1, color="0.3", lw=1)
+        axis.set(title="rollout speed over plain decoding, same tokens", xticks=[x + 0.4 for x in range(len(mine))], xticklabels=[r["mode"] for r in mine])
+        axis.legend()
+        figure.tight_layout()
         figure.savefig(Path(args.json).with_suffix(".png"), dpi=100)
     return next(r["ratio"] for r in rows if r["workload"] == args.workloads[-1] and r["mode"] == "goodput"), rows
 

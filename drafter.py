@@ -84,12 +84,12 @@ class Drafter(torch.nn.Module):
             raise UserError(f"cannot load a drafter for this policy from {path}: {str(error).splitlines()[0]}") from error
 
 
-def save_weights(weights, folder):
-    """Write folder/drafter.safetensors, whole or not at all: the drafter's parameters, nothing of the policy."""
+def save_weights(weights, folder, name="drafter.safetensors"):
+    """Write the file in the folder, whole or not at all: the drafter's parameters, nothing of the policy."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "drafter.safetensors.part")
-    os.replace(folder / "drafter.safetensors.part", folder / "drafter.safetensors")
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / f"{name}.part", metadata={"format": "pt"})
+    os.replace(folder / f"{name}.part", folder / name)
 
 
 SERVERS = {"sglang": {"llama": "LlamaForCausalLMEagle", "qwen2": "Qwen2ForCausalLMEagle"}, "vllm": {"llama": "LlamaForCausalLM", "qwen2": "LlamaForCausalLM"}}
@@ -107,14 +107,13 @@ def export(drafter, folder, server):
         raise UserError(f"{server} serves EAGLE drafters of {', '.join(SERVERS[server])} policies, not of {kind}")
     settings = {k: v for k, v in config.to_dict().items() if k not in ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window", "dtype")}
     settings.update(architectures=[SERVERS[server][kind]], num_hidden_layers=1, torch_dtype=str(drafter.fc.weight.dtype).removeprefix("torch."))
-    weights = {name.replace("layer.", "layers.0.", 1): w.detach().cpu().contiguous() for name, w in drafter.state_dict().items()}
+    weights = {name.replace("layer.", "layers.0.", 1): w.cpu() for name, w in drafter.state_dict().items()}
     if server == "sglang":
         weights["fc.bias"] = torch.zeros_like(weights["fc.weight"][:, 0])  # its fc has one, which would stay random; vLLM's has none, and refuses it
     elif kind == "qwen2":
         settings.update(model_type="llama", attention_bias=False, qkv_bias=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(settings, indent=1))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_weights(weights, folder, "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings, indent=1))  # last: without it no server takes the folder for a model
 
 
 # ---------------------------------------------------------------- guessing, inside the engine

@@ -52,7 +52,7 @@ from report import STATES
 from rollout import Engine, run
 from strategy import make_strategy
 from tasks import UserError
-from train_grpo import Alone, Clock, Config, flag, logits_at, parse_flags, train
+from train_grpo import Alone, Config, flag, logits_at, parse_flags, train
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,7 @@ class Team(Alone):
         self.accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
         self.gather = gather_object
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
-        super().__init__(config)
-        self.clock = Clock(tell)
+        super().__init__(config, tell)
         self.device = "cpu" if self.accelerator.device.type == "cpu" else str(self.accelerator.device)  # accelerate says "cpu:0"
         hosted = Board.host() if self.rank == 0 else None
         address = [os.environ.get("MASTER_ADDR", "127.0.0.1"), hosted.port if hosted else 0]

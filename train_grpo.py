@@ -221,8 +221,8 @@ class Alone:
 
     rank, size, sharded = 0, 1, False
 
-    def __init__(self, config):
-        self.clock, self.micro_tokens = Clock(), config.micro_tokens  # the latter falls when memory runs out
+    def __init__(self, config, tell=lambda state: None):
+        self.clock, self.micro_tokens = Clock(tell), config.micro_tokens  # the latter falls when memory runs out
         self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
     def prepare(self, model):

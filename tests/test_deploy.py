@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 
 import pytest
 import torch
@@ -13,15 +12,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import drafter as drafter_module
 import tlt
+from custom_generate import generate as stock_side
 from drafter import Drafter, FeatureBuffer, LearnedDrafts, Trainer, export
 from pretrain import make_tokenizer
 from rollout import Draft, Engine, Group, Sampling, load_model
 from tasks import UserError
 from test_drafter import responses_of
 from test_tlt import ROOT, here
-
-sys.path.insert(0, str(ROOT / "custom_generate"))
-import generate as stock_side  # noqa: E402
 
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
