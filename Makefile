@@ -39,7 +39,7 @@ bench: .venv/installed  ## the speeds in the README, side by side (about 35 minu
 	mkdir -p runs
 	$(RUN) bench.py engine --json runs/bench-engine.json
 	$(RUN) bench.py identity --json runs/bench-identity.json
-	$(RUN) bench.py speculation --threads 1 --json runs/bench-speculation.json
+	$(RUN) bench.py speculation --threads 1 --rounds 5 --json runs/bench-speculation.json
 	$(RUN) bench.py spot --json runs/bench-spot.json
 	$(RUN) bench.py scale --threads 1 --json runs/bench-scale.json
 	$(RUN) bench.py step $(if $(wildcard runs/demo/policy),--model runs/demo/policy) --rounds 2 --json runs/bench-step.json
@@ -56,9 +56,9 @@ drafter: .venv/installed  ## train a drafter for a policy on its own rollouts, S
 	$(RUN) drafter.py --threads 1 --model $(MODEL) --out $(DRAFTER) --k $(K) --seconds $(SECONDS) $(if $(START),--start $(START))
 
 test-time: .venv/installed  ## search at test time: 1,000 held-out questions, every strategy, tables and figures
-	$(RUN) test_time.py sweep $(if $(wildcard runs/chain-large/config.json),--large runs/chain-large)
-	$(RUN) test_time.py report
+	$(RUN) test_time.py sweep --seeds 3 $(if $(wildcard runs/chain-large/config.json),--large runs/chain-large)
 	$(RUN) test_time.py speed --count 24
+	$(RUN) test_time.py report
 
 chain: .venv/installed  ## make base/chain/ again: policy, verifiers, revision policies, drafters
 	$(RUN) pretrain.py --task chain --layers 4 --width 64 --noisy 190000 --tokens 2048 --threads 1 --out base/chain

@@ -199,7 +199,7 @@ def last_number(text):
 class GSM8K:
     """Grade-school mathematics. source: "hub" (openai/gsm8k, config main) or a folder with train.jsonl and test.jsonl of its format."""
 
-    step_end, again, longest = "\n", "\nThat is not right. Once more.\n", 512
+    step_end, again, longest = "\n", "\nOnce more:\n", 512
 
     def __init__(self, source="hub"):
         self.source, self.splits = source, {}

@@ -202,7 +202,8 @@ class Solver:
         self.choose = Goodput(arms(["learned"])) if drafters else None
         self.engine = Engine(self.policy, self.stops, slots, keep_hidden=True, drafters=drafters, frozen=True)
         count = lambda module: sum(p.numel() for p in module.parameters()) if module else 0
-        self.sizes = (count(self.policy) - self.policy.get_input_embeddings().weight.numel(), count(drafters and drafter), count(self.verifiers.get("process")))
+        looked_up = self.policy.get_input_embeddings().weight  # not multiplied with, unless it is the head, too
+        self.sizes = (count(self.policy) - looked_up.numel() * (looked_up is not self.policy.get_output_embeddings().weight), count(drafters and drafter), count(self.verifiers.get("process")))
 
     def encode(self, problem):
         return encode_prompt(problem, self.tokenizer)
@@ -283,7 +284,7 @@ def learn(args):
     problems = lambda split, first, count: [task.problem(split, i) for i in range(first, first + count)]
     solver = Solver(folder, task, speculate=False, verify=False)
     plain = lambda some: [(p, solver.encode(p)) for p in some]
-    teach(solver, folder, plain(problems("train", 0, args.questions)), plain(problems("train", 10**6, 200)), args)
+    teach(solver, folder, plain(problems("train", 0, args.questions)), plain(problems("test", 10**6, 200)), args)
 
     rng = random.Random(args.seed)
     for name, rows in revision_rows(solver, plain(problems("train", 2 * 10**6, args.questions)), rng).items():
@@ -293,23 +294,31 @@ def learn(args):
         tokenizer.save_pretrained(folder / name)
     reviser = Solver(folder / "revise", task, speculate=False, verify=False)
 
-    def in_chains(first, count):  # its verifier learns where it will be used: with its own earlier attempts in view
-        some = problems("train", first, count)
+    def in_chains(split, first, count):  # its verifier learns where it will be used: with its own earlier attempts in view
+        some = problems(split, first, count)
         chains = reviser.solve(some, partial(revise, n=4, length=4, again=reviser.again), args.seed, "chains")
         return [(p, reviser.encode(p) + [t for a in paths[:rng.randint(0, 4)] for t in (*a.tokens[:-1], *reviser.again)]) for p, (paths, _) in zip(some, chains)]
 
-    teach(reviser, folder / "revise", in_chains(3 * 10**6, args.questions), in_chains(4 * 10**6, 200), args)
+    teach(reviser, folder / "revise", in_chains("train", 3 * 10**6, args.questions), in_chains("test", 2 * 10**6, 200), args)
 
 
-def revision_rows(solver, asked, rng):
-    """name -> (prompt ids, right attempt) to tune on: "revise" has 0 to 4 wrong attempts at the question in its prompts, "refit" has none."""
+def revision_rows(solver, asked, rng, right_in_view=0.6):
+    """name -> (prompt ids, right attempt) to tune on: "refit" has only the question in its prompts, "revise" also 0 to 4 attempts at it.
+
+    Those are wrong ones, as in the paper, and, with the chance right_in_view, any number of them right ones: whoever has seen wrong ones only learns that what it sees is
+    wrong, and its second attempt is right less often than its first (0.66 after 0.91)."""
     tries, rows = defaultdict(lambda: ([], [])), {"revise": [], "refit": []}  # question -> (wrong, right) attempts
     for r in solver.generate([Group(i, ids, [sequence_seed("tries", i, k) for k in range(8)]) for i, (_, ids) in enumerate(asked)], "attempts"):
         tries[r.group][solver.grade(asked[r.group][0], r.tokens)].append(r.tokens)
     for i, (wrong, right) in sorted(tries.items()):
         for goal in rng.sample(right, min(2, len(right))) if wrong else ():
-            shown = rng.sample(wrong, rng.randint(0, min(4, len(wrong))))
+            count = rng.randint(0, 4)
+            good = rng.randint(0, count) if rng.random() < right_in_view else 0
+            shown = rng.sample(wrong, min(count - good, len(wrong)))
             shown.sort(key=lambda t: difflib.SequenceMatcher(None, t, goal).ratio())  # the nearest last: what is right in it can be kept
+            shown += [goal] * good
+            if good and rng.random() < 0.5:
+                rng.shuffle(shown)
             rows["revise"].append((asked[i][1] + [t for attempt in shown for t in (*attempt[:-1], *solver.again)], goal))
             rows["refit"].append((asked[i][1], goal))
     return rows
@@ -341,8 +350,8 @@ def teach(solver, folder, asked, held, args):
 # ---------------------------------------------------------------- the sweep
 
 
-def searches(solvers, m=4):
-    """(solver, search, n, strategy, picks) of everything that is compared. solvers: those that are there."""
+def searches(again, m=4):
+    """(solver, search, n, strategy, picks) of everything that is compared. again: of the solvers that are there, by name, the tokens that part attempts."""
     picks = ("max", "weighted", "majority", "outcome")
     found = [("base", "greedy", 1, partial(parallel, n=1, greedy=True), ("majority",)), ("base", "probe", 4, partial(parallel, n=4), ("weighted",)),
              ("base", "oracle", 16, partial(parallel, n=16), ("weighted",))]
@@ -351,38 +360,46 @@ def searches(solvers, m=4):
     found += [("base", "lookahead", n, partial(beam, n=n, m=m, look=1), picks[:2]) for n in (4, 16)]
     found += [("base", "dvts", n, partial(beam, n=n, m=m, diverse=True), picks[:2]) for n in (16, 64)]
     found += [("noisy", name, n, s, ("max", "weighted")) for name, s, n in (("noisy parallel", partial(parallel, n=16), 16), ("noisy beam", partial(beam, n=16, m=m), 16))]
-    if "revise" in solvers:
-        found += [("revise", f"revise {length}", n, partial(revise, n=n, length=length, again=solvers["revise"]), ("chains", "weighted", "majority"))
+    if "revise" in again:
+        found += [("revise", f"revise {length}", n, partial(revise, n=n, length=length, again=again["revise"]), ("chains", "weighted", "majority"))
                   for n, lengths in ((4, (1, 4)), (16, (1, 2, 4, 8, 16))) for length in lengths]
         found += [("refit", "refit parallel", n, partial(parallel, n=n), ("majority",)) for n in (1, 16)]
-    if "large" in solvers:
-        found += [("large", "large greedy", 1, partial(parallel, n=1, greedy=True), ("majority",)), ("large", "large sample", 1, partial(parallel, n=1), ("majority",))]
+    if "large" in again:
+        found += [("large", "large greedy", 1, partial(parallel, n=1, greedy=True), ("majority",))]
     return found
 
 
 def sweep_part(job):
     """All strategies on some questions, in a process of its own -> rows."""
-    args, first, count, seed = job
+    args, indices, seed = job
     torch.set_num_threads(1)
     task, folder, rows = make_task(args.task, args.data), Path(args.model), []
-    problems = [task.problem("test", i) for i in range(first, first + count)]
+    problems = [task.problem("test", i) for i in indices]
     folders = {"base": folder, "noisy": folder, "revise": folder / "revise", "refit": folder / "refit", "large": Path(args.large or "nowhere")}
     solvers = {name: Solver(where, task, speculate=False, noise=args.verifier_noise * (name == "noisy")) for name, where in folders.items() if (where / "config.json").exists()}
     for name, search, n, strategy, picks in searches({k: s.again for k, s in solvers.items()}):
         key = search if search in ("probe", "oracle") else "attempts"  # samples that judge difficulty are others than those that are spent
         for problem, (paths, book) in zip(problems, solvers[name].solve(problems, strategy, seed, key)):
-            row = {"prompt": problem.trace or problem.prompt, "search": search, "n": n, "seed": seed, "flops": book.flops(solvers[name].sizes), "weights": solvers[name].sizes[0], "ledger": asdict(book),
+            row = {"prompt": problem.trace or problem.prompt, "search": search, "n": n, "seed": seed, "aggregate": args.aggregate, "noise": args.verifier_noise, "weights": solvers[name].sizes[0], "ledger": asdict(book),
                    "attempts": [int(solvers[name].grade(problem, list(p.tokens))) for p in paths], "score": sum(score(p, args.aggregate) for p in paths) / len(paths)}
             for how in picks:
                 answer = pick(paths, how, args.aggregate)
                 right = next((good for p, good in zip(paths, row["attempts"]) if p.answer == answer), 0)
-                rows.append({**row, "pick": how, "answer": answer, "right": right})
+                policy, drafter, verifier = solvers[name].sizes
+                rows.append({**row, "pick": how, "answer": answer, "right": right, "flops": book.flops((policy, drafter, verifier * (how != "majority")))})
     return rows
 
 
 def sweep(args):
-    """Every strategy on --count held-out questions -> rows in --json, one per question, strategy and way to pick: what `report` draws from."""
-    jobs = [(args, first, min(args.chunk, args.count - first), seed) for seed in range(args.seed, args.seed + args.seeds) for first in range(0, args.count, args.chunk)]
+    """Every strategy on --count held-out questions, no two of them alike -> rows in --json, one per question, strategy and way to pick: what `report` draws from."""
+    for name, folder in (("model", args.model), ("large", args.large or args.model)):
+        if not (Path(folder) / "config.json").exists():
+            raise UserError(f"--{name} {folder}: no policy there")
+    if not (Path(args.model) / "process").exists():
+        raise UserError(f"--model {args.model}: it has no verifier to search with; `python test_time.py learn --model {args.model}` makes one")
+    task = make_task(args.task, args.data)
+    indices = list({task.problem("test", i).prompt: i for i in reversed(range(10 * args.count))}.values())[:-args.count - 1:-1]  # the first of each
+    jobs = [(args, indices[first:first + args.chunk], seed) for seed in range(args.seed, args.seed + args.seeds) for first in range(0, args.count, args.chunk)]
     with ProcessPoolExecutor(args.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         parts = list(tqdm(pool.map(sweep_part, jobs), total=len(jobs), desc="sweep", unit="part"))
     Path(args.json).parent.mkdir(parents=True, exist_ok=True)
@@ -406,9 +423,23 @@ def best_within(right, cost, questions, budget):
     return max(good, key=lambda k: (right[k][questions].mean(), -cost[k][questions].mean()), default=None)
 
 
+def allocate(right, cost, questions, bins, budget):
+    """{bin: strategy} that is right most often at a mean cost within the budget. In each bin the best of right - price * cost, at the lowest price that keeps the budget
+    (a Lagrange multiplier): so hard questions may cost more than easy ones. None: not even the cheapest strategies are within it, or a bin is empty."""
+    where, names = [questions & (bins == b) for b in sorted(set(bins))], list(right)
+    if not all(w.any() for w in where):
+        return None
+    r, c = (np.array([[x[k][w].mean() for k in names] for w in where]) for x in (right, cost))  # (bins, strategies)
+    share = np.array([w.sum() for w in where]) / questions.sum()
+    for price in np.geomspace(1e-6, 1e3, 500) / budget:
+        best = (r - price * c).argmax(1)
+        if share @ c[range(len(c)), best] <= budget:
+            return {b: names[i] for b, i in zip(sorted(set(bins)), best)}
+
+
 def compute_optimal(right, cost, bins, folds, budget, look=0.0):
-    """right, cost: strategy -> array over questions. For each bin the best strategy on one fold, reported on the other. look: what it costs to see the bin, paid where
-    the bins are used: they are not, if one strategy for all was as good on the first fold without looking.
+    """right, cost: strategy -> array over questions. Strategies are allotted to bins on one fold, and reported on the other. look: what it costs to see the bin, paid
+    where the bins are used: they are not, if one strategy for all was as good on the first fold without looking.
 
     -> (right (Q,), cost (Q,), {(fold, bin): strategy}); None where the budget buys nothing."""
     outcome, paid, chosen = np.zeros(len(bins)), np.zeros(len(bins)), {}
@@ -418,18 +449,22 @@ def compute_optimal(right, cost, bins, folds, budget, look=0.0):
         one = best_within(right, cost, known, budget)
         if one is None:
             return None
-        each = {b: best_within(right, looked, known & (bins == b), budget) for b in set(bins)}
-        gain = sum(right[k][known & (bins == b)].sum() for b, k in each.items()) if None not in each.values() else -1.0
-        use, price = (each, looked) if gain > right[one][known].sum() else (dict.fromkeys(each, one), cost)
+        each = allocate(right, looked, known, bins, budget) or {}
+        gain = sum(right[k][known & (bins == b)].sum() for b, k in each.items())
+        use, price = (each, looked) if gain > right[one][known].sum() else (dict.fromkeys(set(bins), one), cost)
         for b, k in use.items():
             here = (bins == b) & (folds == fold)
             outcome[here], paid[here], chosen[fold, b] = right[k][here], price[k][here], k
     return outcome, paid, chosen
 
 
-def interval(x, rng=np.random.default_rng(0), draws=1000):
-    """Half the width of the 95 % bootstrap interval of a mean over questions. Of a difference: paired."""
-    return 1.96 * np.std([x[rng.integers(0, len(x), len(x))].mean() for _ in range(draws)])
+def interval(x, question, draws=1000):
+    """Half the width of the 95 % bootstrap interval of a mean over rows x (R,). question (R,): whose rows they are; all rows of a question are drawn together, since
+    they are not independent. Of a difference: paired."""
+    rng = np.random.default_rng(0)
+    total, count = np.bincount(question, x), np.bincount(question)
+    drawn = rng.integers(0, len(count), (draws, len(count)))
+    return 1.96 * np.std(total[drawn].sum(1) / count[drawn].sum(1))
 
 
 def matched_samples(m, r, backward=3.0):
@@ -442,7 +477,7 @@ def matched_samples(m, r, backward=3.0):
 
 
 class Sweep:
-    """The rows of a sweep as arrays over the questions, always in the same order (seeds are further questions). key: (search, n, pick)."""
+    """The rows of a sweep as arrays over the questions, always in the same order. key: (search, n, pick)."""
 
     def __init__(self, path):
         rows = sorted((json.loads(line) for line in open(path)), key=lambda r: (r["prompt"], r["seed"]))
@@ -452,17 +487,20 @@ class Sweep:
         self.right = {key: np.array([r["right"] for r in mine], float) for key, mine in columns.items()}
         self.attempts = {key: np.array([r["attempts"] for r in mine], float) for key, mine in columns.items() if key[0] not in ("beam", "lookahead", "dvts", "noisy beam")}
         self.cost = {unit: {key: np.array([of(r) for r in mine], float) for key, mine in columns.items()}
-                     for unit, of in (("tokens", lambda r: r["ledger"]["decode"]), ("flops", lambda r: r["flops"]))}
-        self.weights = {r["search"]: r["weights"] for r in rows}
+                     for unit, of in (("tokens", lambda r: r["ledger"]["decode"]), ("flops", lambda r: r["flops"]), ("seconds", lambda r: r["ledger"]["seconds"]))}
+        self.weights, self.settings = {r["search"]: r["weights"] for r in rows}, rows[0]
         looks = columns["probe", 4, "weighted"]
         self.easiness = np.array([r["score"] for r in looks])
         self.bins = {"predicted": quintiles(self.easiness), "known": quintiles(self.attempts["oracle", 16, "weighted"].mean(1))}
         self.folds = np.array([zlib.crc32(r["prompt"].encode()) % 2 for r in looks])  # all that is known of a question is in one fold
         self.plain = [key for key in columns if key[0] in ("greedy", "parallel", "beam", "lookahead", "dvts") and key[2] != "outcome"]
-        self.questions = len({r["prompt"] for r in looks})
+        self.question = np.unique([r["prompt"] for r in looks], return_inverse=True)[1]  # seeds, and prompts that came twice, are further rows of a question
 
-    def by_bin(self, x):
-        return [x[self.bins["known"] == b].mean() for b in range(5)]
+    def interval(self, x, where=slice(None)):
+        return interval(x[where], np.unique(self.question[where], return_inverse=True)[1])
+
+    def by_bin(self, x, of=lambda x, where: x[where].mean()):
+        return [of(x, self.bins["known"] == b) for b in range(5)]
 
     def choices(self, unit):
         """(right, cost) of what may be chosen from."""
@@ -485,24 +523,27 @@ def report(args):
     """Tables and figures from the rows of `sweep`, and the choices that --strategy auto makes, in --model/choice.json."""
     s = Sweep(args.json)
     numbers = lambda values: "  ".join(f"{x:6.3f}" for x in values)
-    print(f"{s.questions} questions, {len(s.folds)} rows for each strategy\n{'strategy':>24} {'pick':>9} {'right':>7} {'+-':>6} {'tokens':>8} {'MFLOPs':>8}")
+    print(f"{s.question.max() + 1} questions, {len(s.folds)} rows for each strategy\n{'strategy':>24} {'pick':>9} {'right':>7} {'+-':>6} {'tokens':>8} {'MFLOPs':>8}")
     for key in sorted(s.right):
-        print(f"{key[0] + ' ' + str(key[1]):>24} {key[2]:>9} {s.right[key].mean():7.3f} {interval(s.right[key]):6.3f} {s.cost['tokens'][key].mean():8.0f} {s.cost['flops'][key].mean() / 1e6:8.0f}")
+        print(f"{key[0] + ' ' + str(key[1]):>24} {key[2]:>9} {s.right[key].mean():7.3f} {s.interval(s.right[key]):6.3f} {s.cost['tokens'][key].mean():8.0f} {s.cost['flops'][key].mean() / 1e6:8.0f}")
     for unit in ("tokens", "flops"):
         print(f"\nthe best strategy for all at equal budget in {unit}, and compute-optimal ones\n{'budget':>10} {'for all':>8} {'by predicted difficulty':>26} {'by known difficulty':>26}")
         for budget in s.budgets(unit, 12):
             alike, *others = (s.optimal(unit, budget, d) for d in (None, "predicted", "known"))
             if alike:
-                print(f"{budget:10.3g} {alike[0].mean():8.3f} " + " ".join(f"{x[0].mean():8.3f} ({x[0].mean() - alike[0].mean():+.3f} +- {interval(x[0] - alike[0]):.3f})" for x in others))
+                print(f"{budget:10.3g} {alike[0].mean():8.3f} " + " ".join(f"{x[0].mean():8.3f} ({x[0].mean() - alike[0].mean():+.3f} +- {s.interval(x[0] - alike[0]):.3f})" for x in others))
     right, cost = s.choices("tokens")
-    table = {float(b): [best_within(right, cost, s.bins["predicted"] == x, b) or ("greedy", 1, "majority") for x in range(5)] for b in s.budgets("tokens", 12)}
-    edges = [float(s.easiness[s.bins["predicted"] == b].min()) for b in range(4)]
-    write_atomically(Path(args.model) / "choice.json", json.dumps({"edges": edges, "choices": table}))
+    everyone, bins = np.ones(len(s.folds), bool), s.bins["predicted"]
+    table = {float(b): [(allocate(right, cost, everyone, bins, b) or {}).get(x, ("greedy", 1, "majority")) for x in range(5)] for b in s.budgets("tokens", 12)}
+    edges = [float(s.easiness[bins == b].min()) for b in range(4)]
+    write_atomically(Path(args.model) / "choice.json", json.dumps({"aggregate": s.settings["aggregate"], "edges": edges, "choices": table}))
 
     print("\nN = 16, right by difficulty (fifths by pass@1 in 16 other attempts)")
     for key in (("parallel", 1, "majority"), ("parallel", 16, "majority"), ("parallel", 16, "max"), ("parallel", 16, "weighted"), ("beam", 16, "weighted"),
                 ("noisy parallel", 16, "weighted"), ("noisy beam", 16, "weighted")):
         print(f"{' '.join(map(str, key)):>28}  {numbers(s.by_bin(s.right[key]))}")
+    lead = s.right["noisy parallel", 16, "weighted"] - s.right["noisy beam", 16, "weighted"]
+    print(f"{'noisy: parallel - beam, +-':>28}  {numbers(s.by_bin(lead))}\n{'':>28}  {numbers(s.by_bin(lead, s.interval))}")
     if ("revise 1", 16, "weighted") in s.right:
         chains = s.attempts["revise 16", 16, "weighted"]
         print(f"\nrevisions, pass@1 by attempt: {numbers(chains.mean(0))}\ncontrols: the same policy without attempts in view {s.attempts['revise 1', 16, 'weighted'].mean():.3f}, "
@@ -533,23 +574,24 @@ def matched(s):
 
 
 def draw(s, args, path):
-    """Accuracy against tokens and FLOPs; the noisy verifier; best strategy by difficulty and budget; sequential against parallel; small against large."""
-    figure, axes = pyplot().subplots(2, 3, figsize=(16, 9))
+    """Accuracy against tokens, FLOPs and seconds (a question's share, when many are asked at once); the noisy verifier; best strategy by difficulty and budget; sequential against parallel; small against large."""
+    figure, axes = pyplot().subplots(2, 4, figsize=(21, 9))
     shown = {"best-of-N": ("parallel", "max"), "weighted": ("parallel", "weighted"), "majority": ("parallel", "majority"), "beam": ("beam", "weighted"),
              "lookahead": ("lookahead", "weighted"), "DVTS": ("dvts", "weighted")}
-    for axis, unit in zip(axes[0], ("tokens", "flops")):
+    for axis, unit in zip(axes[0], ("tokens", "flops", "seconds")):
         cost = s.cost[unit]
         for name, (search, how) in shown.items():
             axis.plot(*zip(*sorted((cost[k].mean(), s.right[k].mean()) for k in s.right if (k[0], k[2]) == (search, how))), "o-", ms=3, label=name)
+        axis.plot(*zip(*sorted((cost[k].mean(), s.attempts[k].max(1).mean()) for k in s.right if (k[0], k[2]) == ("parallel", "majority"))), ":", color="0.6", label="any of N right (ceiling)")
         axis.plot(cost["greedy", 1, "majority"].mean(), s.right["greedy", 1, "majority"].mean(), "k*", label="greedy")
         for difficulty, style in (("predicted", "k-"), ("known", "k:")):
             line = [x for b in s.budgets(unit, 12) if (x := s.optimal(unit, b, difficulty))]
             axis.plot([x[1].mean() for x in line], [x[0].mean() for x in line], style, label=f"compute-optimal, {difficulty} difficulty")
-        axis.set(xscale="log", xlabel={"tokens": "tokens emitted for a question", "flops": "FLOPs for a question"}[unit], ylabel="right")
+        axis.set(xscale="log", xlabel={"tokens": "tokens emitted for a question", "flops": "FLOPs for a question", "seconds": "seconds for a question"}[unit], ylabel="right")
     ticks = dict(xlabel="difficulty (fifths; 5: hardest)", xticks=range(5), xticklabels=range(1, 6))
     for name, search, style in (("weighted", "parallel", "o-"), ("beam", "beam", "o-"), ("weighted, noisy verifier", "noisy parallel", "o--"), ("beam, noisy verifier", "noisy beam", "o--")):
-        axes[0, 2].plot(s.by_bin(s.right[search, 16, "weighted"]), style, label=name)
-    axes[0, 2].set(title=f"N = 16; noise turns {args.verifier_noise:.0%} of the scores round", **ticks)
+        axes[0, 3].plot(s.by_bin(s.right[search, 16, "weighted"]), style, label=name)
+    axes[0, 3].set(title=f"N = 16; noise turns {s.settings['noise']:.0%} of the scores round", **ticks)
     budgets = s.budgets("tokens", 6)
     grid = [[best_within(*s.choices("tokens"), s.bins["known"] == b, budget) for budget in budgets] for b in range(5)]
     names = sorted({k[0] + k[2] for line in grid for k in line if k})
@@ -566,8 +608,15 @@ def draw(s, args, path):
         for version, r, n, small in matched(s):
             axes[1, 2].plot(s.by_bin(small), "o-" if version == "v1" else "o:", label=f"small, {version}, R = {r} ({n:.0f} samples)")
     axes[1, 2].set(title="small model with search, FLOPs-matched", **ticks)
+    timed = Path(args.json).with_suffix(".speed.jsonl")
+    for row in map(json.loads, timed.read_text().splitlines()) if timed.exists() else ():
+        right = next(s.right[row["search"], row["n"], how].mean() for how in ("chains", "weighted", "majority") if (row["search"], row["n"], how) in s.right)
+        line, = axes[1, 3].plot([row["plain"], row["speculative"]], [right, right], "-")
+        axes[1, 3].plot(row["plain"], right, "o", mfc="w", color=line.get_color())
+        axes[1, 3].plot(row["speculative"], right, "o", color=line.get_color(), label=f"{row['search']}, N = {row['n']}")
+    axes[1, 3].set(title="one question at a time: plain (o), with the drafter (●)", xscale="log", xlabel="seconds for a question", ylabel="right")
     for axis in axes.flat:
-        if axis.lines and axis is not axes[0, 1]:
+        if axis.lines and axis not in axes[0, 1:3]:  # their lines are those of the first
             axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -576,26 +625,30 @@ def draw(s, args, path):
 # ---------------------------------------------------------------- one question at a time
 
 
+TIMED = (("greedy", 1), ("parallel", 8), ("revise 1", 16), ("revise 4", 16), ("revise 16", 16))  # the others decode step by step, plainly
+
+
 def speed(args):
-    """Seconds for a question with and without speculation, one question at a time: what the drafter is worth here. The answers must be the same."""
+    """Seconds for a question with and without speculation, one question at a time: what the drafter is worth here. The answers must be the same. Rows go beside --json, to *.speed.jsonl."""
     torch.set_num_threads(1)
-    task, folder = make_task(args.task, args.data), Path(args.model)
+    task, folder, rows = make_task(args.task, args.data), Path(args.model), []
     problems = [task.problem("test", 10**6 + i) for i in range(args.count)]
-    solvers = {(where, on): Solver(folder / where, task, speculate=on, slots=64) for where in ("", "revise") for on in (False, True)}
-    strategies = {"greedy": ("", partial(parallel, n=1, greedy=True)), "best-of-8": ("", partial(parallel, n=8)), "beam 16, M = 4": ("", partial(beam, n=16, m=4)),
-                  "lookahead 4, M = 4": ("", partial(beam, n=4, m=4, look=1)), "chain of 8 revisions": ("revise", partial(revise, n=8, length=8, again=solvers["revise", True].again))}
-    print(f"{'':>22} {'plain s':>8} {'spec. s':>8} {'ratio':>6} {'same':>6} {'MFLOPs plain / speculative':>28}")
-    for name, (where, strategy) in strategies.items():
-        seconds, same, flops = {False: 0.0, True: 0.0}, 0, {False: 0.0, True: 0.0}
+    solvers = {(name, on): Solver(folder / where, task, speculate=on, slots=64) for name, where in (("base", ""), ("revise", "revise")) for on in (False, True)}
+    print(f"{'':>16} {'plain s':>8} {'spec. s':>8} {'ratio':>6} {'same':>7} {'MFLOPs plain / speculative':>28}")
+    for name, search, n, strategy, _ in searches({name: solver.again for (name, _), solver in solvers.items()}):
+        if (search, n) not in TIMED:
+            continue
+        seconds, flops, same = {False: 0.0, True: 0.0}, {False: 0.0, True: 0.0}, 0
         for turn in range(2):  # the first turn does not count
-            for i, problem in enumerate(tqdm(problems, desc=name, leave=False)):
-                made = {on: solvers[where, on].solve([problem], strategy, args.seed)[0] for on in ((False, True) if i % 2 else (True, False))}
+            for i, problem in enumerate(tqdm(problems, desc=search, leave=False)):
+                made = {on: solvers[name, on].solve([problem], strategy, args.seed)[0] for on in ((False, True) if i % 2 else (True, False))}
                 for on, (_, book) in made.items():
-                    seconds[on] += book.seconds * turn
-                    flops[on] += book.flops(solvers[where, on].sizes) * turn
+                    seconds[on] += book.seconds * turn / len(problems)
+                    flops[on] += book.flops(solvers[name, on].sizes) * turn / len(problems)
                 same += turn * ([p.tokens for p in made[False][0]] == [p.tokens for p in made[True][0]])
-        n = len(problems)
-        print(f"{name:>22} {seconds[False] / n:8.4f} {seconds[True] / n:8.4f} {seconds[False] / seconds[True]:6.2f} {same:>3}/{n} {flops[False] / n / 1e6:18.1f} / {flops[True] / n / 1e6:.1f}")
+        rows.append({"search": search, "n": n, "plain": seconds[False], "speculative": seconds[True], "same": same, "questions": len(problems), "flops": [flops[False], flops[True]]})
+        print(f"{search + ' ' + str(n):>16} {seconds[False]:8.4f} {seconds[True]:8.4f} {seconds[False] / seconds[True]:6.2f} {same:>3}/{len(problems)} {flops[False] / 1e6:18.1f} / {flops[True] / 1e6:.1f}")
+    write_atomically(Path(args.json).with_suffix(".speed.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def answer(args):
@@ -604,31 +657,36 @@ def answer(args):
         raise UserError('--prompt "7:cfa=": a question is wanted')
     task = make_task(args.task, args.data)
     solver, problem = Solver(args.model, task), Problem(args.prompt, args.prompt, None)
-    if not solver.verifiers and args.strategy != "majority":
-        raise UserError(f"--strategy {args.strategy}: {args.model} has no verifier (`python test_time.py learn`); only majority works without one")
-    search, n, how = args.strategy, args.n, "weighted"
+    if solver.tokenizer.pad_token_id in solver.encode(problem):  # what a symbol becomes that the tiny tokenizers lack
+        raise UserError(f"--prompt {args.prompt!r}: holds symbols that {args.model} does not know")
+    if not solver.verifiers and args.strategy not in ("majority", "greedy"):
+        raise UserError(f"--strategy {args.strategy}: {args.model} has no verifier (`python test_time.py learn`); only majority and greedy work without one")
+    if not 1 <= args.n <= solver.engine.slots:
+        raise UserError(f"--n {args.n}: must be 1 to {solver.engine.slots}")
+    search, n, how, aggregate, look = args.strategy, args.n, "weighted", args.aggregate, Ledger()
     if search == "auto":
         path = Path(args.model) / "choice.json"
         if not path.exists():
             raise UserError(f"--strategy auto: no {path}; `python test_time.py sweep` and `report` find out what is best when")
         known = json.loads(path.read_text())
-        (paths, book), = solver.solve([problem], partial(parallel, n=4), args.seed, "probe")
-        easy = sum(map(score, paths)) / len(paths)
+        aggregate = known["aggregate"]
+        (paths, look), = solver.solve([problem], partial(parallel, n=4), args.seed, "probe")
+        easy = sum(score(p, aggregate) for p in paths) / len(paths)
         hardness = sum(easy < edge for edge in known["edges"])
-        budget = max((b for b in map(float, known["choices"]) if b <= args.budget - book.decode), default=min(map(float, known["choices"])))
+        budget = max((b for b in map(float, known["choices"]) if b <= args.budget - look.decode), default=min(map(float, known["choices"])))
         search, n, how = known["choices"][str(budget)][hardness]
-        print(f"four attempts for a look: mean score {easy:.2f}, difficulty {hardness + 1} of 5, {book.decode} tokens -> {search} {n}, {how}")
-    revising = search.startswith("revise")
+        print(f"four attempts for a look: mean score {easy:.2f}, difficulty {hardness + 1} of 5, {look.decode} tokens -> {search} {n}, {how}")
     strategies = {"greedy": partial(parallel, n=1, greedy=True), "majority": partial(parallel, n=n), "parallel": partial(parallel, n=n), "beam": partial(beam, n=n, m=4),
                   "lookahead": partial(beam, n=n, m=4, look=1), "dvts": partial(beam, n=n, m=4, diverse=True), "revise": partial(revise, n=n, length=min(n, 8), again=solver.again)}
-    if revising:
+    if search == "revise":
         solver = Solver(Path(args.model) / "revise", task)
     (paths, book), = solver.solve([problem], strategies[search], args.seed, "answer")
-    for p in sorted(paths, key=score)[-8:]:
-        print(f"  {score(p):.3f}  {solver.tokenizer.decode(list(p.tokens), skip_special_tokens=True)}")
+    for p in sorted(paths, key=partial(score, aggregate=aggregate))[-8:]:
+        print(f"  {score(p, aggregate):.3f}  {solver.tokenizer.decode(list(p.tokens), skip_special_tokens=True)}")
     how = {"majority": "majority", "greedy": "majority", "revise": "chains"}.get(search, how)
-    print(f"answer: {pick(paths, how)}   ({search} {n}, {how}; {len(paths)} attempts in the end)\n" + ", ".join(f"{k} {v}" for k, v in asdict(book).items() if k != "seconds")
-          + f" tokens, {book.flops(solver.sizes) / 1e6:.1f} MFLOPs, {book.seconds:.2f} s")
+    book = Ledger(**{name: value + getattr(look, name) for name, value in asdict(book).items()})
+    print(f"answer: {pick(paths, how, aggregate)}   ({search} {n}, {how}; {len(paths)} attempts in the end)\ntokens (of the verifier: steps), the look included: "
+          + ", ".join(f"{k} {v}" for k, v in asdict(book).items() if k != "seconds") + f"; {book.flops(solver.sizes) / 1e6:.1f} MFLOPs, {book.seconds:.2f} s")
 
 
 def main():
@@ -641,16 +699,16 @@ def main():
     flags.add_argument("--prompt", default="", help="(answer) the question")
     flags.add_argument("--strategy", default="auto", choices=["auto", "greedy", "majority", "parallel", "beam", "lookahead", "dvts", "revise"], help="(answer)")
     flags.add_argument("--n", type=int, default=16, help="(answer) N, unless auto")
-    flags.add_argument("--budget", type=int, default=1000, help="(answer) tokens, for auto")
+    flags.add_argument("--budget", type=int, default=1000, help="(answer) tokens, for auto; hard questions may get more, easy ones less")
     flags.add_argument("--questions", type=int, default=8000, help="(learn) training questions")
     flags.add_argument("--continuations", type=int, default=2, help="(learn) from the end of each step")
-    flags.add_argument("--epochs", type=int, default=5, help="(learn) of tuning for revisions")
+    flags.add_argument("--epochs", type=int, default=12, help="(learn) of tuning for revisions")
     flags.add_argument("--drafter-seconds", type=float, default=60, help="(learn) training time of each drafter")
     flags.add_argument("--count", type=int, default=1000, help="(sweep, speed) held-out questions")
     flags.add_argument("--seeds", type=int, default=1, help="(sweep) repetitions with other samples")
     flags.add_argument("--chunk", type=int, default=100, help="(sweep) questions in a part")
     flags.add_argument("--workers", type=int, default=2, help="(sweep) processes")
-    flags.add_argument("--aggregate", default="last", choices=["last", "min", "product"], help="(sweep) an attempt's score from those of its steps")
+    flags.add_argument("--aggregate", default="last", choices=["last", "min", "product"], help="(sweep, answer) an attempt's score from those of its steps")
     flags.add_argument("--verifier-noise", type=float, default=0.2, help="(sweep) share of the scores that are turned round for the noisy strategies")
     flags.add_argument("--large", default="", help="(sweep) folder of a larger model to compare with")
     flags.add_argument("--json", default="runs/test-time.jsonl", help="(sweep, report) the rows")

@@ -17,8 +17,6 @@ same seed gives the same tokens at any draft_length (0: plain decoding), of the 
 Left out: batched rounds (rows go one after the other: speculation pays at batch 1), beams, other logits processors, streaming.
 """
 
-import copy
-
 import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -78,13 +76,17 @@ def respond(model, prompt, limit, stops, pick, k):
         shorten(cache, n + right + 1)
 
 
+KNOWN = {"do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "transformers_version"}
+
+
 @torch.inference_mode()
 def generate(model, inputs=None, generation_config=None, input_ids=None, attention_mask=None, draft_length=6, **kwargs):
     """As model.generate. draft_length: tokens guessed in a round. -> ids (B, prompt + new), padded on the right."""
-    config, prompts = copy.deepcopy(generation_config or model.generation_config), inputs if inputs is not None else input_ids
-    unused = [name for name, value in config.update(**kwargs).items() if value is not None]
-    if unused or (config.num_beams or 1) > 1:
-        raise ValueError(f"{', '.join(unused) or 'num_beams'}: not supported with this custom_generate")
+    config, rest = model._prepare_generation_config(generation_config, **kwargs)  # as `generate` does: what is not given comes from the model's, then from the defaults
+    usual, prompts = config._get_default_generation_params(), inputs if inputs is not None else input_ids
+    others = {**rest, **{name: value for name, value in config.to_dict().items() if name not in KNOWN and name[0] != "_" and value != usual.get(name)}}
+    if unused := [name for name, value in others.items() if value not in (None, False)]:
+        raise ValueError(f"{', '.join(unused)}: not supported with this custom_generate")
     stops = {*(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])}
     limit = config.max_new_tokens or max(1, (config.max_length or 20) - prompts.shape[1])
     wanted = ((TemperatureLogitsWarper, config.temperature, 1.0), (TopKLogitsWarper, config.top_k, 0), (TopPLogitsWarper, config.top_p, 1.0))

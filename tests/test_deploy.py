@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import caught, tiny
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import drafter as drafter_module
@@ -111,10 +111,21 @@ def test_guesses_are_those_of_the_engine(tmp_path):
 def test_what_is_not_supported_is_named(tmp_path):
     deployed("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="num_beams"):
-        stock_side.generate(model, torch.tensor([[5]]), num_beams=2)
-    with pytest.raises(ValueError, match="streamer"):
-        stock_side.generate(model, torch.tensor([[5]]), streamer=object())
+    for name, value in (("num_beams", 2), ("streamer", object()), ("repetition_penalty", 1.3), ("num_return_sequences", 2), ("min_new_tokens", 5), ("return_dict_in_generate", True)):
+        with pytest.raises(ValueError, match=name):
+            stock_side.generate(model, torch.tensor([[5]]), **{name: value})
+
+
+def test_settings_are_completed_as_generate_does(tmp_path):
+    """What a GenerationConfig leaves open comes from the model's (the stop token), then from the defaults (top_k is 50)."""
+    deployed("llama", tmp_path)
+    model, prompt = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), torch.tensor([[5, 9, 30]])
+    greedy = model.generate(prompt, do_sample=False, max_new_tokens=8)[0, 3:].tolist()
+    model.generation_config.eos_token_id = greedy[4]
+    settings = GenerationConfig(max_new_tokens=30)
+    assert torch.equal(model.generate(prompt, settings), stock_side.generate(model, prompt, settings))
+    made = stock_side.generate(model, prompt.expand(500, -1), do_sample=True, max_new_tokens=1, temperature=5.0)[:, -1]
+    assert len(set(made.tolist())) <= 50
 
 
 # ---------------------------------------------------------------- servers

@@ -18,7 +18,7 @@ import test_time
 import verifier
 from rollout import Group, Sampling
 from tasks import Chain, UserError
-from test_time import Attempt, Solver, beam, compute_optimal, matched_samples, parallel, pick, quintiles, revise, vote
+from test_time import Attempt, Solver, beam, compute_optimal, interval, matched_samples, parallel, pick, quintiles, revise, vote
 
 FOLDER = Path(__file__).resolve().parent.parent / "base/chain"
 PROBLEMS = [Chain().problem("test", i) for i in range(12)]
@@ -308,8 +308,8 @@ def test_folds_do_not_leak(monkeypatch):
         assert compute_optimal(right, cost, bins, folds, 1.0)[0].mean() == 0.0
 
     check()
-    honest = test_time.best_within
-    monkeypatch.setattr(test_time, "best_within", lambda right, cost, questions, budget: "b" if honest(right, cost, questions, budget) == "a" else "a")  # looks at the answers
+    for name in ("best_within", "allocate"):  # look at the answers of the other half
+        monkeypatch.setattr(test_time, name, lambda right, cost, questions, *rest, honest=getattr(test_time, name): honest(right, cost, ~questions, *rest))
     caught(check)
 
 
@@ -323,6 +323,23 @@ def test_budgets_are_kept_and_the_best_is_found():
     assert compute_optimal(right, cost, bins, folds, 10.0)[0].mean() == 1.0 and compute_optimal(right, cost, bins, folds, 0.5) is None
 
 
+def test_hard_questions_may_cost_more_than_easy_ones():
+    """A budget of 3 on average: 1 for the easy half, 5 for the hard one. Held to 3 in each bin, the hard half would stay unsolved."""
+    bins, folds = np.repeat([0, 1], 20), np.arange(40) % 2
+    right, cost = {"cheap": (bins == 0).astype(float), "dear": np.ones(40)}, {"cheap": np.ones(40), "dear": np.full(40, 5.0)}
+    outcome, paid, _ = compute_optimal(right, cost, bins, folds, 3.0)
+    assert outcome.mean() == 1.0 and paid.mean() == 3.0
+    assert compute_optimal(right, cost, bins, folds, 2.9)[0].mean() == 0.5
+
+
+def test_rows_of_a_question_are_not_independent():
+    """Copies of all rows make no interval narrower."""
+    x, question = np.random.default_rng(1).random(60), np.arange(60)
+    once = interval(x, question)
+    assert once == pytest.approx(interval(np.tile(x, 3), np.tile(question, 3))) and once == pytest.approx(1.96 * x.std() / 60**0.5, rel=0.2)
+    assert interval(np.tile(x, 3), np.arange(180)) < 0.7 * once  # as if they were
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -331,7 +348,7 @@ def test_answering_one_question(capsys, monkeypatch):
     test_time.main()
     text = capsys.readouterr().out
     assert "answer: " in text and "MFLOPs" in text and "#" in text
-    for argv, message in (([], "--prompt"), (["--prompt", "x", "--task", "countdown"], "chain or gsm8k"), (["--prompt", "7:cfa=", "--model", "base"], "cannot load|no single token|no verifier")):
+    for argv, message in (([], "--prompt"), (["--prompt", "x", "--task", "countdown"], "chain or gsm8k"), (["--prompt", "7:cfa=", "--model", "base"], "symbols that base does not know")):
         monkeypatch.setattr("sys.argv", ["test_time.py", *argv])
         with pytest.raises(UserError, match=message):
             test_time.main()
