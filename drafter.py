@@ -30,6 +30,7 @@ from collections import deque
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -77,15 +78,18 @@ class Drafter(torch.nn.Module):
         save_weights(self.state_dict(), folder)
 
     def load(self, folder):
-        path = Path(folder) / "drafter.safetensors"
-        try:
-            self.load_state_dict(load_file(path))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot load a drafter for this policy from {path}: {str(error).splitlines()[0]}") from error
+        load_weights(self, Path(folder) / "drafter.safetensors", "a drafter (`make drafter`)")
+
+
+def load_weights(module, path, what):
+    try:
+        module.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load {what} for this policy from {path}: {str(error).splitlines()[0]}") from error
 
 
 def save_weights(weights, folder, name="drafter.safetensors"):
-    """Write the file in the folder, whole or not at all: the drafter's parameters, nothing of the policy."""
+    """Write the file in the folder, whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / f"{name}.part", metadata={"format": "pt"})
@@ -127,6 +131,7 @@ class LearnedDrafts:
     """
 
     needs_hidden, samples = True, True  # wants features; its guesses are samples of a q that it tells
+    PIECE = 256  # columns caught up with at once: the mask of 12,000 at once would take gigabytes
 
     def __init__(self, drafter):
         self.drafter = drafter
@@ -160,11 +165,14 @@ class LearnedDrafts:
         gap = max(1, max(end - have for end, have in zip(ends, self.have)))
         have = torch.tensor(self.have[:n], device=device)
         self.have[:n] = ends
-        columns = have[:, None] + torch.arange(gap, device=device)  # (n, gap); beyond a row's own gap: stale, and overwritten before anyone looks
-        columns = columns.clamp(max=engine.tokens.shape[1] - 2)
-        positions, mask = attend(self.cache, rows, have, max(ends) + gap, gap)
-        out = self.run(engine.tokens[rows].gather(1, columns + 1), engine.hidden[each[:, None], columns], self.drafter.angles(positions), mask)
-        feature = out[each, (lens - have - 1).clamp(min=0)][:, None]  # (n, 1, D), h' at position lens
+        out = []
+        for done in range(0, gap, self.PIECE):
+            part = min(self.PIECE, gap - done)
+            columns = (have + done)[:, None] + torch.arange(part, device=device)  # beyond a row's own gap: stale, and overwritten before anyone looks
+            columns = columns.clamp(max=engine.tokens.shape[1] - 2)
+            positions, mask = attend(self.cache, rows, have + done, max(1, *ends), part)
+            out.append(self.run(engine.tokens[rows].gather(1, columns + 1), engine.hidden[each[:, None], columns], self.drafter.angles(positions), mask))
+        feature = torch.cat(out, 1)[each, (lens - have - 1).clamp(min=0)][:, None]  # (n, 1, D), h' at position lens
         # angles, masks and slots of all the single steps at once
         positions, mask = attend(self.cache, rows, lens, max(ends) + k, k)  # (n, k), (n, 1, groups * k, view)
         cos, sin = self.drafter.angles(positions)
@@ -182,24 +190,16 @@ class LearnedDrafts:
 
 
 class NGramDrafts:
-    """No parameters: what followed the longest recent suffix (n to 1 tokens), in this response, its siblings, or earlier rollouts of the same prompt."""
+    """No parameters: what followed the longest recent suffix (n to 1 tokens), in this response or its siblings."""
 
     needs_hidden, samples = False, False
+    reserve = admit = move = lambda self, *args: None
 
-    def __init__(self, n=4, prompts=1024):
-        self.n, self.prompts, self.tables = n, prompts, {}
+    def __init__(self, n=4):
+        self.n, self.tables = n, {}
 
     def begin(self):
-        pass
-
-    def reserve(self, engine, slots, room):
-        pass
-
-    def admit(self, rows):
-        pass
-
-    def move(self, source, target):
-        pass
+        self.tables = {}  # of the last rollout's prompts
 
     def propose(self, engine, n, k, width, noise, sampling):
         """As LearnedDrafts.propose; one guess per depth, and no logits."""
@@ -215,10 +215,7 @@ class NGramDrafts:
 
     def learn(self, row):
         """Enter the row's new tokens in its prompt's table: suffix -> (the text, where it goes on). The newest occurrence wins."""
-        key = tuple(row.group.prompt)
-        if key not in self.tables and len(self.tables) >= self.prompts:
-            self.tables.pop(next(iter(self.tables)))  # the oldest prompt
-        table, tokens = self.tables.setdefault(key, {}), row.tokens
+        table, tokens = self.tables.setdefault(tuple(row.group.prompt), {}), row.tokens
         for end in range(getattr(row, "learned", 1), len(tokens)):
             for m in range(1, min(self.n, end) + 1):
                 table[tuple(tokens[end - m:end])] = (tokens, end)
@@ -231,6 +228,8 @@ class NGramDrafts:
 
 class FeatureBuffer:
     """Finished responses with their features, bounded by bytes: the oldest leave first. Each row carries the number of the rollout that made it."""
+
+    LONGEST = 2048
 
     def __init__(self, limit=256 << 20):
         self.rows, self.bytes, self.limit, self.rollout = deque(), 0, limit, 0
@@ -254,26 +253,27 @@ class FeatureBuffer:
             self.bytes -= self.rows.popleft()[1].nbytes
 
     def pack(self, tokens, rng):
-        """Random sequences, together about `tokens` long, as one packed batch."""
+        """Random sequences, together about `tokens` long, as one packed batch. Of very long ones a random stretch of LONGEST: more would not fit the memory."""
         picked, total = [], 0
         while total < tokens:
-            row = self.rows[rng.randrange(len(self.rows))]
-            picked.append(row)
-            total += len(row[0])
+            ids, hidden, start, _ = self.rows[rng.randrange(len(self.rows))]
+            first = rng.randrange(len(ids) - self.LONGEST + 1) if len(ids) > self.LONGEST else 0
+            picked.append((ids[first:][:self.LONGEST], hidden[first:][:self.LONGEST - 1], max(0, start - first)))
+            total += len(picked[-1][0])
         return pack(picked)
 
 
 def pack(rows):
-    """rows: (ids (L,), hidden (L-1, D), prompt length, ...) -> ids (1, N), features, targets (1, N, D), positions (1, N), owner (N,), counted (N,).
+    """rows: (ids (L,), hidden (L-1, D), prompt length) -> ids (1, N), features, targets (1, N, D), positions (1, N), owner (N,), counted (N,).
 
     Entry t of a sequence holds x_{t+1}, h_t and the target h_{t+1}, for t = 0 .. L-3: the last feature has nothing to predict.
     """
-    ids = torch.cat([x[1:-1] for x, *_ in rows])
-    features, targets = (torch.cat([h[cut] for _, h, *_ in rows]) for cut in (slice(None, -1), slice(1, None)))
-    lengths = [len(x) - 2 for x, *_ in rows]
+    ids = torch.cat([x[1:-1] for x, _, _ in rows])
+    features, targets = (torch.cat([h[cut] for _, h, _ in rows]) for cut in (slice(None, -1), slice(1, None)))
+    lengths = [len(x) - 2 for x, _, _ in rows]
     positions = torch.cat([torch.arange(n) for n in lengths])
     owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
-    starts = torch.tensor([p for _, _, p, *_ in rows]).repeat_interleave(torch.tensor(lengths))
+    starts = torch.tensor([p for _, _, p in rows]).repeat_interleave(torch.tensor(lengths))
     return ids[None], features[None], targets[None], positions[None], owner, positions >= starts - 2  # entry t guesses token t+2
 
 
@@ -385,6 +385,9 @@ def main():
     flags.add_argument("--threads", type=int, default=torch.get_num_threads())
     flags.add_argument("--seed", type=int, default=0)
     args = flags.parse_args()
+    for name in ("threads", "prompts", "seconds", "max_new"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")

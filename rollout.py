@@ -40,6 +40,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Cache
 from transformers.utils import logging
 
@@ -270,8 +271,8 @@ def agrees(model, quick):
     """Whether five tokens through the engine's path (with or without fused layers) give the logits of the model's own -> (bool, largest gap)."""
     ids = torch.arange(1, 6, device=model.device)[None] % model.config.vocab_size
     cache = SlotCache(model.config, 1, 8, model.dtype, model.device)
-    parts = [forward(model, cache, slice(0, 1), ids[:, i:j], torch.tensor([i], device=ids.device), j, quick=quick)[1] for i, j in ((0, 3), (3, 5))]
-    gap = (torch.cat(parts, 1) - model(input_ids=ids, use_cache=False).logits).abs().max().item()
+    parts = [forward(model, cache, slice(0, 1), ids[:, i:j], torch.tensor([i], device=ids.device), j, quick=quick) for i, j in ((0, 3), (3, 5))]
+    gap = (model.get_output_embeddings()(torch.cat(parts, 1)) - model(input_ids=ids, use_cache=False).logits).abs().max().item()
     return gap < (1e-3 if model.dtype == torch.float32 else 0.5), gap
 
 
@@ -280,7 +281,7 @@ def load_model(name, device="cpu", dtype=torch.float32):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="slots")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot load a model from {name!r} (`make base` makes base/): {str(error).splitlines()[0]}") from error
     check_supported(model)
     return model.to(device).eval(), tokenizer
@@ -292,6 +293,8 @@ def check_supported(model):
     Layer types are read from the config; the rest is not listed but tried: five tokens through the engine's path and through the model's own.
     """
     config, name = model.config, type(model).__name__
+    if (kind := (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")) in ("dynamic", "longrope"):
+        raise UserError(f"{name}: its rotary angles ({kind}) depend on the longest row of a batch, so a response would depend on its company")
     odd = sorted({*(getattr(config, "layer_types", None) or [])} - {"full_attention"})
     if odd or getattr(config, "sliding_window", None):
         raise UserError(f"{name}: its cache is not plain attention ({', '.join(odd) or 'sliding_window'}); "
@@ -326,7 +329,7 @@ def attend(cache, rows, lens, view, columns, tree=None):
 
 
 def forward(model, cache, rows, ids, lens, view, tree=None, quick=None):
-    """Feed ids (B, T) to the rows (a slice), whose first lens (B,) cache entries are valid -> hidden (B, T, D), logits (B, T, V).
+    """Feed ids (B, T) to the rows (a slice), whose first lens (B,) cache entries are valid -> last hidden states (B, T, D). `get_output_embeddings` makes logits of them.
 
     quick: from `fuse`, or None for the model's own modules.
     """
@@ -337,10 +340,8 @@ def forward(model, cache, rows, ids, lens, view, tree=None, quick=None):
         angles = decoder.rotary_emb(x, positions)
         for i, layer in enumerate(quick):
             x = layer(x, mask, cache, angles, i)
-        hidden = decoder.norm(x)
-    else:
-        hidden = decoder(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
-    return hidden, model.get_output_embeddings()(hidden)
+        return decoder.norm(x)
+    return decoder(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
 
 
 # ---------------------------------------------------------------- the engine
@@ -458,7 +459,7 @@ class Engine:
         each += (self.LONGEST + 1) * config.vocab_size * 4 * 4  # float32: logits, noise, their sum, hash
         fits = int((free * 0.8 - self.spare) / each)
         if fits < 1:
-            raise UserError(f"a sequence of {room} tokens needs {each / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: lower --max-new")
+            raise UserError(f"a sequence of {room} tokens needs {each / 1e9:.2f} GB, the update {self.spare / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: lower --micro-tokens or --max-new")
         if fits < self.slots:
             print(f"memory holds {fits} rows of {room} tokens, not {self.slots} ({each / 1e9:.3f} GB each, {free / 1e9:.1f} GB free): {fits} slots it is", file=sys.stderr)
         return min(self.slots, fits)
@@ -470,7 +471,7 @@ class Engine:
         choose(live rows) -> Draft, asked before each round; without it decoding is plain. If it has an `observe` (see strategy.py), that hears of each round.
         on_token(group index, sample, token), if given, hears every token as it is made (for streaming).
         """
-        groups, waiting, self.live = iter(groups), None, []
+        groups, waiting, size, self.live = iter(groups), None, 0, []
         self.stats = dict(rounds=0, spec_rounds=0, tokens=0, spec_row_rounds=0, spec_tokens=0, spec_drafts=0, seconds=0.0, draft_seconds=0.0,
                           verify_seconds=0.0, drafted=[0] * self.LONGEST, accepted=[0] * self.LONGEST)
         started, live, observe = time.perf_counter(), self.live, getattr(choose, "observe", None)
@@ -479,17 +480,17 @@ class Engine:
             for drafter in self.drafters.values():
                 drafter.begin()
         while True:
-            batch = []
-            while groups is not None:  # take all groups that fit
+            batch, held = [], len(live)
+            while not held or held + size <= self.most:  # a group is asked for only when one like the last would fit: other workers may have room for it
                 waiting = waiting or next(groups, None)
                 if waiting is None:
-                    groups = None
                     break
                 self.check(waiting, sampling)
-                if (live or batch) and len(live) + sum(len(g.seeds) for g in batch) + len(waiting.seeds) > self.most:
+                size = len(waiting.seeds)
+                if held and held + size > self.most:
                     break
                 batch.append(waiting)
-                waiting = None
+                held, waiting = held + size, None
             if batch:
                 self.admit(batch)
             if not live:
@@ -516,8 +517,8 @@ class Engine:
         prompts = torch.nn.utils.rnn.pad_sequence([torch.tensor(g.prompt) for g in batch], batch_first=True).to(device)  # (n, longest)
         longest = prompts.shape[1] - 1
         if longest:
-            hidden, _ = forward(self.model, self.cache, slice(first, first + len(batch)), prompts[:, :-1],
-                                torch.zeros(len(batch), dtype=torch.long, device=device), longest, quick=self.quick)
+            hidden = forward(self.model, self.cache, slice(first, first + len(batch)), prompts[:, :-1],
+                             torch.zeros(len(batch), dtype=torch.long, device=device), longest, quick=self.quick)
         ends = [first]
         for g in batch:
             ends.append(ends[-1] + len(g.seeds))
@@ -539,8 +540,8 @@ class Engine:
     def round(self, draft, sampling, on_token=None, observe=None):
         """Draft, verify, accept for all live rows -> indices of the rows that ended."""
         n, k, width, live = len(self.live), draft.k, draft.width, self.live
-        if k * width > self.LONGEST:
-            raise UserError(f"draft length {k} x width {width}: at most {self.LONGEST} drafts fit a round")
+        if not 0 <= k * width <= self.LONGEST:
+            raise UserError(f"draft length {k} x width {width}: 0 to {self.LONGEST} drafts fit a round")
         # the ratio rule is for chains of sampled drafts that tell their q; everything else is verified by equality, which is always exact
         by_ratio = self.verify == "ratio" and k > 0 and width == 1 and sampling.temperature > 0 and self.drafters[draft.kind].samples
         rows, each = slice(0, n), torch.arange(n, device=self.lens.device)
@@ -555,7 +556,8 @@ class Engine:
             ids = torch.cat([ids, drafts[..., 0], drafts[..., 1:].flatten(1)], 1)  # (B, 1 + k * width): cur, chain, siblings by depth
             tree = caterpillar(k, width, ids.device) if width > 1 else None
         drafted = time.perf_counter()
-        hidden, logits = forward(self.model, self.cache, rows, ids, lens, max(r.length for r in live) + ids.shape[1], tree, self.quick)
+        hidden = forward(self.model, self.cache, rows, ids, lens, max(r.length for r in live) + ids.shape[1], tree, self.quick)
+        logits = self.model.get_output_embeddings()(hidden)
         if by_ratio:
             y, logprob, accepted = verify_ratio(logits, q_logits, ids[:, 1:k + 1], sampling, self.seeds[rows], index)
         else:

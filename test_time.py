@@ -487,7 +487,7 @@ class Sweep:
         self.right = {key: np.array([r["right"] for r in mine], float) for key, mine in columns.items()}
         self.attempts = {key: np.array([r["attempts"] for r in mine], float) for key, mine in columns.items() if key[0] not in ("beam", "lookahead", "dvts", "noisy beam")}
         self.cost = {unit: {key: np.array([of(r) for r in mine], float) for key, mine in columns.items()}
-                     for unit, of in (("tokens", lambda r: r["ledger"]["decode"]), ("flops", lambda r: r["flops"]), ("seconds", lambda r: r["ledger"]["seconds"]))}
+                     for unit, of in (("tokens", lambda r: r["ledger"]["decode"]), ("flops", lambda r: r["flops"]))}
         self.weights, self.settings = {r["search"]: r["weights"] for r in rows}, rows[0]
         looks = columns["probe", 4, "weighted"]
         self.easiness = np.array([r["score"] for r in looks])
@@ -574,11 +574,11 @@ def matched(s):
 
 
 def draw(s, args, path):
-    """Accuracy against tokens, FLOPs and seconds (a question's share, when many are asked at once); the noisy verifier; best strategy by difficulty and budget; sequential against parallel; small against large."""
+    """Accuracy against tokens, FLOPs and (from `speed`) seconds; the noisy verifier; best strategy by difficulty and budget; sequential against parallel; small against large."""
     figure, axes = pyplot().subplots(2, 4, figsize=(21, 9))
     shown = {"best-of-N": ("parallel", "max"), "weighted": ("parallel", "weighted"), "majority": ("parallel", "majority"), "beam": ("beam", "weighted"),
              "lookahead": ("lookahead", "weighted"), "DVTS": ("dvts", "weighted")}
-    for axis, unit in zip(axes[0], ("tokens", "flops", "seconds")):
+    for axis, unit in zip(axes[0], ("tokens", "flops")):
         cost = s.cost[unit]
         for name, (search, how) in shown.items():
             axis.plot(*zip(*sorted((cost[k].mean(), s.right[k].mean()) for k in s.right if (k[0], k[2]) == (search, how))), "o-", ms=3, label=name)
@@ -587,7 +587,7 @@ def draw(s, args, path):
         for difficulty, style in (("predicted", "k-"), ("known", "k:")):
             line = [x for b in s.budgets(unit, 12) if (x := s.optimal(unit, b, difficulty))]
             axis.plot([x[1].mean() for x in line], [x[0].mean() for x in line], style, label=f"compute-optimal, {difficulty} difficulty")
-        axis.set(xscale="log", xlabel={"tokens": "tokens emitted for a question", "flops": "FLOPs for a question", "seconds": "seconds for a question"}[unit], ylabel="right")
+        axis.set(xscale="log", xlabel={"tokens": "tokens emitted for a question", "flops": "FLOPs for a question"}[unit], ylabel="right")
     ticks = dict(xlabel="difficulty (fifths; 5: hardest)", xticks=range(5), xticklabels=range(1, 6))
     for name, search, style in (("weighted", "parallel", "o-"), ("beam", "beam", "o-"), ("weighted, noisy verifier", "noisy parallel", "o--"), ("beam, noisy verifier", "noisy beam", "o--")):
         axes[0, 3].plot(s.by_bin(s.right[search, 16, "weighted"]), style, label=name)
@@ -611,12 +611,14 @@ def draw(s, args, path):
     timed = Path(args.json).with_suffix(".speed.jsonl")
     for row in map(json.loads, timed.read_text().splitlines()) if timed.exists() else ():
         right = next(s.right[row["search"], row["n"], how].mean() for how in ("chains", "weighted", "majority") if (row["search"], row["n"], how) in s.right)
-        line, = axes[1, 3].plot([row["plain"], row["speculative"]], [right, right], "-")
-        axes[1, 3].plot(row["plain"], right, "o", mfc="w", color=line.get_color())
-        axes[1, 3].plot(row["speculative"], right, "o", color=line.get_color(), label=f"{row['search']}, N = {row['n']}")
-    axes[1, 3].set(title="one question at a time: plain (o), with the drafter (●)", xscale="log", xlabel="seconds for a question", ylabel="right")
-    for axis in axes.flat:
-        if axis.lines and axis not in axes[0, 1:3]:  # their lines are those of the first
+        line, = axes[0, 2].plot([row["plain"], row["speculative"]], [right, right], "-")
+        axes[0, 2].plot(row["plain"], right, "o", mfc="w", color=line.get_color())
+        axes[0, 2].plot(row["speculative"], right, "o", color=line.get_color(), label=f"{row['search']}, N = {row['n']}")
+    axes[0, 2].set(title="one question at a time: plain (white), with the drafter", xscale="log", xlabel="seconds for a question", ylabel="right")
+    axes[1, 3].axis("off")
+    axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), title="first two panels", loc="center")
+    for axis in axes.flat[2:]:
+        if axis.lines:
             axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=90)

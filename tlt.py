@@ -47,12 +47,12 @@ import torch
 import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 
-from drafter import Drafter, FeatureBuffer, LearnedDrafts, NGramDrafts, Trainer, save_weights
+from drafter import Drafter, FeatureBuffer, LearnedDrafts, NGramDrafts, Trainer
 from report import STATES
 from rollout import Engine, run
 from strategy import make_strategy
 from tasks import UserError
-from train_grpo import Alone, Config, flag, logits_at, parse_flags, train
+from train_grpo import Alone, Config, bfloat16, flag, logits_at, parse_flags, restarted, train
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,13 @@ class Spot:
     def __init__(self, actor, config, rank):
         torch.manual_seed(config.seed)  # every worker's drafter starts alike
         self.learner, self.served = Drafter(actor, torch.float32), Drafter(actor)
-        places = [Path(config.out) / "drafter"] * config.resume + [Path(config.drafter_from)] * bool(config.drafter_from) + [Path(config.model) / "drafter"]
+        places = [Path(config.out) / "drafter"] * (config.resume or restarted()) + [Path(config.drafter_from)] * bool(config.drafter_from) + [Path(config.model) / "drafter"]
         start = next((p for p in places if (p / "drafter.safetensors").exists()), None)
         if start:
             self.learner.load(start)
         self.fresh = self.young = start is None  # not warm-started yet; has much to learn
         self.trainer, self.buffer = Trainer(self.learner, seed=config.seed * 1000 + rank), FeatureBuffer()
         self.since, self.steps, self.loss = 0, 0, 0.0  # micro-steps since the last average; micro-steps and their losses since the last notes
-        self.saving = None
 
     def begin(self, rollout):
         self.buffer.begin(rollout)
@@ -139,16 +138,8 @@ class Spot:
         self.since = 0
 
     def save(self, folder):
-        """In the background: the copy that the engine uses does not change before the next rollout, and is small."""
-        self.wait()
         self.trainer.publish(self.served)
-        snapshot = {k: v.clone() for k, v in self.served.state_dict().items()}
-        self.saving = threading.Thread(target=save_weights, args=(snapshot, folder))
-        self.saving.start()
-
-    def wait(self):
-        if self.saving:
-            self.saving.join()
+        self.served.save(folder)
 
 
 class Team(Alone):
@@ -176,7 +167,8 @@ class Team(Alone):
         if not self.sharded:
             return super().prepare(model)
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-        actor = copy.deepcopy(model).to(torch.bfloat16 if self.device != "cpu" else torch.float32).requires_grad_(False)
+        actor = copy.deepcopy(model).requires_grad_(False)
+        actor = bfloat16(actor) if self.device != "cpu" else actor
         mesh = torch.distributed.device_mesh.init_device_mesh(self.accelerator.device.type, (self.size,))
         for part in (*model.get_decoder().layers, model):
             fully_shard(part, mesh=mesh)
@@ -269,8 +261,7 @@ class Team(Alone):
     def deploy(self, folder):
         """The drafter, and what decodes with it in stock transformers."""
         if self.spot:
-            self.spot.trainer.publish(self.spot.served)
-            self.spot.served.save(folder / "drafter")
+            self.spot.save(folder / "drafter")
             shutil.copytree(Path(__file__).parent / "custom_generate", folder / "custom_generate", ignore=shutil.ignore_patterns("__pycache__"))
 
     def sum(self, tensors):
@@ -307,11 +298,7 @@ def worker(config, tell=lambda state: None):
     torch.manual_seed(config.seed)
     team = Team(config, tell)
     train(config, team)
-    if team.spot:
-        team.spot.wait()
-    team.accelerator.end_training()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    team.accelerator.end_training()  # leaves the process group, too
 
 
 class Pulse:
@@ -323,27 +310,21 @@ class Pulse:
         self.state, self.heard = mp.get_context("spawn").Array("i", count, lock=False), mp.get_context("spawn").Array("d", [time.time()] * count, lock=False)
 
     def tell(self, rank, state):
-        self.state[rank], self.heard[rank] = self.NAMES.index(state) if state in self.NAMES else self.state[rank], time.time()
+        self.state[rank], self.heard[rank] = self.NAMES.index(state), time.time()
 
     def doing(self, rank):
         return self.NAMES[self.state[rank]]
 
     def silent(self, patience):
-        """Workers that have said nothing for so many seconds. Those that wait for a hung one in a collective are silent, too."""
-        return [rank for rank, heard in enumerate(self.heard) if self.state[rank] and time.time() - heard > patience]  # a start may take long: it loads the model
+        """Workers that have said nothing for so many seconds. Those that wait for a hung one in a collective are silent, too. A start (it loads the model) and
+        a checkpoint may take long."""
+        return [rank for rank, heard in enumerate(self.heard) if self.doing(rank) not in ("start", "checkpoint") and time.time() - heard > patience]
 
 
 def spawned(rank, config, count, port, threads, said, pulse):
     """A child process: set what torchrun would set, and never outlive the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=lambda: (mp.parent_process().join(), os._exit(1)), daemon=True).start()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS=str(threads))
     torch.set_num_threads(threads)
@@ -369,32 +350,25 @@ def spawn(config, count):
     pulse = Pulse(count)
     context = mp.spawn(spawned, (config, count, port, threads, said, pulse), nprocs=count, join=False)
 
-    def stop():
+    try:
+        while not context.join(timeout=1.0, grace_period=3):  # when one has died, a hung one gets 3 s, not torch's 30
+            if hung := [rank for rank in pulse.silent(config.patience) if context.processes[rank].is_alive()]:
+                sys.exit(f"tlt.py: no sign of life for {config.patience:g} s from " + ", ".join(f"worker {r} ({pulse.doing(r)})" for r in hung)
+                         + "; all were stopped. Continue with --resume; if it was only slow, with a larger --patience.")
+    except mp.ProcessExitedException as error:
+        if not said.empty():
+            raise UserError(said.get()) from error
+        cause = f"signal {error.signal_name}" if error.signal_name else f"exit status {error.exit_code}"
+        sys.exit(f"tlt.py: worker {error.error_index} died ({cause}) in state {pulse.doing(error.error_index)}; the others were stopped. Continue with --resume.")
+    except mp.ProcessRaisedException as error:
+        sys.exit(f"tlt.py: worker {error.error_index} failed in state {pulse.doing(error.error_index)}; the others were stopped. Continue with --resume.\n{error}")
+    finally:  # whatever happened, Ctrl-C included
         for process in context.processes:
             process.terminate()
         for process in context.processes:
             process.join(5)
             if process.is_alive():
                 process.kill()
-
-    try:
-        while not context.join(timeout=1.0, grace_period=3):  # when one has died, a hung one gets 3 s, not torch's 30
-            if hung := [rank for rank in pulse.silent(config.patience) if context.processes[rank].is_alive()]:
-                stop()
-                sys.exit(f"tlt.py: no sign of life for {config.patience:g} s from " + ", ".join(f"worker {r} ({pulse.doing(r)})" for r in hung)
-                         + "; all were stopped. Continue with --resume; if it was only slow, with a larger --patience.")
-    except mp.ProcessExitedException as error:
-        stop()
-        if not said.empty():
-            raise UserError(said.get()) from error
-        cause = f"signal {error.signal_name}" if error.signal_name else f"exit status {error.exit_code}"
-        sys.exit(f"tlt.py: worker {error.error_index} died ({cause}) in state {pulse.doing(error.error_index)}; the others were stopped. Continue with --resume.")
-    except mp.ProcessRaisedException as error:
-        stop()
-        sys.exit(f"tlt.py: worker {error.error_index} failed in state {pulse.doing(error.error_index)}; the others were stopped. Continue with --resume.\n{error}")
-    except KeyboardInterrupt:
-        stop()
-        raise
 
 
 def demo_flags():

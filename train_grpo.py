@@ -209,11 +209,16 @@ class Clock:
 
     def take(self):
         """The spans (state, start, end) since the last call."""
-        state = self.state
-        self.enter("")
-        self.state = state
-        spans, self.spans = self.spans, []
+        now = time.time()
+        spans, self.spans, self.since = [*self.spans, (self.state, self.since, now)], [], now
         return spans
+
+
+def bfloat16(model):
+    """Its weights in bfloat16, in place. Not `model.bfloat16()`: that rounds the buffers, too, and rotary frequencies rounded to 8 bits are other angles far from the start."""
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    return model
 
 
 class Alone:
@@ -227,7 +232,7 @@ class Alone:
 
     def prepare(self, model):
         """-> (the policy that learns, the one that generates). On a GPU the rollout runs on a bfloat16 copy of the fp32 policy; on a CPU on the policy itself."""
-        return model, copy.deepcopy(model).bfloat16().requires_grad_(False) if self.device != "cpu" else model
+        return model, bfloat16(copy.deepcopy(model).requires_grad_(False)) if self.device != "cpu" else model
 
     def engine(self, actor, stop, slots, spare):
         return Engine(actor, stop, slots, spare=spare)
@@ -286,7 +291,8 @@ def train(config, team):
     reference = load_model(config.model, team.device)[0].requires_grad_(False) if config.kl else None
     sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
     # what the update will take: gradients and Adam's moments, and for each token of a micro-batch three rows as wide as the vocabulary
-    spare = 12 * sum(p.numel() for p in model.parameters()) // (team.size if team.sharded else 1) + 12 * config.micro_tokens * model.config.vocab_size
+    # (at most 8 GB of these: an update that runs out of memory is cut finer)
+    spare = 12 * sum(p.numel() for p in model.parameters()) // (team.size if team.sharded else 1) + min(8 << 30, 12 * config.micro_tokens * model.config.vocab_size)
     engine = team.engine(actor, stop_tokens(model, tokenizer), max(config.slots, config.samples, config.eval_samples), spare)
     for split in ("train", "test"):  # mistakes show here, before anything runs
         engine.reserve(len(encode_prompt(task.problem(split, 0), tokenizer, config.prompt_style)) + config.max_new)

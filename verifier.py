@@ -20,10 +20,9 @@ How good is it? Over all questions together an AUC flatters: easy questions have
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
+from drafter import load_weights, save_weights
 from rollout import Group, sequence_seed
-from tasks import UserError
 
 
 class Verifier(torch.nn.Module):
@@ -41,16 +40,12 @@ class Verifier(torch.nn.Module):
         return (so_far + hope).exp()
 
     def save(self, folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), Path(folder) / "verifier.safetensors")
+        save_weights(self.state_dict(), folder, "verifier.safetensors")
 
     @classmethod
     def load(cls, folder, width):
-        made, path = cls(width), Path(folder) / "verifier.safetensors"
-        try:
-            made.load_state_dict(load_file(path))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot load a verifier for this policy from {path} (`python test_time.py learn` makes one): {str(error).splitlines()[0]}") from error
+        made = cls(width)
+        load_weights(made, Path(folder) / "verifier.safetensors", "a verifier (`python test_time.py learn`)")
         return made
 
 
@@ -120,9 +115,8 @@ def auc(scores, labels, place=None, margin=0.5):
     """Chance that of two steps whose labels differ by at least `margin` the better one has the higher score; ties count half. place (S, 2): compare only steps
     of the same question and number. None: all with all. nan if there is no such pair."""
     right = pairs = 0.0
-    groups = [torch.arange(len(scores))] if place is None else [g for g in torch.unique(place, dim=0, return_inverse=True)[1].argsort(stable=True).split(
-        torch.unique(place, dim=0, return_counts=True)[1].tolist())]
-    for g in groups:
+    which, counts = torch.unique(torch.zeros(len(scores), 1) if place is None else place, dim=0, return_inverse=True, return_counts=True)[1:]
+    for g in which.argsort(stable=True).split(counts.tolist()):
         s, y = scores[g], labels[g]
         for part in range(0, len(g), 512):  # (512, n) at a time
             better = y[part:part + 512, None] - y >= margin

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -494,3 +495,16 @@ def test_what_does_not_fit_memory_is_cut_finer_and_done_again(monkeypatch, capsy
     monkeypatch.undo()
     monkeypatch.setattr(torch.nn.Module, "zero_grad", lambda self: None)  # what a failed try has summed up stays
     caught(check_out_of_memory, 100, monkeypatch)
+
+
+def check_rotary(cast):
+    """The rollout's bfloat16 copy turns by the policy's own angles: rounded to 8 bits they would be others, the further on the worse."""
+    model = tiny()
+    own, copied = (m.get_decoder().rotary_emb(torch.zeros(1), torch.arange(200)[None])[0] for m in (model, cast(copy.deepcopy(model))))
+    assert torch.equal(own, copied.float())
+
+
+def test_the_bfloat16_copy_keeps_its_rotary_angles():
+    check_rotary(train_grpo.bfloat16)
+    assert {p.dtype for p in train_grpo.bfloat16(tiny()).parameters()} == {torch.bfloat16}
+    caught(check_rotary, lambda model: model.bfloat16())

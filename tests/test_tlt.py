@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 import bench
 import tlt
 import train_grpo
+from drafter import Drafter
 from rollout import Draft, Engine, Group, Sampling
 from tasks import UserError
 from tlt import Board, TLTConfig
@@ -24,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--device", "cpu", "--prompts", "6", "--samples", "4", "--max-new", "24", "--slots", "8", "--eval-problems", "4", "--eval-samples", "2", "--eval-every", "2",
          "--save-every", "1", "--lr", "1e-3"]
 TLT = ["--warm-start", "0"]
+LEARN = ["--max-new", "96", "--lr", "3e-4"]  # for the policy that is able to
 
 
 def launch(model_folder, out, *argv, door=("tlt.py",), **environment):
@@ -72,15 +75,23 @@ def wait_for(condition, seconds=60):
 
 
 def check_same_run(a, b, tolerance=0.0):
+    """tolerance: distance of the two policies, as a share of the way that they have come (Adam makes steps of what rounding leaves of tiny gradients)."""
     for x, y in zip(metrics(a), metrics(b), strict=True):
         assert all(x.get(key) == y.get(key) for key in ("digest", "reward", "length", "eval"))
         assert x.get("gap_max", 0) < 1e-4  # fp32 rollout and trainer agree
-    x, y = (load_file(out / "policy/model.safetensors") for out in (a, b))
-    assert all(torch.allclose(x[k], y[k], atol=tolerance, rtol=0) for k in x)
+        assert abs(x.get("grad_norm", 0) - y.get("grad_norm", 0)) <= 1e-4 * x.get("grad_norm", 0)
+    start, x, y = (torch.cat([w.flatten() for _, w in sorted(load_file(path / "model.safetensors").items())]) for path in (ROOT / "base", a / "policy", b / "policy"))
+    assert (x - start).norm() > 0 and (x - y).norm() <= tolerance * (x - start).norm()
 
 
 @pytest.fixture(scope="module")
-def runs(model_folder, tmp_path_factory):
+def able(tmp_path_factory):
+    """A policy that solves some problems and so learns from the first step on: base/ without its drafter."""
+    return shutil.copytree(ROOT / "base", tmp_path_factory.mktemp("able") / "base", ignore=shutil.ignore_patterns("drafter", "chain"))
+
+
+@pytest.fixture(scope="module")
+def runs(able, tmp_path_factory):
     """The same small run through every door (1, 2, 3 workers, torchrun, accelerate launch, train_grpo.py alone), and with all kinds of drafting. Two at a time: there may be two cores."""
     folder = tmp_path_factory.mktemp("runs")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tlt.py")
@@ -88,11 +99,11 @@ def runs(model_folder, tmp_path_factory):
             "warm": ("--workers", 2, "--warm-start", 4, "--drafter", "static", "--strategy", 4), "sharded": ("--workers", 2, "--shard")}
     doors = {"torchrun": torchrun, "accelerate": ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "tlt.py")}  # multi_gpu: several processes, says --device of what kind
     for pair in (("2", "3"), ("torchrun", "plain"), ("warm", "sharded"), ("accelerate",)):
-        running = [launch(model_folder, folder / name, "--steps", 2, *jobs.get(name, ()), door=doors.get(name, ("tlt.py",))) for name in pair]
+        running = [launch(able, folder / name, *LEARN, "--steps", 2, *jobs.get(name, ()), door=doors.get(name, ("tlt.py",))) for name in pair]
         if "accelerate" in pair:
-            here(tlt.main, model_folder, folder / "1", "--steps", 2, "--workers", 1)
-            here(train_grpo.main, model_folder, folder / "alone", "--steps", 2)
-            here(tlt.main, model_folder, folder / "bandit", "--steps", 2, "--workers", 1, "--strategy", "beg-mab")
+            here(tlt.main, able, folder / "1", *LEARN, "--steps", 2, "--workers", 1)
+            here(train_grpo.main, able, folder / "alone", *LEARN, "--steps", 2)
+            here(tlt.main, able, folder / "bandit", *LEARN, "--steps", 2, "--workers", 1, "--strategy", "beg-mab")
         for name, process in zip(pair, running):
             (folder / name / "printed.txt").write_text(finish(process))
     return folder
@@ -100,7 +111,7 @@ def runs(model_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("other", ["alone", "2", "3", "torchrun", "plain", "warm", "bandit", "sharded", "accelerate"])
 def test_every_door_number_of_workers_and_kind_of_drafting_gives_the_same_run(runs, other):
-    check_same_run(runs / "1", runs / other, 0.0 if other in ("alone", "bandit") else 1e-5)
+    check_same_run(runs / "1", runs / other, 0.0 if other in ("alone", "bandit") else 0.02)
 
 
 def test_a_run_leaves_its_drafter_and_its_timeline(runs):
@@ -118,11 +129,9 @@ def test_a_run_leaves_its_drafter_and_its_timeline(runs):
     assert metrics(runs / "plain")[1]["seconds"]["speculative"] == 0 and metrics(runs / "warm")[1]["seconds"]["rollout"] < metrics(runs / "warm")[1]["seconds"]["speculative"]
 
 
-def test_the_policy_moved_and_another_seed_is_seen(runs, model_folder):
-    start, end = load_file(model_folder / "model.safetensors"), load_file(runs / "1/policy/model.safetensors")
-    rewards = [row.get("reward", 0) for row in metrics(runs / "1")]
-    assert max(rewards) == 0 or not torch.equal(start["lm_head.weight"], end["lm_head.weight"])
-    here(tlt.main, model_folder, runs / "other", "--steps", 2, "--workers", 1, "--seed", 1)
+def test_the_policy_learns_and_another_seed_is_seen(runs, able):
+    assert all(row["grad_norm"] > 0 for row in metrics(runs / "1") if "eval" not in row)
+    here(tlt.main, able, runs / "other", *LEARN, "--steps", 2, "--workers", 1, "--seed", 1)
     caught(check_same_run, runs / "1", runs / "other")
 
 
@@ -134,10 +143,10 @@ def test_workers_share_the_rollout_and_draw_it(runs):
         assert abs(sum(v for k, v in s.items() if k != "step") - s["step"]) < 1e-6
 
 
-def test_two_workers_resume_exactly(runs, model_folder, tmp_path):
-    finish(launch(model_folder, tmp_path, "--steps", 1, "--workers", 2, "--eval-every", 0))
+def test_two_workers_resume_exactly(runs, able, tmp_path):
+    finish(launch(able, tmp_path, *LEARN, "--steps", 1, "--workers", 2, "--eval-every", 0))
     (tmp_path / "config.json").unlink()
-    finish(launch(model_folder, tmp_path, "--steps", 2, "--workers", 2, "--eval-every", 0, "--resume"))
+    finish(launch(able, tmp_path, *LEARN, "--steps", 2, "--workers", 2, "--eval-every", 0, "--resume"))
     x, y = (load_file(folder / "policy/model.safetensors") for folder in (runs / "2", tmp_path))
     assert all(torch.equal(x[k], y[k]) for k in x)
 
@@ -363,14 +372,37 @@ def test_nobody_takes_more_than_a_fair_share_at_once():
     assert len(bench.simulate([[5] * 16] * 16, 8, 256, {n: (1.0, 1.0) for n in range(1, 10)})) == 8
 
 
+def test_a_restart_keeps_the_drafter_that_was_trained(tmp_path, monkeypatch):
+    policy = tiny()
+    Drafter(policy).save(tmp_path / "drafter")
+    spot = lambda: tlt.Spot(policy, TLTConfig(out=str(tmp_path), model="nowhere"), 0)
+    assert spot().fresh
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not spot().fresh
+
+
 def test_the_engine_holds_back_what_it_may_not_hold(model_folder):
     from rollout import Engine, Sampling
-    engine, seen = Engine(tiny(), {1}, slots=16, context=64), []
-    groups = [Group(i, [5, 6, 7], [i * 10 + k for k in range(4)]) for i in range(5)]
-    run = lambda: {(r.group, r.sample): r.tokens for r in engine.generate(groups, Sampling(max_new=12), lambda live: seen.append(len(live)) or Draft())}
+    engine, seen, drawn, begun = Engine(tiny(), {1}, slots=16, context=64), [], [], set()
+
+    def groups():
+        for i in range(5):
+            drawn.append(i)
+            yield Group(i, [5, 6, 7], [i * 10 + k for k in range(4)])
+
+    def choose(live):
+        seen.append(len(live))
+        begun.update(row.group.index for row in live)
+        assert len(drawn) == len(begun)  # a group that waits here is one that another worker could have begun
+        return Draft()
+
+    def run():
+        for found in (seen, drawn, begun):
+            found.clear()
+        return {(r.group, r.sample): r.tokens for r in engine.generate(groups(), Sampling(max_new=12), choose)}
+
     free = run()
     assert max(seen) == 16
-    seen.clear()
     engine.most = 4
     assert run() == free and max(seen) == 4
 
