@@ -2,6 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 STEPS ?=
+ARGS ?=
 OUT ?= runs/demo
 MODEL ?= base
 START ?=
@@ -17,8 +18,8 @@ help:  ## what can be made
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-demo: .venv/installed  ## train a policy with TLT, then the last steps once more without, side by side (about 13 minutes on 2 cores); longer: make demo STEPS=60
-	$(RUN) tlt.py --demo --out $(OUT) $(if $(STEPS),--steps $(STEPS))
+demo: .venv/installed  ## train a policy with TLT, then the last steps once more without, side by side (about 13 minutes on 2 cores); longer: STEPS=60; to go on after Ctrl-C: ARGS=--resume
+	$(RUN) tlt.py --demo --out $(OUT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 	$(RUN) bench.py paired --run $(OUT) --json $(OUT)/paired.json
 
 test: .venv/installed  ## all tests (about 5 minutes on 2 cores)

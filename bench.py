@@ -1,7 +1,7 @@
 """Every speed in the README, measured side by side in one run: `python bench.py engine --json out.json`.
 
-Parties take turns (A B A B ...) in one process on the same cores, so that whatever else the machine does hits them alike; each figure is the median over
-the rounds, each comparison a ratio of medians. Every sub-command prints one table and, with --json FILE, writes
+Parties take turns (A B A B ...) on the same cores, so that whatever else the machine does hits them alike; each figure is the median over the rounds, each
+comparison a ratio of medians. (`paired` and `drafter` compare training runs, `scale` predicts; they say how.) Every sub-command prints one table and, with --json FILE, writes
 
     {"name": sub-command, "ratio": headline, "machine": {torch, threads, cores, cpu, gpu}, "rows": [...]}
 
@@ -108,7 +108,9 @@ def engine(args):
                 out = stock.generate_batch(inputs=prompts, generation_config=GenerationConfig(**{**settings, "eos_token_id": max(stop)}), progress_bar=False)
             return sum(len(x.generated_tokens) for x in out.values())
 
-        one = {"prompt lookup": lambda: theirs(prompt_lookup_num_tokens=4), "with drafter": lambda: theirs(partial(generate, stock))}
+        one = {"prompt lookup": lambda: theirs(prompt_lookup_num_tokens=4)}
+        if (Path(args.model) / "drafter").exists():
+            one["with drafter"] = lambda: theirs(partial(generate, stock))
         parties = {"engine": mine, "generate": theirs, **(one if batch == 1 else {"continuous": continuous})}
         speeds = {name: speed for name, (speed, _) in take_turns(parties, args.rounds, f"batch {batch}").items()}
         rows.append({"batch": batch, **speeds, "ratio": speeds["engine"] / max(v for k, v in speeds.items() if k in ("generate", "continuous", "prompt lookup"))})
@@ -143,9 +145,11 @@ def identity(args):
     rng = random.Random(args.seed)
     modes = {**{f"chain {k}": Draft("learned", k) for k in range(1, 9)}, "tree 4x2": Draft("learned", 4, 2), "n-gram 4": Draft("n-gram", 4), "changing": None}
     rows = []
-    for title, sampling, count in (("temperature 1", Sampling(max_new=args.max_new), args.responses), ("temperature 0", Sampling(0.0, max_new=args.max_new), 128),
+    for title, sampling, count in (("temperature 1", Sampling(max_new=args.max_new), args.responses), ("temperature 0", Sampling(0.0, max_new=args.max_new), 64),
                                    ("top-p 0.9", Sampling(top_p=0.9, max_new=args.max_new), 256)):
-        groups = groups_for(Countdown(), tokenizer, count, args.seed)
+        groups = groups_for(Countdown(), tokenizer, count * (1 if sampling.temperature else 16), args.seed)
+        if not sampling.temperature:
+            groups = [replace(g, seeds=g.seeds[:1]) for g in groups]  # all samples of a prompt would be the same
         made.reserve(room(groups, args))
         plain = {(r.group, r.sample): r for r in made.generate(groups, sampling)}
         for name, draft in tqdm(modes.items(), desc=title):
@@ -184,7 +188,6 @@ def speculation(args):
     """Ways to draft against plain rollout of the same engine, same tokens. Ratio: goodput over plain on the last workload. With --json F also a picture beside it.
 
     one: one row at a time. tail: 8 rows, until the last is done. bulk: full slots, short responses. mixed: --responses, at their natural lengths, in --slots.
-    oracle: for each bucket of batch sizes the fixed length that was fastest there, in hindsight.
     """
     fixed = {"plain": Draft(), **{f"chain {k}": Draft("learned", k) for k in (1, 2, 4, 6, 8, 12)}}
     others = {"tree 4x2": Draft("learned", 4, 2), "n-gram 4": Draft("n-gram", 4), "ratio 4": Draft("learned", 4)}
@@ -202,10 +205,9 @@ def speculation(args):
             engine.reserve(room(groups, args))
 
             def go():
-                watch = Watch(strategy if name in adaptive else lambda live: strategy)
-                made = sum(len(r.tokens) for r in engine.generate(groups, Sampling(max_new=limit), watch))
+                made = sum(len(r.tokens) for r in engine.generate(groups, Sampling(max_new=limit), strategy if name in adaptive else lambda live: strategy))
                 s = engine.stats
-                notes[name] = (s["spec_tokens"] / max(1, s["spec_row_rounds"]), s["draft_seconds"] / s["seconds"], s["rounds"], watch.found)
+                notes[name] = (s["spec_tokens"] / max(1, s["spec_row_rounds"]), s["draft_seconds"] / s["seconds"], s["rounds"])
                 return made
             return go
 
@@ -214,17 +216,12 @@ def speculation(args):
             go()
         speeds = take_turns(parties, args.rounds, workload)
         for name, (speed, tokens) in speeds.items():
-            per_round, drafting, rounds, _ = notes[name]
+            per_round, drafting, rounds = notes[name]
             rows.append({"workload": workload, "mode": name, "tokens_per_second": speed, "ratio": speed / speeds["plain"][0], "tokens_per_round": per_round,
                          "draft_share": drafting, "rounds": rounds, "tokens": tokens})
-        found = [notes[name][3] for name in fixed]
-        best = sum(made * min(f[size][0] / f[size][1] for f in found if size in f) for size, (_, made, *_) in notes["plain"][3].items())
-        seconds = sum(spent for spent, *_ in notes["plain"][3].values())
-        rows.append({"workload": workload, "mode": "oracle", "ratio": seconds / best, "tokens_per_second": speeds["plain"][0] * seconds / best})
     print(f"\n{'workload':>8} {'mode':>9} {'tok/s':>7} {'ratio':>6} {'tokens per round':>17} {'drafting':>9} {'rounds':>7}")
     for r in rows:
-        more = f" {r['tokens_per_round']:17.2f} {r['draft_share']:9.0%} {r['rounds']:7d}" if "rounds" in r else ""
-        print(f"{r['workload']:>8} {r['mode']:>9} {r['tokens_per_second']:7.0f} {r['ratio']:6.2f}{more}")
+        print(f"{r['workload']:>8} {r['mode']:>9} {r['tokens_per_second']:7.0f} {r['ratio']:6.2f} {r['tokens_per_round']:17.2f} {r['draft_share']:9.0%} {r['rounds']:7d}")
     if args.json:
         figure, axis = pyplot().subplots(figsize=(11, 3.6))
         for i, workload in enumerate(args.workloads):
@@ -253,7 +250,7 @@ def train_forever(args, ready, steps):
 
 
 def spot(args):
-    """What drafter training on one core costs a rollout on another: rollouts of --responses in 8 slots, while a process beside them trains, or is stopped, in
+    """What drafter training on one core costs a rollout on another: rollouts of 8 rows, while a process beside them trains, or is stopped, in
     turns. Ratio: rollout speed beside training over speed alone."""
     context = torch.multiprocessing.get_context("spawn")
     ready, steps = context.Event(), context.Value("l", 0)
@@ -266,7 +263,6 @@ def spot(args):
 
     def go(signal_first):
         os.kill(trainer.pid, signal_first)
-        time.sleep(0.1)
         before, started = steps.value, time.perf_counter()
         tokens = sum(len(r.tokens) for _ in range(4) for r in made.generate(groups, Sampling(max_new=args.max_new), lambda live: Draft("learned", 8)))
         trained.append((steps.value - before) / (time.perf_counter() - started))
@@ -293,11 +289,12 @@ def training_costs(args, made, tokenizer, groups):
         for r in responses:  # padded: by repeating, so that it costs what padding costs
             buffer.add(r if not longest else replace(r, tokens=(r.tokens * longest)[:longest + 1 - len(r.prompt)], hidden=r.hidden.repeat(longest, 1)[:longest]))
         useful = sum(len(r.hidden) for r in responses) / sum(len(row[1]) for row in buffer.rows)  # share of tokens that are not padding
-        steps = 5 * args.rounds
+        steps, packed, inner = 20 * args.rounds, [], buffer.pack
+        buffer.pack = lambda *args: packed.append(inner(*args)) or packed[-1]
         started = time.perf_counter()
         for _ in range(steps):
             trainer.step(buffer)
-        speeds[name] = trainer.tokens * useful * steps / (time.perf_counter() - started)
+        speeds[name] = sum(batch[0].shape[1] for batch in packed) * useful / (time.perf_counter() - started)
     optimizer = torch.optim.AdamW(made.model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         for name, save in (("all", lambda: save_checkpoint(Path(folder), 1, made.model, tokenizer, get_state_dict(made.model, optimizer, options=WHOLE), [])),
@@ -485,9 +482,12 @@ def drafter(args):
     for name, steps in runs.items():
         curves[name] = {}
         for step, row in steps.items():
-            total = chance = here = 1.0
-            for c in row["speculation"]["acceptance"][:8]:
-                here = here if c is None else c  # a depth that was not tried
+            found = row["speculation"]["acceptance"][:8]
+            if found[0] is None:
+                continue  # nothing was drafted in this step
+            total = chance = 1.0
+            for c in found:
+                here = here if c is None else c  # a depth that was not tried is as good as the one before
                 chance *= here
                 total += chance
             curves[name][step] = total
@@ -535,9 +535,12 @@ def main():
             sub.add_argument("--trl-batch", type=int, default=64, help="responses in a forward-backward of TRL's")
             sub.add_argument("--drafter", default="", help="folder of a drafter for the policy; else its own (model/drafter)")
             continue
-        sub.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="responses at once (engine)")
-        sub.add_argument("--workloads", nargs="+", default=["one", "tail", "bulk", "mixed"], choices=["one", "tail", "bulk", "mixed"], help="(speculation)")
-        sub.add_argument("--slots", type=int, default=64, help="rows at once (speculation)")
+        if function is engine:
+            sub.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="responses at once")
+            continue
+        if function is speculation:
+            sub.add_argument("--workloads", nargs="+", default=["one", "tail", "bulk", "mixed"], choices=["one", "tail", "bulk", "mixed"])
+        sub.add_argument("--slots", type=int, default=64, help="rows at once (speculation, scale)")
         sub.add_argument("--responses", type=int, default=1024 if function in (identity, scale) else 128, help="how many (identity, speculation, scale)")
         sub.add_argument("--drafter", default="", help="folder of a trained drafter; else the model's own (model/drafter), else one is warm-started")
         sub.add_argument("--warm", type=float, default=60, help="seconds of warm start")

@@ -276,7 +276,7 @@ def encode_prompt(problem, tokenizer, style="auto"):
         style = tokenizer.init_kwargs.get("prompt_style", "chat")
     if style == "trace":
         if not problem.trace:
-            raise UserError("this task has no trace form: the tiny model only knows --task countdown")
+            raise UserError("this task has no trace form: the tiny models know --task countdown (base) and chain (base/chain) only")
         return tokenizer.encode(problem.trace, add_special_tokens=False)
     if style == "base":
         return tokenizer.encode(BASE_PROMPT.format(problem.prompt))
@@ -290,12 +290,8 @@ def encode_prompt(problem, tokenizer, style="auto"):
 
 def make_task(name, data=""):
     """The task of that name. data: "" for its default source, or a folder. A new task is one line here. Raises UserError."""
-    if name == "countdown":
-        return Countdown()
-    if name == "countdown-hard":  # the scale for real language models
-        return Countdown(sizes=(3, 4), high=99)
-    if name == "chain":
-        return Chain()
-    if name == "gsm8k":
-        return GSM8K(data or "hub")
-    raise UserError(f"task {name!r} is none of countdown, countdown-hard, chain, gsm8k")
+    known = {"countdown": Countdown, "countdown-hard": lambda: Countdown(sizes=(3, 4), high=99),  # the scale for real language models
+             "chain": Chain, "gsm8k": lambda: GSM8K(data or "hub")}
+    if name not in known:
+        raise UserError(f"task {name!r} is none of {', '.join(known)}")
+    return known[name]()

@@ -231,8 +231,9 @@ class Team(Alone):
             progress(self.board.add(name + "responses"))
         spare(all_done, self.clock, spot if adaptive else None)
         done = self.everyone(done)
-        if spot and spot.fresh:  # the warm start, with an average every two seconds, lest the workers' drafters drift apart
-            pauses, spot.fresh = [2.0] * round(self.config.warm_start / 2), False
+        if spot and spot.fresh:  # the warm start, with an average about every two seconds, lest the workers' drafters drift apart
+            parts = round(self.config.warm_start / 2) or 1
+            pauses, spot.fresh = [self.config.warm_start / parts] * parts, False
         else:
             pauses = [self.ONE_WORKER_SHARE * (time.time() - started)] if adaptive and self.size == 1 else []
         for seconds in pauses or [0.0] * bool(adaptive):

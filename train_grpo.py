@@ -18,7 +18,7 @@ Rules that keep the sums right (each has a test):
 - The denominators are those of the whole mini-batch, worked out before it is cut: the loss does not depend on micro-batches or workers.
 - Masks come from lengths, never from `!= pad`: the stop token is a decision and gets its gradient.
 - Scoring uses the sampling temperature. The first update of a rollout takes its own log-probabilities as the old ones, so rho is exactly 1; the rollout's
-  are compared with them (the `gap` in metrics.jsonl: the alarm that rollout and trainer are the same policy) and serve as p_old in later updates.
+  are compared with them (`gap_max` in metrics.jsonl: the alarm that rollout and trainer are the same policy) and serve as p_old in later updates.
 - A gradient that is not finite changes nothing: that update is skipped and counted, and after three in a row training stops and names the last checkpoint.
 - Only token ids cross from rollout to update. Who made a response, when, in which batch, must not reach the sums, so mini- and micro-batches are cut by content.
 
@@ -96,7 +96,7 @@ class Config:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         if not 0 < self.temperature < math.inf:
             raise UserError(f"--temperature {self.temperature}: learning needs samples that differ, so it must be above 0")
-        for name in ("lr", "kl", "clip_low", "clip_high", "grad_clip"):
+        for name in ("lr", "kl", "clip_low", "clip_high", "grad_clip", "eval_every", "show_every", "warmup"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a number that is not negative")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -399,7 +399,7 @@ def update(model, reference, optimizer, responses, advantage, step, config, team
     for r, a in zip(responses, advantage):
         r.advantage = a
     counted = [r for r in responses if r.stopped or not config.mask_truncated]
-    stats = dict(loss=0.0, gap_sum=0.0, gap_max=0.0, tokens=0.0, clipped=0.0, kl=0.0)
+    stats = dict(loss=0.0, gap_max=0.0, tokens=0.0, clipped=0.0, kl=0.0)
     norms = []
     model.train()
     for epoch in range(config.epochs):
@@ -432,7 +432,7 @@ def update(model, reference, optimizer, responses, advantage, step, config, team
     everyone = team.everyone(stats)
     total = {k: sum(s[k] for s in everyone) for k in stats}
     tokens = max(1.0, total["tokens"])
-    return {"loss": total["loss"], "grad_norm": stats["norm"], "skipped": len(norms) - len(good), "gap_mean": total["gap_sum"] / tokens * config.epochs,
+    return {"loss": total["loss"], "grad_norm": stats["norm"], "skipped": len(norms) - len(good),
             "gap_max": max(s["gap_max"] for s in everyone), "clipped": total["clipped"] / tokens, "kl": total["kl"] / tokens}
 
 
@@ -468,7 +468,7 @@ def nothing(responses):
 
 def accumulate(model, reference, micros, fresh, config, team):
     """Forward and backward of this worker's micro-batches; gradients add up in the model -> statistics. fresh: the first update of a rollout, whose old policy is the present one."""
-    stats = dict(loss=0.0, gap_sum=0.0, gap_max=0.0, tokens=0.0, clipped=0.0, kl=0.0)
+    stats = dict(loss=0.0, gap_max=0.0, tokens=0.0, clipped=0.0, kl=0.0)
     for micro in micros:
         team.clock.enter("update")
         with torch.autocast(model.device.type, torch.bfloat16) if config.bf16 or team.device != "cpu" else contextlib.nullcontext():
@@ -487,7 +487,6 @@ def accumulate(model, reference, micros, fresh, config, team):
             stats["loss"] += loss.item()
             stats["tokens"] += len(logp)
             if fresh:
-                stats["gap_sum"] += gap.sum().item()
                 stats["gap_max"] = max(stats["gap_max"], gap.max().item())
             else:
                 stats["clipped"] += ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum().item()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import tlt
 import train_grpo
-from report import describe, gantt
+from report import describe, gantt, speculation
 from rollout import Engine, Group, Sampling, run, sequence_seed
 from tasks import Countdown, Grade, UserError
 from train_grpo import Alone, Clock, Config, advantages, micro_batches, parse_flags, pass_at_k, policy_loss, token_logprobs, token_weights, update
@@ -279,6 +279,18 @@ def test_gantt_shows_what_held_most_of_each_moment():
     assert gantt([("rollout", 0, 5), ("idle", 5, 8), ("update", 8, 10)], 0, 10, 10) == "#####...uu"
 
 
+def check_idle_time(found):
+    """Two workers: one trains the drafter from 4 to 10.1, while the other generates until 10. Of 6.3 idle seconds 6.1 are used, and training ends 0.1 s after the last response."""
+    assert math.isclose(found["reclaimed"], 6.1 / 6.3) and math.isclose(found["preempted"], 0.1, abs_tol=1e-9)
+
+
+def test_idle_time_by_hand():
+    spans = [[("rollout", 0, 4), ("drafter", 4, 10.1), ("update", 10.1, 12)], [("speculative", 0, 9), ("reward", 9, 10), ("idle", 10, 10.2), ("update", 10.2, 12)]]
+    counts = dict.fromkeys(["rounds", "spec_rounds", "spec_row_rounds", "spec_tokens", "spec_drafts", "drafter_steps", "drafter_loss", *(f"{x}{j}" for x in ("tried", "right") for j in range(12))], 1)
+    check_idle_time(speculation(spans, [counts, counts])["drafter"])
+    caught(check_idle_time, speculation([spans[0][:1] + spans[1][2:], spans[0]], [counts, counts])["drafter"])
+
+
 def run_main(monkeypatch, *argv):
     monkeypatch.setattr("sys.argv", ["train_grpo.py", *map(str, argv)])
     run(train_grpo.main)
@@ -483,7 +495,7 @@ def check_out_of_memory(limit, monkeypatch, cut=micro_batches):
 
     monkeypatch.setattr(train_grpo, "token_logprobs", small)
     found, again = gradient(model, responses)
-    assert close(wanted, found) and abs(stats["gap_mean"] - again["gap_mean"]) < 1e-6 and max(tried) > limit
+    assert close(wanted, found) and abs(stats["gap_max"] - again["gap_max"]) < 1e-6 and max(tried) > limit
     monkeypatch.undo()
 
 
