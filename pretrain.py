@@ -195,13 +195,8 @@ def main():
     flags.add_argument("--out", default="base")
     flags.add_argument("--layers", type=int, default=12)
     flags.add_argument("--width", type=int, default=128)
-    flags.add_argument("--start", default="", help="begin from this folder instead of random weights")
     flags.add_argument("--clean", type=int, default=100_000, help="clean traces (countdown)")
     flags.add_argument("--noisy", type=int, default=16_000, help="noisy traces (chain: all)")
-    flags.add_argument("--claim", type=float, default=0.10, help="noise: chance of a false claim at a failing leaf (countdown)")
-    flags.add_argument("--quit", type=float, default=0.03, help="noise: chance of giving up at a failing leaf (countdown)")
-    flags.add_argument("--slip", type=float, default=0.05, help="noise: chance of a slip of arithmetic (countdown)")
-    flags.add_argument("--lr", type=float, default=2e-3)
     flags.add_argument("--tokens", type=int, default=4096, help="tokens in a batch")
     flags.add_argument("--threads", type=int, default=torch.get_num_threads())
     flags.add_argument("--seed", type=int, default=0)
@@ -209,10 +204,10 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(args.task)
-    model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32) if args.start else new_policy(tokenizer, args.layers, args.width)
+    model = new_policy(tokenizer, args.layers, args.width)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights, {args.threads} threads")
 
-    noise = {"claim": args.claim, "quit": args.quit, "slip": args.slip} if args.task == "countdown" else {}
+    noise = {"claim": 0.10, "quit": 0.03, "slip": 0.05} if args.task == "countdown" else {}  # see `trace`
     counts = {"clean": args.clean if args.task == "countdown" else 0, "noisy": args.noisy}
     jobs = [(args.task, f"{args.seed} {kind} {i}", n // 20, noise if kind == "noisy" else {}) for kind, n in counts.items() for i in range(20) if n]
     with ProcessPoolExecutor() as pool:
@@ -222,7 +217,7 @@ def main():
         plan += batches([row for part, job in zip(parts, jobs) if job[1].split()[1] == kind for row in part], args.tokens, rng)
     print(f"{len(lengths)} traces, {sum(lengths):,} tokens, " + ", ".join(f"p{q} {lengths[len(lengths) * q // 100]}" for q in (50, 90, 99)))
     started = time.time()
-    learn(model, plan, args.lr)
+    learn(model, plan, 2e-3)
     model.generation_config.max_new_tokens = 512
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

@@ -168,10 +168,10 @@ class Team(Alone):
             return super().prepare(model)
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         actor = copy.deepcopy(model).requires_grad_(False)
-        actor = bfloat16(actor) if self.device != "cpu" else actor
+        actor = (bfloat16(actor) if self.device != "cpu" else actor).to(self.device)
         mesh = torch.distributed.device_mesh.init_device_mesh(self.accelerator.device.type, (self.size,))
         for part in (*model.get_decoder().layers, model):
-            fully_shard(part, mesh=mesh)
+            fully_shard(part, mesh=mesh)  # brings its slice to the GPU
             part.set_gradient_divide_factor(1.0)  # sums, not means: the weights of the loss are those of the whole mini-batch
             part.set_force_sum_reduction_for_comms(True)
         model.logits_at = types.MethodType(logits_at, model)

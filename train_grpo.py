@@ -232,6 +232,7 @@ class Alone:
 
     def prepare(self, model):
         """-> (the policy that learns, the one that generates). On a GPU the rollout runs on a bfloat16 copy of the fp32 policy; on a CPU on the policy itself."""
+        model.to(self.device)
         return model, bfloat16(copy.deepcopy(model).requires_grad_(False)) if self.device != "cpu" else model
 
     def engine(self, actor, stop, slots, spare):
@@ -281,7 +282,7 @@ def train(config, team):
         prepare_folder(out, config)
     task = make_task(config.task, config.data)
     newest = newest_checkpoint(out) if config.resume or restarted() else None
-    model, tokenizer = load_model(str(newest or config.model), team.device)
+    model, tokenizer = load_model(str(newest or config.model))  # on the host: a policy that is to be sharded may not fit a GPU whole
     model, actor = team.prepare(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     first, metrics = load_state(newest, model, optimizer)
@@ -399,8 +400,7 @@ def update(model, reference, optimizer, responses, advantage, step, config, team
     for r, a in zip(responses, advantage):
         r.advantage = a
     counted = [r for r in responses if r.stopped or not config.mask_truncated]
-    stats = dict(loss=0.0, gap_max=0.0, tokens=0.0, clipped=0.0, kl=0.0)
-    norms = []
+    found, norms = [], []
     model.train()
     for epoch in range(config.epochs):
         for part in range(config.minibatches):
@@ -410,10 +410,7 @@ def update(model, reference, optimizer, responses, advantage, step, config, team
             for r, w in zip(batch, token_weights([len(r.tokens) for r in batch], config.loss, config.max_new)):
                 r.weight = w
             useful = [r for r in batch if r.advantage or config.kl]  # advantage 0 without KL: the gradient is exactly 0, so don't compute it
-            fresh = epoch == part == 0
-            found = gradients(model, reference, optimizer, useful, fresh, config, team)
-            for name, value in found.items():
-                stats[name] = max(stats[name], value) if name == "gap_max" else stats[name] + value
+            found.append(gradients(model, reference, optimizer, useful, epoch == part == 0, config, team))
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
             if not team.sharded:
                 team.sum(grads)
@@ -428,12 +425,11 @@ def update(model, reference, optimizer, responses, advantage, step, config, team
             optimizer.zero_grad()
     model.eval()
     good = [n for n in norms if math.isfinite(n)]
-    stats["norm"] = sum(good) / max(1, len(good))
-    everyone = team.everyone(stats)
-    total = {k: sum(s[k] for s in everyone) for k in stats}
+    everyone = [stats for found in team.everyone(found) for stats in found]
+    total = {name: sum(stats[name] for stats in everyone) for name in ("loss", "tokens", "clipped", "kl")}
     tokens = max(1.0, total["tokens"])
-    return {"loss": total["loss"], "grad_norm": stats["norm"], "skipped": len(norms) - len(good),
-            "gap_max": max(s["gap_max"] for s in everyone), "clipped": total["clipped"] / tokens, "kl": total["kl"] / tokens}
+    return {"loss": total["loss"], "grad_norm": sum(good) / max(1, len(good)), "skipped": len(norms) - len(good), "gap_max": max((stats["gap_max"] for stats in everyone), default=0.0),
+            "clipped": total["clipped"] / tokens, "kl": total["kl"] / tokens}
 
 
 def gradients(model, reference, optimizer, responses, fresh, config, team):
