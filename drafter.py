@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from rollout import Draft, Engine, Group, Sampling, SlotCache, attend, fuse, kv_heads, load_model, narrow, report, run, sequence_seed, stop_tokens
+from rollout import Draft, Engine, Group, Sampling, SlotCache, attend, fuse, kv_heads, load_model, narrow, report, run, sequence_seed, signed, stop_tokens
 from tasks import UserError, encode_prompt, make_task
 
 
@@ -63,9 +63,7 @@ class Drafter(torch.nn.Module):
 
     def enter(self, ids, features):
         """The layer's input, (B, T, D)."""
-        with torch.no_grad():
-            embedded = self.borrowed[0](ids)
-        return self.fc(torch.cat([embedded, features], -1))
+        return self.fc(torch.cat([self.borrowed[0](ids).detach(), features], -1))
 
     def angles(self, positions):
         """Rotary cosines and sines of positions (B, T)."""
@@ -141,10 +139,12 @@ class LearnedDrafts:
         self.quick = fuse([self.drafter.layer], self.drafter.borrowed[3], self.drafter.borrowed[1])
 
     def run(self, ids, features, angles, mask):
-        drafter = self.drafter
         if self.quick is None:
-            return drafter(ids, features, angles, mask, self.cache)
-        return self.quick[0](drafter.enter(ids, features), mask, self.cache, angles, 0)
+            return self.drafter(ids, features, angles, mask, self.cache)
+        return self.quick[0](self.drafter.enter(ids, features), mask, self.cache, angles, 0)
+
+    def angles(self, positions):
+        return self.drafter.angles(positions) if self.quick is None else signed(self.drafter.angles(positions))
 
     def reserve(self, engine, slots, room):
         self.cache = SlotCache(engine.model.config, slots, room, engine.model.dtype, engine.model.device, layers=1)
@@ -158,7 +158,7 @@ class LearnedDrafts:
         self.have[target] = self.have[source]
 
     def propose(self, engine, n, k, width, noise, sampling):
-        """k guesses for each of the n live rows -> tokens (n, k, width), best first, and the logits they come from (n, k, V). noise (n, k+1, V) or 0."""
+        """k guesses for each of the n live rows -> tokens (n, k, width), best first, and for the ratio rule the logits they come from (n, k, V). noise (n, k+1, V) or 0."""
         rows, device = slice(0, n), engine.lens.device
         each, lens = torch.arange(n, device=device), engine.lens[rows]
         ends = [row.length for row in engine.live]
@@ -171,22 +171,23 @@ class LearnedDrafts:
             columns = (have + done)[:, None] + torch.arange(part, device=device)  # beyond a row's own gap: stale, and overwritten before anyone looks
             columns = columns.clamp(max=engine.tokens.shape[1] - 2)
             positions, mask = attend(self.cache, rows, have + done, max(1, *ends), part)
-            out.append(self.run(engine.tokens[rows].gather(1, columns + 1), engine.hidden[each[:, None], columns], self.drafter.angles(positions), mask))
+            out.append(self.run(engine.tokens[rows].gather(1, columns + 1), engine.hidden[each[:, None], columns], self.angles(positions), mask))
         feature = torch.cat(out, 1)[each, (lens - have - 1).clamp(min=0)][:, None]  # (n, 1, D), h' at position lens
         # angles, masks and slots of all the single steps at once
         positions, mask = attend(self.cache, rows, lens, max(ends) + k, k)  # (n, k), (n, 1, groups * k, view)
-        cos, sin = self.drafter.angles(positions)
-        mask = mask.view(n, 1, -1, k, mask.shape[-1])
-        slots = self.cache.flat.view(n, -1, k)
+        angles = zip(*(a.split(1, -2) for a in self.angles(positions)))
+        masks = mask.view(n, 1, -1, k, mask.shape[-1]).unbind(3)
+        slots = self.cache.flat.view(n, -1, k).movedim(-1, 0).flatten(1)  # (k, n * heads)
+        noises = noise.split(1, 1) if noise.ndim else [noise] * k
         tokens, logits = [], []
-        for i in range(k):
+        for i, (turn, mask, slot) in enumerate(zip(angles, masks, slots)):
             logits.append(self.drafter.logits(feature))
-            score = narrow(logits[-1], sampling)[1] + (noise[:, i:i + 1] if noise.ndim else noise)
+            score = narrow(logits[-1], sampling)[1] + noises[i]
             tokens.append(score.argmax(-1, keepdim=True) if width == 1 else score.topk(width).indices)  # (n, 1, width)
             if i + 1 < k:
-                self.cache.flat = slots[..., i].flatten()
-                feature = self.run(tokens[-1][..., 0], feature, (cos[:, i:i + 1], sin[:, i:i + 1]), mask[:, :, :, i])
-        return torch.cat(tokens, 1), torch.cat(logits, 1)
+                self.cache.flat = slot
+                feature = self.run(tokens[-1][..., 0], feature, turn, mask)
+        return torch.cat(tokens, 1), torch.cat(logits, 1) if engine.verify == "ratio" else None
 
 
 class NGramDrafts:

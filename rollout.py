@@ -227,18 +227,24 @@ class FusedLayer:
         self.module, self.heads = attention, (config.num_attention_heads, kv_heads(config), attention.head_dim)
 
     def __call__(self, x, mask, cache, angles, index):
-        """x (B, T, D) -> (B, T, D). index: the layer's place in the cache."""
+        """x (B, T, D) -> (B, T, D). angles: see `signed`; index: the layer's place in the cache."""
         F, (h, kv, w) = torch.nn.functional, self.heads
         normed = F.rms_norm(x, x.shape[-1:], *self.norms[0]) if self.norms[0] else x  # a drafter's layer has no first norm
         qkv = F.linear(normed, *self.qkv).view(*x.shape[:2], h + 2 * kv, w).transpose(1, 2)  # (B, heads, T, w)
         turn, value = qkv[:, :h + kv], qkv[:, h + kv:]
-        cos, sin = (a[:, None] for a in angles)
-        turn = turn * cos + torch.cat([-turn[..., w // 2:], turn[..., :w // 2]], -1) * sin  # queries and keys rotate together
+        turn = turn * angles[0] + turn.roll(w // 2, -1) * angles[1]  # queries and keys rotate together
         key, value = cache.update(turn[:, h:], value, index)
         seen, _ = slot_attention(self.module, turn[:, :h], key, value, mask, scaling=w ** -0.5)
         x = x + F.linear(seen.reshape(*x.shape[:2], -1), *self.out)
         gate, up = F.linear(F.rms_norm(x, x.shape[-1:], *self.norms[1]), *self.up).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, *self.down)
+
+
+def signed(angles):
+    """Rotary cosines and sines (B, T, w) -> the same as (B, 1, T, w), the sines of the first half negative: a rotation is then x cos + roll(x, w / 2) sin."""
+    cos, sin = angles
+    low, high = sin.chunk(2, -1)
+    return cos[:, None], torch.cat([-low, high], -1)[:, None]
 
 
 @torch.inference_mode()
@@ -255,7 +261,7 @@ def fuse(layers, config, rotary):
     try:
         quick = [FusedLayer(layer, config) for layer in layers]
         own = layers[0](x, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=angles)
-        return quick if torch.allclose(own, quick[0](x, mask, cache, angles, 0), atol=1e-4 if weight.dtype == torch.float32 else 0.1) else None
+        return quick if torch.allclose(own, quick[0](x, mask, cache, signed(angles), 0), atol=1e-4 if weight.dtype == torch.float32 else 0.1) else None
     except (AttributeError, TypeError, RuntimeError):
         return None
 
@@ -337,7 +343,7 @@ def forward(model, cache, rows, ids, lens, view, tree=None, quick=None):
     decoder = model.get_decoder()
     if quick:
         x = decoder.embed_tokens(ids)
-        angles = decoder.rotary_emb(x, positions)
+        angles = signed(decoder.rotary_emb(x, positions))
         for i, layer in enumerate(quick):
             x = layer(x, mask, cache, angles, i)
         return decoder.norm(x)

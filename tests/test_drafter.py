@@ -236,7 +236,7 @@ def check_alignment(packer):
     with torch.no_grad():
         ids, features, _, positions, owner, _ = packer([(torch.tensor(r.prompt + r.tokens), r.hidden, len(r.prompt)) for r in responses])
         trained = drafter(ids, features, drafter.angles(positions), drafter_module.block_mask(owner, positions, 2, features.dtype))[0]
-        engine, learned = make_engine(model, drafter), LearnedDrafts(drafter)
+        engine, learned = make_engine(model, drafter, verify="ratio"), LearnedDrafts(drafter)  # it asks for the logits, too
         learned.reserve(engine, 10, 120)
         learned.begin()
         rows = responses[:10]

@@ -462,3 +462,11 @@ def check_sharded(folder, broken):
 def test_sharded_and_replicated_updates_agree(tmp_path):
     check_sharded(tmp_path, False)
     caught(check_sharded, tmp_path, True)
+
+
+def test_who_counts_as_hung():
+    pulse = tlt.Pulse(4)
+    for rank, state in enumerate(("start", "checkpoint", "update", "rollout")):
+        pulse.tell(rank, state)
+        pulse.heard[rank] -= 100 * (rank < 3)
+    assert pulse.silent(10) == [2] and pulse.silent(1000) == []  # loading and saving may take long, and the last one was heard just now
