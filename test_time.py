@@ -21,7 +21,8 @@ Ledger. Each strategy pays for policy tokens (prefilled, once for all that share
 the verifier read, FLOPs (2 x weights x tokens; attention left out) and seconds. Speculation adds FLOPs and saves seconds.
 
 Compute-optimal: for each difficulty (quintile) and budget the strategy that was best on one half of the questions, reported on the other half.
-Difficulty is predicted: the mean score of four attempts made for that purpose alone, and paid for; or, as a bound, known: pass@1 over sixteen others.
+Difficulty is predicted: the score of one attempt made for that purpose alone, and paid for (four tell more, but cost more than they win); or, as a bound,
+known: pass@1 over sixteen others. Budgets hold on average: hard questions may get more than easy ones.
 
 A strategy is a generator: it yields what it wants written, gets it, and returns its attempts. So the code reads as if for one question, while all questions that
 are asked at once share the engine's batches.
@@ -353,7 +354,7 @@ def teach(solver, folder, asked, held, args):
 def searches(again, m=4):
     """(solver, search, n, strategy, picks) of everything that is compared. again: of the solvers that are there, by name, the tokens that part attempts."""
     picks = ("max", "weighted", "majority", "outcome")
-    found = [("base", "greedy", 1, partial(parallel, n=1, greedy=True), ("majority",)), ("base", "probe", 4, partial(parallel, n=4), ("weighted",)),
+    found = [("base", "greedy", 1, partial(parallel, n=1, greedy=True), ("majority",)), ("base", "probe", 1, partial(parallel, n=1), ("weighted",)),
              ("base", "oracle", 16, partial(parallel, n=16), ("weighted",))]
     found += [("base", "parallel", n, partial(parallel, n=n), picks) for n in (1, 2, 4, 8, 16, 32, 64)]
     found += [("base", "beam", n, partial(beam, n=n, m=m), picks[:2]) for n in (4, 8, 16, 32, 64)]
@@ -439,7 +440,8 @@ def allocate(right, cost, questions, bins, budget):
 
 def compute_optimal(right, cost, bins, folds, budget, look=0.0):
     """right, cost: strategy -> array over questions. Strategies are allotted to bins on one fold, and reported on the other. look: what it costs to see the bin, paid
-    where the bins are used: they are not, if one strategy for all was as good on the first fold without looking.
+    where the bins are used. They are used if, on the first fold, they beat the best strategy for all (that does not look) by three standard errors: they are the best
+    of many, so they look better than they are.
 
     -> (right (Q,), cost (Q,), {(fold, bin): strategy}); None where the budget buys nothing."""
     outcome, paid, chosen = np.zeros(len(bins)), np.zeros(len(bins)), {}
@@ -450,8 +452,8 @@ def compute_optimal(right, cost, bins, folds, budget, look=0.0):
         if one is None:
             return None
         each = allocate(right, looked, known, bins, budget) or {}
-        gain = sum(right[k][known & (bins == b)].sum() for b, k in each.items())
-        use, price = (each, looked) if gain > right[one][known].sum() else (dict.fromkeys(set(bins), one), cost)
+        gain = np.concatenate([(right[k] - right[one])[known & (bins == b)] for b, k in each.items()]) if each else np.zeros(1)
+        use, price = (each, looked) if gain.sum() > 3 * gain.std() * len(gain)**0.5 else (dict.fromkeys(set(bins), one), cost)
         for b, k in use.items():
             here = (bins == b) & (folds == fold)
             outcome[here], paid[here], chosen[fold, b] = right[k][here], price[k][here], k
@@ -489,7 +491,7 @@ class Sweep:
         self.cost = {unit: {key: np.array([of(r) for r in mine], float) for key, mine in columns.items()}
                      for unit, of in (("tokens", lambda r: r["ledger"]["decode"]), ("flops", lambda r: r["flops"]))}
         self.weights, self.settings = {r["search"]: r["weights"] for r in rows}, rows[0]
-        looks = columns["probe", 4, "weighted"]
+        looks = columns["probe", 1, "weighted"]
         self.easiness = np.array([r["score"] for r in looks])
         self.bins = {"predicted": quintiles(self.easiness), "known": quintiles(self.attempts["oracle", 16, "weighted"].mean(1))}
         self.folds = np.array([zlib.crc32(r["prompt"].encode()) % 2 for r in looks])  # all that is known of a question is in one fold
@@ -513,7 +515,7 @@ class Sweep:
     def optimal(self, unit, budget, difficulty):
         """compute_optimal by known or predicted difficulty, or None: for all questions alike. What prediction costs is charged."""
         bins = np.zeros(len(self.folds), int) if difficulty is None else self.bins[difficulty]
-        return compute_optimal(*self.choices(unit), bins, self.folds, budget, self.cost[unit]["probe", 4, "weighted"] if difficulty == "predicted" else 0.0)
+        return compute_optimal(*self.choices(unit), bins, self.folds, budget, self.cost[unit]["probe", 1, "weighted"] if difficulty == "predicted" else 0.0)
 
 
 RATIOS = (1, 2, 4, 8, 16)  # lengths of the chains among 16 revisions
@@ -672,12 +674,12 @@ def answer(args):
             raise UserError(f"--strategy auto: no {path}; `python test_time.py sweep` and `report` find out what is best when")
         known = json.loads(path.read_text())
         aggregate = known["aggregate"]
-        (paths, look), = solver.solve([problem], partial(parallel, n=4), args.seed, "probe")
-        easy = sum(score(p, aggregate) for p in paths) / len(paths)
+        (paths, look), = solver.solve([problem], partial(parallel, n=1), args.seed, "probe")
+        easy = score(paths[0], aggregate)
         hardness = sum(easy < edge for edge in known["edges"])
         budget = max((b for b in map(float, known["choices"]) if b <= args.budget - look.decode), default=min(map(float, known["choices"])))
         search, n, how = known["choices"][str(budget)][hardness]
-        print(f"four attempts for a look: mean score {easy:.2f}, difficulty {hardness + 1} of 5, {look.decode} tokens -> {search} {n}, {how}")
+        print(f"an attempt for a look: score {easy:.2f}, difficulty {hardness + 1} of 5, {look.decode} tokens -> {search} {n}, {how}")
     strategies = {"greedy": partial(parallel, n=1, greedy=True), "majority": partial(parallel, n=n), "parallel": partial(parallel, n=n), "beam": partial(beam, n=n, m=4),
                   "lookahead": partial(beam, n=n, m=4, look=1), "dvts": partial(beam, n=n, m=4, diverse=True), "revise": partial(revise, n=n, length=min(n, 8), again=solver.again)}
     if search == "revise":
