@@ -149,13 +149,16 @@ class LearnedDrafts:
     def reserve(self, engine, slots, room):
         self.cache = SlotCache(engine.model.config, slots, room, engine.model.dtype, engine.model.device, layers=1)
         self.have = [0] * slots  # entries of each row computed from true features
+        self.known = torch.zeros(slots, dtype=torch.long, device=engine.model.device)  # the same where it is needed: copying it over would wait for the device
 
     def admit(self, rows):
         self.have[rows] = [0] * (rows.stop - rows.start)
+        self.known[rows] = 0
 
     def move(self, source, target):
         self.cache.move(source, slice(target, target + 1), self.have[source])
         self.have[target] = self.have[source]
+        self.known[target] = self.known[source]
 
     def propose(self, engine, n, k, width, noise, sampling):
         """k guesses for each of the n live rows -> tokens (n, k, width), best first, and for the ratio rule the logits they come from (n, k, V). noise (n, k+1, V) or 0."""
@@ -163,8 +166,8 @@ class LearnedDrafts:
         each, lens = torch.arange(n, device=device), engine.lens[rows]
         ends = [row.length for row in engine.live]
         gap = max(1, max(end - have for end, have in zip(ends, self.have)))
-        have = torch.tensor(self.have[:n], device=device)
-        self.have[:n] = ends
+        have = self.known[rows].clone()
+        self.have[:n], self.known[rows] = ends, lens
         out = []
         for done in range(0, gap, self.PIECE):
             part = min(self.PIECE, gap - done)

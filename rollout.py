@@ -33,6 +33,7 @@ Left out: paged memory (a slot holds a whole sequence), prefix sharing between p
 """
 
 import argparse
+import copy
 import functools
 import hashlib
 import sys
@@ -251,17 +252,17 @@ def signed(angles):
 def fuse(layers, config, rotary):
     """FusedLayers with the weights as they are now, or None where the modules should run: in models of over 100M weights, where the overhead does not
     show and a second copy of the weights would, and in layers of another kind, which is not looked up but tried on random input."""
-    weight = next(layers[0].parameters())
     if sum(p.numel() for layer in layers for p in layer.parameters()) > 100_000_000:
         return None
-    x = torch.randn(2, 3, config.hidden_size, device=weight.device, generator=torch.Generator(weight.device).manual_seed(0)).to(weight.dtype)
-    cache = SlotCache(config, 2, 4, weight.dtype, weight.device, layers=1)
-    positions, mask = attend(cache, slice(0, 2), torch.zeros(2, dtype=torch.long, device=weight.device), 3, 3)
+    layer, device = copy.deepcopy(layers[0]).float(), next(layers[0].parameters()).device  # in float32 another activation function shows
+    x = torch.randn(2, 3, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
+    cache = SlotCache(config, 2, 4, x.dtype, device, layers=1)
+    positions, mask = attend(cache, slice(0, 2), torch.zeros(2, dtype=torch.long, device=device), 3, 3)
     angles = rotary(x, positions)
     try:
-        quick = [FusedLayer(layer, config) for layer in layers]
-        own = layers[0](x, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=angles)
-        return quick if torch.allclose(own, quick[0](x, mask, cache, signed(angles), 0), atol=1e-4 if weight.dtype == torch.float32 else 0.1) else None
+        own = layer(x, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=angles)
+        good = torch.allclose(own, FusedLayer(layer, config)(x, mask, cache, signed(angles), 0), atol=1e-4)
+        return [FusedLayer(layer, config) for layer in layers] if good else None
     except (AttributeError, TypeError, RuntimeError):
         return None
 

@@ -291,10 +291,11 @@ def train(config, team):
     model.generation_config.update(do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=config.max_new)  # `generate` as it was trained
     reference = load_model(config.model, team.device)[0].requires_grad_(False) if config.kl else None
     sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
-    # what the update will take: gradients and Adam's moments, and for each token of a micro-batch three rows as wide as the vocabulary
-    # (at most 8 GB of these: an update that runs out of memory is cut finer)
-    spare = 12 * sum(p.numel() for p in model.parameters()) // (team.size if team.sharded else 1) + min(8 << 30, 12 * config.micro_tokens * model.config.vocab_size)
-    engine = team.engine(actor, stop_tokens(model, tokenizer), max(config.slots, config.samples, config.eval_samples), spare)
+    # what the update will take beside the engine: gradients, for each token of a micro-batch three rows as wide as the vocabulary (at most 8 GB: an update that
+    # runs out of memory is cut finer), and, until the first one, room for Adam's moments
+    weights = sum(p.numel() for p in model.parameters()) // (team.size if team.sharded else 1)
+    spare = 4 * weights + min(8 << 30, 12 * config.micro_tokens * model.config.vocab_size)
+    engine = team.engine(actor, stop_tokens(model, tokenizer), max(config.slots, config.samples, config.eval_samples), spare + 8 * weights * (newest is None))
     for split in ("train", "test"):  # mistakes show here, before anything runs
         engine.reserve(len(encode_prompt(task.problem(split, 0), tokenizer, config.prompt_style)) + config.max_new)
     say = tqdm.write if team.rank == 0 else lambda *a: None
@@ -352,6 +353,7 @@ def train(config, team):
         team.clock.enter("update")
         rewards = torch.tensor([float(r.grade.strict) for r in responses]).view(config.prompts, config.samples)
         stats = update(model, reference, optimizer, responses, advantages(rewards, config.loss).flatten().tolist(), step, config, team)
+        engine.spare = spare
         if actor is not model:
             for a, m in zip(actor.parameters(), model.parameters()):
                 a.data.copy_(whole(m).data)

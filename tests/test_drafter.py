@@ -93,7 +93,7 @@ def test_broken_speculation_is_caught(broken, monkeypatch):
         if broken == "row moves forget the drafter's length":
             monkeypatch.setattr(LearnedDrafts, "move", lambda self, a, b: None)
         else:
-            monkeypatch.setattr(LearnedDrafts, "admit", lambda self, rows: self.have.__setitem__(rows, [30] * (rows.stop - rows.start)))
+            monkeypatch.setattr(LearnedDrafts, "admit", lambda self, rows: (self.have.__setitem__(rows, [30] * (rows.stop - rows.start)), self.known[rows].fill_(30)))
         check_identity(fixed("learned", 4))
         assert accepted_per_round(model, trained) < good
 
