@@ -168,14 +168,16 @@ class LearnedDrafts:
         gap = max(1, max(end - have for end, have in zip(ends, self.have)))
         have = self.known[rows].clone()
         self.have[:n], self.known[rows] = ends, lens
-        out = []
+        at = (lens - have - 1).clamp(min=0)  # the column of a row's last true feature
         for done in range(0, gap, self.PIECE):
             part = min(self.PIECE, gap - done)
             columns = (have + done)[:, None] + torch.arange(part, device=device)  # beyond a row's own gap: stale, and overwritten before anyone looks
             columns = columns.clamp(max=engine.tokens.shape[1] - 2)
             positions, mask = attend(self.cache, rows, have + done, max(1, *ends), part)
-            out.append(self.run(engine.tokens[rows].gather(1, columns + 1), engine.hidden[each[:, None], columns], self.angles(positions), mask))
-        feature = torch.cat(out, 1)[each, (lens - have - 1).clamp(min=0)][:, None]  # (n, 1, D), h' at position lens
+            out = self.run(engine.tokens[rows].gather(1, columns + 1), engine.hidden[each[:, None], columns], self.angles(positions), mask)
+            found = out[each, (at - done).clamp(0, part - 1)]
+            feature = torch.where((at >= done)[:, None], found, feature) if done else found
+        feature = feature[:, None]  # (n, 1, D), h' at position lens
         # angles, masks and slots of all the single steps at once
         positions, mask = attend(self.cache, rows, lens, max(ends) + k, k)  # (n, k), (n, 1, groups * k, view)
         angles = zip(*(a.split(1, -2) for a in self.angles(positions)))
@@ -261,7 +263,8 @@ class FeatureBuffer:
         picked, total = [], 0
         while total < tokens:
             ids, hidden, start, _ = self.rows[rng.randrange(len(self.rows))]
-            first = rng.randrange(len(ids) - self.LONGEST + 1) if len(ids) > self.LONGEST else 0
+            last = len(ids) - self.LONGEST
+            first = rng.randint(min(last, max(0, start - self.LONGEST // 2)), last) if last > 0 else 0  # not in the prompt alone, where nothing is learned
             picked.append((ids[first:][:self.LONGEST], hidden[first:][:self.LONGEST - 1], max(0, start - first)))
             total += len(picked[-1][0])
         return pack(picked)

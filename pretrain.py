@@ -1,4 +1,4 @@
-"""The tiny base policies, from scratch: `make base` writes base/ (countdown), a normal Hugging Face folder of 8 MB, and base/chain/, one of 0.7 MB.
+"""The tiny base policies, from scratch: `make base` writes base/ (countdown), a normal Hugging Face folder of 8 MB, `make chain` base/chain/, one of 0.7 MB.
 
 Countdown. A search trace is a depth-first search in random order until the target is hit, so response lengths are long-tailed by nature:
 

@@ -466,7 +466,8 @@ class Engine:
         each += (self.LONGEST + 1) * config.vocab_size * 4 * 4  # float32: logits, noise, their sum, hash
         fits = int((free * 0.8 - self.spare) / each)
         if fits < 1:
-            raise UserError(f"a sequence of {room} tokens needs {each / 1e9:.2f} GB, the update {self.spare / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: lower --micro-tokens or --max-new")
+            raise UserError(f"a sequence of {room} tokens needs {each / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
+                            + (f" and {self.spare / 1e9:.1f} GB are for the update: lower --micro-tokens or --max-new" if self.spare else ": lower --max-new"))
         if fits < self.slots:
             print(f"memory holds {fits} rows of {room} tokens, not {self.slots} ({each / 1e9:.3f} GB each, {free / 1e9:.1f} GB free): {fits} slots it is", file=sys.stderr)
         return min(self.slots, fits)

@@ -391,6 +391,14 @@ def sweep_part(job):
     return rows
 
 
+def distinct(task, count):
+    """Indices of the first `count` held-out questions of which no two are alike (fewer, if ten times as many do not hold so many)."""
+    first = {}
+    for i in range(10 * count):
+        first.setdefault(task.problem("test", i).prompt, i)
+    return list(first.values())[:count]
+
+
 def sweep(args):
     """Every strategy on --count held-out questions, no two of them alike -> rows in --json, one per question, strategy and way to pick: what `report` draws from."""
     for name, folder in (("model", args.model), ("large", args.large or args.model)):
@@ -399,8 +407,8 @@ def sweep(args):
     if not (Path(args.model) / "process").exists():
         raise UserError(f"--model {args.model}: it has no verifier to search with; `python test_time.py learn --model {args.model}` makes one")
     task = make_task(args.task, args.data)
-    indices = list({task.problem("test", i).prompt: i for i in reversed(range(10 * args.count))}.values())[:-args.count - 1:-1]  # the first of each
-    jobs = [(args, indices[first:first + args.chunk], seed) for seed in range(args.seed, args.seed + args.seeds) for first in range(0, args.count, args.chunk)]
+    indices = distinct(task, args.count)
+    jobs = [(args, indices[first:first + args.chunk], seed) for seed in range(args.seed, args.seed + args.seeds) for first in range(0, len(indices), args.chunk)]
     with ProcessPoolExecutor(args.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         parts = list(tqdm(pool.map(sweep_part, jobs), total=len(jobs), desc="sweep", unit="part"))
     Path(args.json).parent.mkdir(parents=True, exist_ok=True)
@@ -438,21 +446,22 @@ def allocate(right, cost, questions, bins, budget):
             return {b: names[i] for b, i in zip(sorted(set(bins)), best)}
 
 
-def compute_optimal(right, cost, bins, folds, budget, look=0.0):
+def compute_optimal(right, cost, bins, folds, budget, look=0.0, question=None):
     """right, cost: strategy -> array over questions. Strategies are allotted to bins on one fold, and reported on the other. look: what it costs to see the bin, paid
     where the bins are used. They are used if, on the first fold, they beat the best strategy for all (that does not look) by three standard errors: they are the best
-    of many, so they look better than they are.
+    of many, so they look better than they are. question: whose rows they are, see `interval`; each its own if None.
 
     -> (right (Q,), cost (Q,), {(fold, bin): strategy}); None where the budget buys nothing."""
     outcome, paid, chosen = np.zeros(len(bins)), np.zeros(len(bins)), {}
-    looked = {k: c + look for k, c in cost.items()}
+    looked, question = {k: c + look for k, c in cost.items()}, np.arange(len(bins)) if question is None else question
     for fold in (0, 1):
         known = folds != fold
         one = best_within(right, cost, known, budget)
         if one is None:
             return None
         each = allocate(right, looked, known, bins, budget) or {}
-        gain = np.concatenate([(right[k] - right[one])[known & (bins == b)] for b, k in each.items()]) if each else np.zeros(1)
+        gain = sum(((right[k] - right[one]) * (bins == b) for b, k in each.items()), np.zeros(len(bins)))[known]
+        gain = np.bincount(np.unique(question[known], return_inverse=True)[1], gain)  # by question
         use, price = (each, looked) if gain.sum() > 3 * gain.std() * len(gain)**0.5 else (dict.fromkeys(set(bins), one), cost)
         for b, k in use.items():
             here = (bins == b) & (folds == fold)
@@ -515,7 +524,7 @@ class Sweep:
     def optimal(self, unit, budget, difficulty):
         """compute_optimal by known or predicted difficulty, or None: for all questions alike. What prediction costs is charged."""
         bins = np.zeros(len(self.folds), int) if difficulty is None else self.bins[difficulty]
-        return compute_optimal(*self.choices(unit), bins, self.folds, budget, self.cost[unit]["probe", 1, "weighted"] if difficulty == "predicted" else 0.0)
+        return compute_optimal(*self.choices(unit), bins, self.folds, budget, self.cost[unit]["probe", 1, "weighted"] if difficulty == "predicted" else 0.0, self.question)
 
 
 RATIOS = (1, 2, 4, 8, 16)  # lengths of the chains among 16 revisions
@@ -616,7 +625,7 @@ def draw(s, args, path):
         line, = axes[0, 2].plot([row["plain"], row["speculative"]], [right, right], "-")
         axes[0, 2].plot(row["plain"], right, "o", mfc="w", color=line.get_color())
         axes[0, 2].plot(row["speculative"], right, "o", color=line.get_color(), label=f"{row['search']}, N = {row['n']}")
-    axes[0, 2].set(title="one question at a time: plain (white), with the drafter", xscale="log", xlabel="seconds for a question", ylabel="right")
+    axes[0, 2].set(title="one question at a time: plain (white), with the drafter", xlabel="seconds for a question", ylabel="right")
     axes[1, 3].axis("off")
     axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), title="first two panels", loc="center")
     for axis in axes.flat[2:]:
@@ -635,6 +644,7 @@ TIMED = (("greedy", 1), ("parallel", 8), ("revise 1", 16), ("revise 4", 16), ("r
 def speed(args):
     """Seconds for a question with and without speculation, one question at a time: what the drafter is worth here. The answers must be the same. Rows go beside --json, to *.speed.jsonl."""
     torch.set_num_threads(1)
+    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     task, folder, rows = make_task(args.task, args.data), Path(args.model), []
     problems = [task.problem("test", 10**6 + i) for i in range(args.count)]
     solvers = {(name, on): Solver(folder / where, task, speculate=on, slots=64) for name, where in (("base", ""), ("revise", "revise")) for on in (False, True)}
@@ -661,7 +671,7 @@ def answer(args):
         raise UserError('--prompt "7:cfa=": a question is wanted')
     task = make_task(args.task, args.data)
     solver, problem = Solver(args.model, task), Problem(args.prompt, args.prompt, None)
-    if solver.tokenizer.pad_token_id in solver.encode(problem):  # what a symbol becomes that the tiny tokenizers lack
+    if solver.tokenizer.init_kwargs.get("prompt_style") == "trace" and solver.tokenizer.pad_token_id in solver.encode(problem):  # what a symbol becomes that the tiny tokenizers lack
         raise UserError(f"--prompt {args.prompt!r}: holds symbols that {args.model} does not know")
     if not solver.verifiers and args.strategy not in ("majority", "greedy"):
         raise UserError(f"--strategy {args.strategy}: {args.model} has no verifier (`python test_time.py learn`); only majority and greedy work without one")
@@ -715,7 +725,7 @@ def main():
     flags.add_argument("--aggregate", default="last", choices=["last", "min", "product"], help="(sweep, answer) an attempt's score from those of its steps")
     flags.add_argument("--verifier-noise", type=float, default=0.2, help="(sweep) share of the scores that are turned round for the noisy strategies")
     flags.add_argument("--large", default="", help="(sweep) folder of a larger model to compare with")
-    flags.add_argument("--json", default="runs/test-time.jsonl", help="(sweep, report) the rows")
+    flags.add_argument("--json", default="runs/test-time.jsonl", help="(sweep, report) the rows; (speed) its own go beside them")
     args = flags.parse_args()
     {"answer": answer, "learn": learn, "sweep": sweep, "report": report, "speed": speed}[args.command](args)
 

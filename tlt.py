@@ -317,9 +317,11 @@ class Pulse:
         return self.NAMES[self.state[rank]]
 
     def silent(self, patience):
-        """Workers that have said nothing for so many seconds. Those that wait for a hung one in a collective are silent, too. A start (it loads the model) and
-        a checkpoint may take long."""
-        return [rank for rank, heard in enumerate(self.heard) if self.doing(rank) not in ("start", "checkpoint") and time.time() - heard > patience]
+        """Workers that have said nothing for so many seconds. Those that wait for a hung one in a collective are silent, too; so are those that wait while another
+        one loads the model or writes a checkpoint, which may take long."""
+        if any(self.doing(rank) in ("start", "checkpoint") for rank in range(len(self.heard))):
+            return []
+        return [rank for rank, heard in enumerate(self.heard) if time.time() - heard > patience]
 
 
 def spawned(rank, config, count, port, threads, said, pulse):

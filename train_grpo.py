@@ -55,7 +55,7 @@ def flag(default, text, choices=None):
 class Config:
     """All settings, each a command-line flag."""
     model: str = flag("base", "policy to start from: a folder or a hub name")
-    task: str = flag("countdown", "countdown, countdown-hard (numbers to 99, for real language models) or gsm8k")
+    task: str = flag("countdown", "countdown, countdown-hard (numbers to 99, for real language models), chain (base/chain) or gsm8k")
     data: str = flag("", "gsm8k: a local folder with train.jsonl and test.jsonl instead of the hub")
     prompt_style: str = flag("auto", "how problems become prompts", ("auto", "trace", "chat", "base"))
     out: str = flag("runs/grpo", "folder for metrics.jsonl, curves.png, checkpoints and the final policy; without --resume an earlier run there is replaced")
@@ -288,13 +288,13 @@ def train(config, team):
     first, metrics = load_state(newest, model, optimizer)
     if len(set(team.everyone(first))) > 1:
         raise UserError(f"--out {out}: not every worker finds the same checkpoint there; it must be a folder that all hosts share")
-    model.generation_config.update(do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=config.max_new)  # `generate` as it was trained
+    model.generation_config.update(do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=config.max_new)  # `generate` as it was trained
     reference = load_model(config.model, team.device)[0].requires_grad_(False) if config.kl else None
     sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
-    # what the update will take beside the engine: gradients, for each token of a micro-batch three rows as wide as the vocabulary (at most 8 GB: an update that
-    # runs out of memory is cut finer), and, until the first one, room for Adam's moments
+    # what the update will take beside the engine: gradients, for each token of a micro-batch three rows as wide as the vocabulary (at most 8 GB, since an update that
+    # runs out of memory is cut finer; not if it is sharded), and, until the first one, room for Adam's moments
     weights = sum(p.numel() for p in model.parameters()) // (team.size if team.sharded else 1)
-    spare = 4 * weights + min(8 << 30, 12 * config.micro_tokens * model.config.vocab_size)
+    spare = 4 * weights + min(math.inf if team.sharded else 8 << 30, 12 * config.micro_tokens * model.config.vocab_size)
     engine = team.engine(actor, stop_tokens(model, tokenizer), max(config.slots, config.samples, config.eval_samples), spare + 8 * weights * (newest is None))
     for split in ("train", "test"):  # mistakes show here, before anything runs
         engine.reserve(len(encode_prompt(task.problem(split, 0), tokenizer, config.prompt_style)) + config.max_new)

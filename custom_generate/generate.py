@@ -85,7 +85,7 @@ def generate(model, inputs=None, generation_config=None, input_ids=None, attenti
     config, rest = model._prepare_generation_config(generation_config, **kwargs)  # as `generate` does: what is not given comes from the model's, then from the defaults
     usual, prompts = config._get_default_generation_params(), inputs if inputs is not None else input_ids
     others = {**rest, **{name: value for name, value in config.to_dict().items() if name not in KNOWN and name[0] != "_" and value != usual.get(name)}}
-    if unused := [name for name, value in others.items() if value not in (None, False)]:
+    if unused := [name for name, value in others.items() if value is not None and value is not False]:
         raise ValueError(f"{', '.join(unused)}: not supported with this custom_generate")
     stops = {*(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])}
     limit = config.max_new_tokens or max(1, (config.max_length or 20) - prompts.shape[1])

@@ -414,6 +414,17 @@ def test_save_and_load(tmp_path):
         other.load("nowhere")
 
 
+@pytest.mark.parametrize("prompt", [3, 40, 290])
+def test_of_long_rows_a_stretch_is_learned_that_holds_some_response(prompt, monkeypatch):
+    monkeypatch.setattr(FeatureBuffer, "LONGEST", 50)
+    buffer, rng, ids, hidden = FeatureBuffer(), random.Random(0), list(range(300)), torch.arange(299.0)[:, None].repeat(1, 4)
+    buffer.add(Response(0, 0, ids[:prompt], ids[prompt:], None, True, hidden))
+    for _ in range(50):
+        x, features, targets, positions, owner, counted = buffer.pack(40, rng)
+        assert x.shape[1] == 48 and counted.any() and torch.equal(x[0], features[0, :, 0].long() + 1) and torch.equal(targets, features + 1)
+        assert torch.equal(counted, x[0] >= prompt - 1)  # entry t holds x_{t+1} and guesses x_{t+2}, which is of the response
+
+
 # ---------------------------------------------------------------- n-grams
 
 

@@ -213,5 +213,6 @@ def test_slots_are_those_that_memory_holds(monkeypatch, capsys):
     assert tokens(30) == wanted
     assert Engine(model, {1}, 30, 60, spare=200_000).slots < Engine(model, {1}, 30, 60).slots
     monkeypatch.setattr(rollout, "free_memory", lambda device: 10_000)
-    with pytest.raises(UserError, match="lower --micro-tokens or --max-new"):
-        Engine(model, {1}, 30, 60)
+    for spare, mend in ((0, "are free: lower --max-new"), (1000, "are for the update: lower --micro-tokens or --max-new")):
+        with pytest.raises(UserError, match=mend):
+            Engine(model, {1}, 30, 60, spare=spare)

@@ -18,7 +18,7 @@ import test_time
 import verifier
 from rollout import Group, Sampling
 from tasks import Chain, UserError
-from test_time import Attempt, Solver, beam, compute_optimal, interval, matched_samples, parallel, pick, quintiles, revise, vote
+from test_time import Attempt, Solver, beam, compute_optimal, distinct, interval, matched_samples, parallel, pick, quintiles, revise, vote
 
 FOLDER = Path(__file__).resolve().parent.parent / "base/chain"
 PROBLEMS = [Chain().problem("test", i) for i in range(12)]
@@ -321,6 +321,18 @@ def test_budgets_are_kept_and_the_best_is_found():
     outcome, paid, chosen = compute_optimal(right, cost, bins, folds, 3.0)
     assert paid.mean() <= 3.0 and all(chosen[f, 2] == "odd" for f in (0, 1)) and chosen[0, 0] == "cheap"
     assert compute_optimal(right, cost, bins, folds, 10.0)[0].mean() == 1.0 and compute_optimal(right, cost, bins, folds, 0.5) is None
+
+
+def check_distinct(pick, count=300):
+    """The first of each prompt, in order: short ones, which come often, are not left out."""
+    prompts = [Chain().problem("test", i).prompt for i in range(10 * count)]
+    assert pick(Chain(), count) == [i for i, p in enumerate(prompts) if p not in prompts[:i]][:count]
+
+
+def test_no_question_is_asked_twice():
+    check_distinct(distinct)
+    last = lambda task, count: list({task.problem("test", i).prompt: i for i in reversed(range(10 * count))}.values())[:-count - 1:-1]
+    caught(check_distinct, last)  # a dict keeps the place of a key's first entry: this leaves out what comes often
 
 
 def test_hard_questions_may_cost_more_than_easy_ones():
