@@ -22,7 +22,7 @@ demo: .venv/installed  ## train a policy with TLT, then the last steps once more
 	$(RUN) tlt.py --demo --out $(OUT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 	$(RUN) bench.py paired --run $(OUT) --json $(OUT)/paired.json
 
-test: .venv/installed  ## all tests (about 5 minutes on 2 cores)
+test: .venv/installed  ## all tests (5 to 6 minutes on 2 cores)
 	$(RUN) -m pytest -q tests
 
 soak: .venv/installed  ## kill -9 a run 50 times at random moments and resume it: its metrics and policy must come out equal (about 10 minutes)
@@ -36,7 +36,7 @@ bench-quick: .venv/installed  ## a first look at the speeds of this machine (abo
 	$(RUN) bench.py engine --batches 32 --rounds 1 --max-new 256 --json runs/quick-engine.json
 	$(RUN) bench.py speculation --threads 1 --rounds 1 --workloads one mixed --json runs/quick-speculation.json
 
-bench: .venv/installed  ## the speeds in the README, side by side (about 35 minutes on 2 cores; whole steps are made with runs/demo's policy if it is there)
+bench: .venv/installed  ## the speeds in the README, side by side (30 to 40 minutes on 2 cores; whole steps are made with runs/demo's policy if it is there)
 	mkdir -p runs
 	$(RUN) bench.py engine --json runs/bench-engine.json
 	$(RUN) bench.py identity --json runs/bench-identity.json

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--device", "cpu", "--prompts", "6", "--samples", "4", "--max-new", "24", "--slots", "8", "--eval-problems", "4", "--eval-samples", "2", "--eval-every", "2",
          "--save-every", "1", "--lr", "1e-3"]
 TLT = ["--warm-start", "0"]
-LEARN = ["--prompts", "4", "--max-new", "80", "--lr", "3e-4"]  # for the policy that is able to
+LEARN = ["--task", "chain", "--max-new", "32", "--lr", "3e-4"]  # for the policy that is able to
 
 
 def launch(model_folder, out, *argv, door=("tlt.py",), **environment):
@@ -80,14 +80,14 @@ def check_same_run(a, b, tolerance=0.0):
         assert all(x.get(key) == y.get(key) for key in ("digest", "reward", "length", "eval"))
         assert x.get("gap_max", 0) < 1e-4  # fp32 rollout and trainer agree
         assert abs(x.get("grad_norm", 0) - y.get("grad_norm", 0)) <= 1e-4 * x.get("grad_norm", 0)
-    start, x, y = (torch.cat([w.flatten() for _, w in sorted(load_file(path / "model.safetensors").items())]) for path in (ROOT / "base", a / "policy", b / "policy"))
+    start, x, y = (torch.cat([w.flatten() for _, w in sorted(load_file(path / "model.safetensors").items())]) for path in (ROOT / "base/chain", a / "policy", b / "policy"))
     assert (x - start).norm() > 0 and (x - y).norm() <= tolerance * (x - start).norm()
 
 
 @pytest.fixture(scope="module")
 def able(tmp_path_factory):
-    """A policy that solves some problems and so learns from the first step on: base/ without its drafter."""
-    return shutil.copytree(ROOT / "base", tmp_path_factory.mktemp("able") / "base", ignore=shutil.ignore_patterns("drafter", "chain"))
+    """A policy that solves some problems and so learns from the first step on: base/chain alone, without its drafter."""
+    return shutil.copytree(ROOT / "base/chain", tmp_path_factory.mktemp("able") / "chain", ignore=shutil.ignore_patterns("drafter", "process", "outcome", "revise", "refit", "choice.json"))
 
 
 @pytest.fixture(scope="module")
