@@ -145,9 +145,9 @@ def identity(args):
     rng = random.Random(args.seed)
     modes = {**{f"chain {k}": Draft("learned", k) for k in range(1, 9)}, "tree 4x2": Draft("learned", 4, 2), "n-gram 4": Draft("n-gram", 4), "changing": None}
     rows = []
-    for title, sampling, count in (("temperature 1", Sampling(max_new=args.max_new), args.responses), ("temperature 0", Sampling(0.0, max_new=args.max_new), 64),
+    for title, sampling, count in (("temperature 1", Sampling(max_new=args.max_new), args.responses), ("temperature 0", Sampling(0.0, max_new=args.max_new), 1024),
                                    ("top-p 0.9", Sampling(top_p=0.9, max_new=args.max_new), 256)):
-        groups = groups_for(Countdown(), tokenizer, count * (1 if sampling.temperature else 16), args.seed)
+        groups = groups_for(Countdown(), tokenizer, count, args.seed)
         if not sampling.temperature:
             groups = [replace(g, seeds=g.seeds[:1]) for g in groups]  # all samples of a prompt would be the same
         made.reserve(room(groups, args))

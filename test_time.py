@@ -411,7 +411,6 @@ def sweep(args):
     jobs = [(args, indices[first:first + args.chunk], seed) for seed in range(args.seed, args.seed + args.seeds) for first in range(0, len(indices), args.chunk)]
     with ProcessPoolExecutor(args.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         parts = list(tqdm(pool.map(sweep_part, jobs), total=len(jobs), desc="sweep", unit="part"))
-    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(args.json), "".join(json.dumps(row) + "\n" for part in parts for row in part))
     print(f"wrote {args.json}")
 
@@ -505,7 +504,7 @@ class Sweep:
         self.bins = {"predicted": quintiles(self.easiness), "known": quintiles(self.attempts["oracle", 16, "weighted"].mean(1))}
         self.folds = np.array([zlib.crc32(r["prompt"].encode()) % 2 for r in looks])  # all that is known of a question is in one fold
         self.plain = [key for key in columns if key[0] in ("greedy", "parallel", "beam", "lookahead", "dvts") and key[2] != "outcome"]
-        self.question = np.unique([r["prompt"] for r in looks], return_inverse=True)[1]  # seeds, and prompts that came twice, are further rows of a question
+        self.question = np.unique([r["prompt"] for r in looks], return_inverse=True)[1]  # seeds are further rows of a question
 
     def interval(self, x, where=slice(None)):
         return interval(x[where], np.unique(self.question[where], return_inverse=True)[1])
@@ -644,7 +643,6 @@ TIMED = (("greedy", 1), ("parallel", 8), ("revise 1", 16), ("revise 4", 16), ("r
 def speed(args):
     """Seconds for a question with and without speculation, one question at a time: what the drafter is worth here. The answers must be the same. Rows go beside --json, to *.speed.jsonl."""
     torch.set_num_threads(1)
-    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     task, folder, rows = make_task(args.task, args.data), Path(args.model), []
     problems = [task.problem("test", 10**6 + i) for i in range(args.count)]
     solvers = {(name, on): Solver(folder / where, task, speculate=on, slots=64) for name, where in (("base", ""), ("revise", "revise")) for on in (False, True)}

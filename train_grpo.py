@@ -518,6 +518,7 @@ def prepare_folder(out, config):
 
 
 def write_atomically(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with open(part, "w") as file:
         file.write(text)
