@@ -1,0 +1,164 @@
+"""What the scripts share: mistakes told in one line, flags from a dataclass, folders found, files whole or absent."""
+
+import argparse
+import errno
+import os
+import shutil
+import sys
+from dataclasses import field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parent  # the folder of the scripts, and of base/
+
+
+class UserError(Exception):
+    """A mistake of the user's, shown as one line (what, which value, how to mend it) with exit status 2."""
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, on one line of at most 300 characters. Many have their reason on a later line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def script_name() -> str:
+    """As the user knows it: tlt.py, or bench for `python -m bench`."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
+
+
+def run(main) -> None:
+    """Run a script's main. A UserError becomes one line and exit status 2, Ctrl-C one line and 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{script_name()}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------- flags
+
+
+def flag(default, text: str, choices=None, positional: bool = False):
+    """A field of a settings dataclass that becomes a command-line flag. A tuple takes several values."""
+    return field(default=default, metadata={"help": text, "choices": choices, "positional": positional})
+
+
+def parse_flags(config_class, description: str, argv: list[str] | None = None):
+    """An instance of the dataclass from the command line. Unknown flags and wrong values exit with status 2.
+
+    Any dataclass whose fields come from `flag` will do. max_new becomes --max-new, a bool also gets --no-...
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(config_class):
+        several = isinstance(f.default, tuple)
+        shown = " ".join(map(str, f.default)) if several else f.default
+        settings = {"default": f.default, "help": f"{f.metadata['help']} [{shown}]".replace("%", "%%")}
+        if isinstance(f.default, bool):
+            parser.add_argument("--" + f.name.replace("_", "-"), action=argparse.BooleanOptionalAction, **settings)
+            continue
+        settings["choices"] = f.metadata["choices"]
+        settings["type"] = type(f.default[0]) if several else type(f.default)
+        if f.metadata["positional"]:
+            parser.add_argument(f.name, nargs="?", **settings)
+        else:
+            parser.add_argument("--" + f.name.replace("_", "-"), nargs="+" if several else None, **settings)
+    values = vars(parser.parse_args(argv))
+    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def flag_name(name: str) -> str:
+    """max_new -> --max-new"""
+    return "--" + name.replace("_", "-")
+
+
+def check_at_least(config, low: float, *names: str) -> None:
+    """Raises UserError for the first of the config's fields that is below `low` (or is nan)."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= low:  # nor nan
+            raise UserError(f"{flag_name(name)} {value}: must be at least {low}")
+
+
+# ---------------------------------------------------------------- folders and files
+
+
+def pick_device() -> str:
+    """cuda if there is a GPU, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def find_folder(name: str, flag: str = "--model") -> str:
+    """A policy's folder, looked for here and beside the scripts; what looks like a hub name (owner/name) comes back
+    as it is.
+
+    Raises UserError at once for what can be neither: the hub is asked for nothing that cannot be there, since without a
+    network that takes half a minute.
+    """
+    path = Path(name).expanduser()
+    for place in (path, ROOT / path):
+        if name and place.is_dir():
+            if not (place / "config.json").exists():
+                raise UserError(f"{flag} {name}: no config.json in this folder, so it holds no model")
+            return str(place)
+    if path.is_file():
+        raise UserError(f"{flag} {name}: this is a file; the folder that holds config.json is wanted")
+    owner, _, rest = name.partition("/")
+    hub_name = owner.strip(".~") and rest and "/" not in rest and not Path(owner).is_dir()
+    if not hub_name:
+        raise UserError(f"{flag} {name}: no such folder (a model of the hub is named owner/name)")
+    return name
+
+
+def cannot_write(path, error: BaseException) -> UserError:
+    """The UserError that says why a path could not be written. A full disk is named as such, whatever a library calls
+    it.
+    """
+    place = Path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    full = full or shutil.disk_usage(place).free < 1 << 20
+    why = "the disk is full (No space left on device)" if full else getattr(error, "strerror", None) or reason(error)
+    return UserError(f"cannot write {path}: {why}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file, whole or not at all; its folder is made. Raises UserError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def save_weights(weights: dict[str, torch.Tensor], folder, name: str = "drafter.safetensors") -> None:
+    """Write tensors to folder/name, whole or not at all; the folder is made. Raises UserError."""
+    folder = Path(folder)
+    part = folder / f"{name}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: w.contiguous() for key, w in weights.items()}, part, metadata={"format": "pt"})
+        os.replace(part, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder / name, error) from error
+
+
+def load_weights(module: torch.nn.Module, path, what: str) -> None:
+    """Fill a module from a safetensors file. Raises UserError naming the path and the reason. what: "a drafter"."""
+    try:
+        module.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load {what} for this policy from {path}: {reason(error)}") from error
