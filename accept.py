@@ -1,0 +1,132 @@
+"""Other ways to verify drafts, beside rollout.Coupled. A rule is passed to the engine: `Engine(..., rule=Ratio)`.
+
+Ratio   the textbook rule (Leviathan et al. 2211.17192): accept a draft d ~ q with chance min(1, p(d) / q(d)), else draw
+        from max(p - q, 0). The distribution is the policy's; the tokens are not those of plain decoding, so it cannot
+        be checked token by token. It accepts about as much. Kept for comparison.
+
+Tree    each draft has width - 1 siblings, the next best tokens of the drafter under the same noise: leaves beside the
+        chain. If the policy leaves the chain for a sibling, that sibling is accepted too, and its keys and values move
+        into the chain's place. Tokens are those of plain decoding. Slower than the chain at every batch size measured.
+
+Left out: deeper trees than chain-and-siblings.
+"""
+
+import functools
+
+import torch
+
+from common import UserError
+from interfaces import MAX_DRAFTS
+from modeling import Tree as TreeShape
+from rollout import Coupled, Verdict
+from sampling import logprob_of, narrow, noise_for
+
+
+def verify_ratio(logits, q_logits, drafts, sampling, seeds, index):
+    """Speculative sampling by probability ratio.
+
+    logits (B, k+1, V) of the policy, q_logits (B, k, V) that the drafts (B, k) were sampled from, index (B, k+1).
+    -> tokens y (B, k+1), log-probabilities (B, k+1), accepted (B,): y[:, :accepted + 1] count.
+    """
+    scaled, allowed = narrow(logits, sampling)
+    p = allowed.softmax(-1)
+    q = narrow(q_logits, sampling)[1].softmax(-1)
+    chosen = drafts[..., None]
+    gumbel = noise_for(sampling, seeds, index[:, :-1], 1, stream=2)
+    u = torch.exp(-torch.exp(-gumbel))  # the Gumbel's own uniform; (B, k, 1)
+    kept = u * q.gather(-1, chosen) < p[:, :-1].gather(-1, chosen)
+    accepted = kept[..., 0].long().cumprod(1).sum(1)
+    residual = torch.cat([(p[:, :-1] - q).clamp(min=0), p[:, -1:]], 1)  # after the last draft nothing is subtracted
+    y = (residual.log() + noise_for(sampling, seeds, index, p.shape[-1])).argmax(-1)
+    is_draft = torch.arange(drafts.shape[1], device=drafts.device) < accepted[:, None]
+    y = torch.cat([torch.where(is_draft, drafts, y[:, :-1]), y[:, -1:]], 1)
+    return y, logprob_of(scaled, y), accepted
+
+
+class Ratio(Coupled):
+    """Acceptance by probability ratio. Without a q (greedy sampling, n-gram drafts) equality decides, as always."""
+
+    def __init__(self, sampling, seeds, index, vocab):
+        super().__init__(sampling, seeds, index, vocab)
+        self.q_logits: list[torch.Tensor] = []  # (B, 1, V) of each depth
+        # drafts and residual must be drawn from different noise, or the emitted token does not follow p
+        self.draft_noise = noise_for(sampling, seeds, index, vocab, stream=1)
+
+    def guess(self, depth, logits):
+        """As Coupled.guess, with noise of its own."""
+        self.q_logits.append(logits)
+        _, allowed = narrow(logits, self.sampling)
+        return (allowed + self.at_depth(self.draft_noise, depth)).argmax(-1)
+
+    def accept(self, engine, ids, hidden, logits):
+        """As Coupled.accept."""
+        if not self.q_logits or self.sampling.temperature == 0:
+            return super().accept(engine, ids, hidden, logits)
+        q_logits = torch.cat(self.q_logits, 1)
+        y, logprobs, accepted = verify_ratio(logits, q_logits, ids[:, 1:], self.sampling, self.seeds, self.index)
+        return Verdict(y, logprobs, hidden, accepted)
+
+
+@functools.lru_cache
+def caterpillar(k: int, width: int, device) -> TreeShape:
+    """A chain of k drafts with width - 1 siblings each: T = 1 + k * width entries, cur and chain, then siblings."""
+    chain = list(range(k + 1))
+    siblings = [depth for depth in chain[1:] for _ in range(width - 1)]
+    depth = torch.tensor(chain + siblings)
+    columns = torch.arange(len(depth))
+    above = (columns <= k) & (depth < depth[:, None])
+    sees = above | (columns == columns[:, None])  # the chain above it, and itself
+    return TreeShape(depth.to(device), sees.to(device))
+
+
+class Tree(Coupled):
+    """Chain and siblings. `partial(Tree, width=3)` gives each draft two siblings."""
+
+    def __init__(self, sampling, seeds, index, vocab, width: int = 2):
+        super().__init__(sampling, seeds, index, vocab)
+        self.width = width
+        self.k = index.shape[1] - 1
+        self.siblings: list[torch.Tensor] = []  # (B, 1, width - 1) of each depth
+        self.shape: TreeShape | None = None
+        if self.k * width > MAX_DRAFTS:
+            raise UserError(f"draft length {self.k} x width {width}: 0 to {MAX_DRAFTS} drafts fit a round")
+
+    def guess(self, depth, logits):
+        """The best goes on in the chain, the next best are kept as its siblings."""
+        _, allowed = narrow(logits, self.sampling)
+        best = (allowed + self.at_depth(self.noise, depth)).topk(self.width).indices  # (B, 1, width)
+        self.siblings.append(best[..., 1:])
+        return best[..., 0]
+
+    def columns(self, cur, drafts):
+        """cur (B, 1), drafts (B, k) -> ids (B, 1 + k * width): cur, chain, siblings by depth; and their shape."""
+        if not self.siblings:  # a drafter without logits (n-grams) has no second best
+            self.siblings = [drafts[:, i : i + 1, None].expand(-1, -1, self.width - 1) for i in range(self.k)]
+        self.shape = caterpillar(self.k, self.width, cur.device)
+        return torch.cat([cur, drafts, torch.cat(self.siblings, 1).flatten(1)], 1), self.shape
+
+    def accept(self, engine, ids, hidden, logits):
+        """As Coupled.accept; did the policy leave the chain for a sibling?"""
+        if self.shape is None:
+            return super().accept(engine, ids, hidden, logits)
+        noise = self.noise[:, self.shape.depth] if self.noise.ndim else self.noise
+        scaled, allowed = narrow(logits, self.sampling)
+        y = (allowed + noise).argmax(-1)  # (B, T)
+        logprobs = logprob_of(scaled, y)
+        accepted = (y[:, : self.k] == ids[:, 1 : self.k + 1]).long().cumprod(1).sum(1)
+
+        rows = torch.arange(len(ids), device=ids.device)
+        last = accepted.clamp(max=self.k - 1)  # the depth at which the chain may have been left
+        siblings = torch.cat(self.siblings, 1)[rows, last]  # (B, width - 1)
+        hits = (siblings == y.gather(1, accepted[:, None])) & (accepted < self.k)[:, None]
+        hit = hits.any(1)
+        leaf = self.k + 1 + last * (self.width - 1) + hits.long().argmax(1)  # the sibling's column
+        accepted = accepted + hit
+
+        steps = torch.arange(self.k + 1, device=ids.device)
+        is_leaf = hit[:, None] & (steps == accepted[:, None])
+        path = torch.where(is_leaf, leaf[:, None], steps)  # (B, k+1): columns of the accepted path
+        lens = engine.lens[: len(ids)]
+        engine.cache.relocate(rows, lens + path.gather(1, accepted[:, None])[:, 0], lens + accepted)
+        hidden = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
+        return Verdict(y.gather(1, path), logprobs.gather(1, path), hidden, accepted)
