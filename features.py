@@ -1,0 +1,104 @@
+"""What the drafter learns from: finished responses with the policy's hidden states, which rollout computed anyway.
+
+Entry t of a sequence pairs the token x_{t+1} and the feature h_t with the target h_{t+1} (drafter.py has the why).
+Several sequences are packed into one row: positions restart, and each entry knows its owner, so that a block-diagonal
+mask keeps the sequences apart.
+
+Legend: N entries of a packed batch, L tokens of a sequence, D model width.
+"""
+
+import random
+from collections import deque
+from typing import NamedTuple
+
+import torch
+
+from interfaces import Response
+
+
+class Features(NamedTuple):
+    """A sequence in the buffer."""
+
+    ids: torch.Tensor  # (L,) prompt and response
+    hidden: torch.Tensor  # (L-1, D) h_t of all positions but the last
+    start: int  # where the response begins
+    rollout: int = 0  # number of the rollout that made it
+
+
+class Packed(NamedTuple):
+    """Several sequences in one row. Entry t of each holds x_{t+1}, h_t and the target h_{t+1}, for t = 0 .. L-3: the
+    last feature has nothing to predict.
+    """
+
+    ids: torch.Tensor  # (1, N)
+    features: torch.Tensor  # (1, N, D)
+    targets: torch.Tensor  # (1, N, D)
+    positions: torch.Tensor  # (1, N)
+    owner: torch.Tensor  # (N,) which sequence an entry belongs to
+    counted: torch.Tensor  # (N,) bool: does it guess a token of the response?
+
+
+class FeatureBuffer:
+    """Finished responses with their features, bounded by bytes: the oldest leave first."""
+
+    MAX_STRETCH = 2048  # tokens of a sequence that are learned at once: more would not fit the memory
+
+    def __init__(self, limit: int = 256 << 20):
+        self.limit = limit  # bytes
+        self.rows: deque[Features] = deque()
+        self.bytes = 0
+        self.rollout = 0
+
+    def begin(self, rollout: int) -> None:
+        """A new rollout begins. Of the last one's rows the longest quarter stays, older ones go: the first to finish
+        are short, and a drafter trained on them alone would forget the tail, which is where it is needed.
+        """
+        last = [row for row in self.rows if row.rollout == self.rollout]
+        lengths = sorted(len(row.ids) for row in last)
+        bar = lengths[len(lengths) * 3 // 4] if lengths else 0
+        self.rows = deque(row for row in last if len(row.ids) >= bar)
+        self.bytes = sum(row.hidden.nbytes for row in self.rows)
+        self.rollout = rollout
+
+    def add(self, response: Response) -> None:
+        """Keep a response that has its hidden states."""
+        if len(response.hidden) < 2:
+            return  # one feature has no next one to predict
+        ids = torch.tensor(response.prompt + response.tokens)
+        self.rows.append(Features(ids, response.hidden, len(response.prompt), self.rollout))
+        self.bytes += response.hidden.nbytes
+        while self.bytes > self.limit and len(self.rows) > 1:
+            self.bytes -= self.rows.popleft().hidden.nbytes
+
+    def pack(self, tokens: int, rng: random.Random) -> Packed:
+        """Random sequences, together about `tokens` long. Of very long ones a random stretch."""
+        picked = []
+        total = 0
+        while total < tokens:
+            picked.append(self.stretch(self.rows[rng.randrange(len(self.rows))], rng))
+            total += len(picked[-1].ids)
+        return pack(picked)
+
+    def stretch(self, row: Features, rng: random.Random) -> Features:
+        """At most MAX_STRETCH tokens of it, not in the prompt alone, where nothing is learned."""
+        latest = len(row.ids) - self.MAX_STRETCH
+        if latest <= 0:
+            return row
+        first = rng.randint(min(latest, max(0, row.start - self.MAX_STRETCH // 2)), latest)
+        end = first + self.MAX_STRETCH
+        return Features(row.ids[first:end], row.hidden[first : end - 1], max(0, row.start - first), row.rollout)
+
+
+def pack(rows: list[Features]) -> Packed:
+    """One packed batch of these sequences."""
+    lengths = torch.tensor([len(row.ids) - 2 for row in rows])
+    positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    starts = torch.tensor([row.start for row in rows]).repeat_interleave(lengths)
+    return Packed(
+        ids=torch.cat([row.ids[1:-1] for row in rows])[None],
+        features=torch.cat([row.hidden[:-1] for row in rows])[None],
+        targets=torch.cat([row.hidden[1:] for row in rows])[None],
+        positions=positions[None],
+        owner=torch.arange(len(rows)).repeat_interleave(lengths),
+        counted=positions >= starts - 2,  # entry t guesses token t+2
+    )
