@@ -1,0 +1,343 @@
+"""How the tiny policies in this folder were made, from scratch: base/ (countdown, 8 MB) and base/chain/ (0.7 MB).
+
+    python -m base.pretrain                                   `make base`, about an hour on 2 cores
+    python -m base.pretrain --task chain --layers 4 ...       `make chain`
+
+Both are normal Hugging Face folders.
+
+Countdown. A search trace is a depth-first search in random order until the target is hit, so response lengths are
+long-tailed by nature:
+
+    3,7,8=29<think>7+3=10>10,8;10+8=18:29;10*8=80:29;8-3=5>5,7;...;7*3=21>21,8;21+8=29:29!</think><answer>(7*3)+8</ans
+    wer>
+
+`a+b=c>c,d;` goes one level down (the numbers left are written out), `a+b=c:t;` is a leaf beside the target, `!` claims
+success. Writing the target beside each leaf is what makes it learnable: without it a model claims success at random.
+
+Two phases on one schedule (AdamW, linear warm-up and decay): clean traces teach to search, then NOISY ones (false
+claims of success, giving up, slips of arithmetic) teach bad habits on top. The result solves about a third of
+held-out problems but knows how to do better, which is what reinforcement learning can lift: it learns to go on
+searching instead of claiming, so responses grow longer.
+
+Chain (for test_time/). `7:cfa=` -> `c12;f3;a29;#29`, a function a line. The demonstrator slips now and then, and
+takes some functions for their neighbours, the later in the alphabet the more often, the last one more often than not.
+So some mistakes go away with more samples, some by majority, and some only with a verifier.
+"""
+
+import functools
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from common import check_at_least, flag, parse_flags, run
+from tasks import Chain, Countdown, combine
+
+SYMBOLS = {
+    "countdown": ["<pad>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", *"+-*/=>,:;!()"],
+    "chain": ["<pad>", "<eos>", *":=;#|", *Chain.LETTERS],  # | parts attempts, see test_time/strategies.py
+}
+MAX_TRACE = 640  # tokens; a longer search is drawn again
+NOISE = {"claim": 0.10, "quit": 0.03, "slip": 0.05}  # of the noisy traces, see `trace`
+PARTS = 20  # in which traces of a kind are made, side by side
+
+
+def make_tokenizer(task: str = "countdown") -> PreTrainedTokenizerFast:
+    """One token per whole number 0..99 and per symbol; `decode` gives back exactly the text."""
+    vocab = {token: i for i, token in enumerate(SYMBOLS[task] + [str(n) for n in range(100)])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?[a-z]+>|[0-9]+|."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+        prompt_style="trace",
+        model_max_length=1024,
+    )
+
+
+# ---------------------------------------------------------------- the demonstrators
+
+
+@functools.cache
+def solvable(state: tuple, target: int) -> bool:
+    """Whether the target can be made from this sorted tuple of numbers."""
+    if len(state) == 1:
+        return state[0] == target
+    return any(solvable(move[4], target) for move in moves(state))
+
+
+@functools.cache
+def moves(state: tuple) -> list[tuple]:
+    """All (symbol, x, y, result, next state) from a sorted tuple of numbers."""
+    options = {}
+    for i in range(len(state)):
+        for j in range(i):
+            rest = state[:j] + state[j + 1 : i] + state[i + 1 :]
+            for symbol, x, y, result in combine(state[i], state[j]):
+                options[symbol, x, y] = (symbol, x, y, result, tuple(sorted((result, *rest))))
+    return list(options.values())
+
+
+class Search:
+    """One depth-first search, written out. See `trace` for the settings."""
+
+    def __init__(
+        self, target: int, rng: random.Random, claim: float, quit: float, slip: float, hint: float, width: int
+    ):
+        self.target = target
+        self.rng = rng
+        self.claim = claim
+        self.quit = quit
+        self.slip = slip
+        self.hint = hint
+        self.width = width
+        self.text: list[str] = []
+
+    def options(self, state: list[int], depth: int) -> list[tuple]:
+        """The moves to try, in their order."""
+        options = moves(tuple(sorted(state)))
+        options = self.rng.sample(options, len(options))
+        if len(state) > 3:
+            options.sort(key=lambda m: self.rng.random() < self.hint and solvable(m[4], self.target), reverse=True)
+        return options[: self.width] if depth and len(state) > 2 else options
+
+    def search(self, state: list[int], names: list[str], depth: int = 0) -> bool | None:
+        """state: values; names: their expressions. True: claimed success. None: gave up. False: all was tried in
+        vain.
+        """
+        for symbol, x, y, result, _ in self.options(state, depth):
+            i = state.index(x)
+            j = next(k for k in range(len(state)) if state[k] == y and k != i)
+            name = symbol.join(n if n.isdigit() else f"({n})" for n in (names[i], names[j]))
+            if self.rng.random() < self.slip:
+                result = max(0, min(99, result + self.rng.choice([-10, -2, -1, 1, 2, 10])))
+            rest = [k for k in range(len(state)) if k not in (i, j)]
+            self.text.append(f"{x}{symbol}{y}={result}")
+            if rest:
+                values = [result] + [state[k] for k in rest]
+                self.text.append(">" + ",".join(map(str, values)) + ";")
+                outcome = self.search(values, [name] + [names[k] for k in rest], depth + 1)
+            else:
+                outcome = self.leaf(result, name)
+            if outcome is not False:
+                return outcome
+        return False
+
+    def leaf(self, result: int, name: str) -> bool | None:
+        """One number is left: claim success, give up, or go on."""
+        if result == self.target or self.rng.random() < self.claim:
+            self.text.append(f":{self.target}!</think><answer>{name}</answer>")
+            return True
+        self.text.append(f":{self.target};")
+        return None if self.rng.random() < self.quit else False
+
+
+def trace(numbers, target: int, rng: random.Random, claim=0.0, quit=0.0, slip=0.0, hint=0.5, width=3) -> str:
+    """The text of one search, `</think>...<eos>` included.
+
+    claim, quit: chance, at each failing leaf, to claim success or to give up. slip: chance that a result is written
+    wrong. hint: chance that the search tries a promising branch first. It is applied only above the last two numbers'
+    parent, so that 4-number searches end in reasonable time. width: how many branches it tries below the first level
+    before it turns back.
+    """
+    search = Search(target, rng, claim, quit, slip, hint, width)
+    if not search.search(list(numbers), [str(n) for n in numbers]):
+        search.text.append("</think>")
+    return "".join(search.text) + "<eos>"
+
+
+def chain_trace(start: int, names: str, rng: random.Random, slip: float = 0.03, confuse: float = 0.55) -> str:
+    """slip: chance that a result is any number. confuse: chance that the last function is taken for the one before it;
+    less for the others.
+    """
+    text = ""
+    y = start
+    last = len(Chain.LETTERS) - 1
+    for name in names:
+        i = Chain.LETTERS.index(name)
+        confused = rng.random() < confuse * (i / last) ** 4
+        y = Chain.apply(Chain.LETTERS[i - confused], y)
+        y = rng.randrange(Chain.MODULUS) if rng.random() < slip else y
+        text += f"{name}{y};"
+    return f"{text}#{y}<eos>"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part of the traces, for a process of its own."""
+
+    task: str
+    kind: str  # clean or noisy
+    seed: str
+    count: int
+    noise: dict
+
+
+def make_traces(job: Job) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, completion ids) of each trace."""
+    rng = random.Random(job.seed)
+    task = Countdown(sizes=(3, 4)) if job.task == "countdown" else Chain()
+    tokenizer = make_tokenizer(job.task)
+    rows = []
+    while len(rows) < job.count:
+        problem = task.problem("train", rng.getrandbits(40))
+        if job.task == "countdown":
+            text = trace(*problem.answer, rng, **job.noise)
+        else:
+            text = chain_trace(*problem.answer[:2], rng, **job.noise)
+        completion = tokenizer.encode(text)
+        if len(completion) <= MAX_TRACE:
+            rows.append((tokenizer.encode(problem.trace), completion))
+    return rows
+
+
+# ---------------------------------------------------------------- training
+
+
+def batches(rows: list, tokens: int, rng: random.Random) -> list[list]:
+    """Batches of at most `tokens` tokens, padding included, of sequences of like length, in random order."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]) + 8 * rng.random())
+    cut = []
+    batch = []
+    for i in order:
+        longest = len(rows[i][0]) + len(rows[i][1])
+        if batch and longest * (len(batch) + 1) > tokens:
+            cut.append(batch)
+            batch = []
+        batch.append(rows[i])
+    if batch:
+        cut.append(batch)
+    rng.shuffle(cut)
+    return cut
+
+
+def loss_on(model, batch: list) -> torch.Tensor:
+    """Mean cross-entropy of the completion tokens. Right padding under a causal mask needs no attention mask."""
+    longest = max(len(prompt) + len(completion) for prompt, completion in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, (prompt, completion) in enumerate(batch):
+        end = len(prompt) + len(completion)
+        ids[row, :end] = torch.tensor(prompt + completion)
+        labels[row, len(prompt) : end] = torch.tensor(completion)
+    logits = model(input_ids=ids[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def new_policy(tokenizer, layers: int, width: int) -> LlamaForCausalLM:
+    """Random weights. Llama with Qwen2's biases: AutoTokenizer gives every folder of type qwen2 the Qwen2 tokenizer,
+    which splits our numbers.
+    """
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=max(1, width // 64),
+        intermediate_size=width * 9 // 4,
+        max_position_embeddings=1024,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def learn(model, plan: list[list], lr: float, title: str = "training") -> None:
+    """One AdamW step per batch of the plan, linear warm-up and decay."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+
+    def factor(i: int) -> float:
+        return min((i + 1) / 200, max(0.0, 1 - i / len(plan)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    bar = tqdm(plan, desc=title, unit="batch", mininterval=5)
+    mean = None
+    for batch in bar:
+        loss = loss_on(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+
+
+@dataclass(frozen=True)
+class Command:
+    """Settings, each a command-line flag."""
+
+    task: str = flag("countdown", "whose language to learn", tuple(sorted(SYMBOLS)))
+    out: str = flag("base", "folder for the policy")
+    layers: int = flag(12, "decoder layers")
+    width: int = flag(128, "hidden size, in heads of 32")
+    clean: int = flag(100_000, "clean traces (countdown)")
+    noisy: int = flag(16_000, "noisy traces (chain: all)")
+    tokens: int = flag(4096, "tokens in a batch")
+    threads: int = flag(0, "threads of torch; 0: torch's own choice")
+    seed: int = flag(0, "of traces, initial weights and batches")
+
+    def __post_init__(self):
+        """Raises UserError."""
+        check_at_least(self, 1, "layers", "noisy", "tokens")
+        check_at_least(self, 32, "width")
+        check_at_least(self, 0, "clean", "threads")
+
+
+def jobs_of(command: Command) -> list[Job]:
+    """First the clean traces, then the noisy ones."""
+    counts = {"clean": command.clean if command.task == "countdown" else 0, "noisy": command.noisy}
+    jobs = []
+    for kind, count in counts.items():
+        noise = NOISE if kind == "noisy" and command.task == "countdown" else {}
+        if count:
+            for i in range(PARTS):
+                jobs.append(Job(command.task, kind, f"{command.seed} {kind} {i}", count // PARTS, noise))
+    return jobs
+
+
+def main() -> None:
+    """See above."""
+    command = parse_flags(Command, __doc__)
+    if command.threads:
+        torch.set_num_threads(command.threads)
+    torch.manual_seed(command.seed)
+    tokenizer = make_tokenizer(command.task)
+    model = new_policy(tokenizer, command.layers, command.width)
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {torch.get_num_threads()} threads")
+    jobs = jobs_of(command)
+    with ProcessPoolExecutor() as pool:
+        parts = list(tqdm(pool.map(make_traces, jobs), total=len(jobs), desc="demonstrating", unit="part"))
+    lengths = sorted(len(completion) for part in parts for _, completion in part)
+    quantiles = ", ".join(f"p{q} {lengths[len(lengths) * q // 100]}" for q in (50, 90, 99))
+    print(f"{len(lengths)} traces, {sum(lengths):,} tokens, {quantiles}")
+    rng = random.Random(command.seed)
+    plan = []
+    for kind in ("clean", "noisy"):
+        rows = [row for part, job in zip(parts, jobs) if job.kind == kind for row in part]
+        plan += batches(rows, command.tokens, rng)
+    started = time.time()
+    learn(model, plan, 2e-3)
+    model.generation_config.max_new_tokens = 512
+    model.save_pretrained(command.out)
+    tokenizer.save_pretrained(command.out)
+    print(f"{time.time() - started:.0f} s; wrote {Path(command.out).resolve()}")
+
+
+if __name__ == "__main__":
+    run(main)
