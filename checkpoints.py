@@ -1,0 +1,221 @@
+"""A run's folder and its checkpoints: everything appears whole or not at all, and nothing is destroyed by mistake.
+
+    out/config.json, metrics.jsonl, curves.png, timeline.png, trace.json
+    out/policy/                 the final policy, an ordinary Hugging Face folder
+    out/checkpoint-NNNNNN/      a Hugging Face folder plus optimizer.pt, state.json (step, config, metrics) and
+                                checksums.json
+    out/earlier-run/            checkpoints of the run that was here before, until this one has written its first
+    out/.lock                   held by the run that writes here; the system lets go of it however that run ends
+
+Seeds and data follow from the step, so a checkpoint needs no state of generators. States of policy and optimizer are
+stored whole, by the names of the weights: a sharded run can go on unsharded, and the other way round.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
+from tqdm import tqdm
+
+from common import UserError, cannot_write, write_atomically
+
+FORMAT = 3  # of checkpoints
+KEPT = 2  # checkpoints
+PATTERN = "checkpoint-??????"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+MAY_CHANGE = ("steps", "resume", "out", "workers")  # settings that a resumed run may change without a word
+
+
+# ---------------------------------------------------------------- the folder
+
+
+@contextlib.contextmanager
+def claim(out) -> Iterator[None]:
+    """Hold the folder while the block runs. Raises UserError if another run holds it, or if it cannot be written."""
+    path = Path(out) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"--out {out}: {cannot_write(out, error)}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(
+                f"--out {out}: in use by {file.read().strip()}; wait for it, or choose another --out"
+            ) from error
+        file.truncate(0)
+        file.write(
+            f"process {os.getpid()} on {platform.node()} since {time.strftime('%H:%M:%S')}: {' '.join(sys.argv)}"
+        )
+        file.flush()
+        yield
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again after a failure (--max-restarts): then it goes on by itself."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def start_from(out: Path, resume: bool, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that a run goes on from; None: it starts anew. Raises UserError if --resume finds none."""
+    if not resume and not restarted():
+        return None
+    checkpoint = newest(out, say)
+    if checkpoint is None and not restarted():
+        raise nothing_to_resume(out)
+    return checkpoint
+
+
+def nothing_to_resume(out: Path) -> UserError:
+    """The UserError for --resume in a folder without a whole checkpoint."""
+    aside = out / "earlier-run"
+    hint = f" (those in {aside} are of the run before: move them up to go on from them)" if aside.exists() else ""
+    return UserError(f"--resume: no checkpoint in {out}{hint}; start without it")
+
+
+def prepare(out: Path, config, start: Path | None) -> None:
+    """Write config.json. A new run sets an earlier one's checkpoints aside: --resume must not go on from them."""
+    if start is not None:
+        before = read_state(start)["config"]
+        changes = []
+        for name, value in asdict(config).items():
+            if name not in MAY_CHANGE and before.get(name, value) != value:
+                changes.append(f"{name} {before[name]} -> {value}")
+        if changes:
+            tqdm.write("goes on with other settings than before: " + ", ".join(changes))
+    elif not restarted():
+        for old in sorted(out.glob(PATTERN)):
+            aside = out / "earlier-run" / old.name
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(old, aside)
+    write_atomically(out / "config.json", json.dumps(asdict(config), indent=1))
+
+
+def save_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill(path)` write a folder beside its final place, then rename it."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    fill(part)
+    for path in part.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def whole_weights(model) -> dict[str, torch.Tensor]:
+    """The policy's weights on rank 0, whole, on the host; nothing elsewhere. All workers take part."""
+    return get_model_state_dict(model, options=WHOLE)
+
+
+def save_policy(folder: Path, model, tokenizer, weights: dict[str, torch.Tensor]) -> None:
+    """A Hugging Face folder."""
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def save(out: Path, step: int, model, optimizer, tokenizer, metrics: list[dict], config=None, writes=True) -> None:
+    """Write a checkpoint; all workers take part, one writes. Raises UserError, and the checkpoints before stay.
+
+    The newest two of this run are kept. Those of an earlier run go, since one of this run is whole now.
+    """
+    weights, moments = get_state_dict(model, optimizer, options=WHOLE)
+    if not writes:
+        return
+    folder = out / f"checkpoint-{step:06d}"
+
+    def fill(part: Path) -> None:
+        save_policy(part, model, tokenizer, weights)
+        torch.save(moments, part / "optimizer.pt")
+        state = {"format": FORMAT, "step": step, "config": asdict(config) if config else {}, "metrics": metrics}
+        (part / "state.json").write_text(json.dumps(state))
+        sums = {path.name: checksum(path) for path in sorted(part.iterdir())}
+        (part / "checksums.json").write_text(json.dumps(sums))
+
+    try:
+        save_folder(folder, fill)
+    except Exception as error:  # disk full, read-only, ...: each library has its own type for it
+        failure = cannot_write(folder, error)
+        shutil.rmtree(folder.with_name(folder.name + ".part"), ignore_errors=True)
+        raise UserError(f"--out {out}: {failure}; the last checkpoint there: {newest(out)}") from error
+    shutil.rmtree(out / "earlier-run", ignore_errors=True)
+    for old in sorted(out.glob(PATTERN))[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, in words; empty if nothing is."""
+    try:
+        sums = json.loads((folder / "checksums.json").read_text())
+        files = {path.name for path in folder.iterdir()} - {"checksums.json"}
+        if files != sums.keys():
+            return "missing or unknown: " + ", ".join(sorted(files ^ sums.keys()))
+        changed = [name for name, known in sums.items() if checksum(folder / name) != known]
+        if changed:
+            return ", ".join(changed)
+        version = read_state(folder)["format"]
+        return "" if version == FORMAT else f"format {version}, wanted {FORMAT}"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def read_state(checkpoint: Path) -> dict:
+    """state.json of a checkpoint."""
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def newest(out: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The newest checkpoint that is whole, or None. Damaged ones are named."""
+    for folder in sorted(out.glob(PATTERN), reverse=True):
+        wrong = damage(folder)
+        if not wrong:
+            return folder
+        say(f"{folder} is damaged ({wrong}) and is passed over")
+    return None
+
+
+def load(checkpoint: Path | None, model, optimizer) -> tuple[int, list[dict]]:
+    """(first step to do, metrics so far); fills the optimizer. Without a checkpoint (0, [])."""
+    if checkpoint is None:
+        return 0, []
+    state = read_state(checkpoint)
+    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
+    return state["step"], state["metrics"]

@@ -1,0 +1,123 @@
+"""The loop's view of its workers: one process (`Alone`). tlt.Team has the same members for many.
+
+`layout` says how the policy lies on them: whole on each (`Replicated`), or spread (shard.Sharded).
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from interfaces import Group, Response, Strategy
+from modeling import bfloat16
+from report import Clock, WorkerNotes
+from rollout import Engine
+
+
+def logits_at(model, ids: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+    """ids (B, T), picked (B, T) bool -> logits (N, V) of the picked positions."""
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+    return model.get_output_embeddings()(hidden[picked])
+
+
+class Replicated:
+    """How the policy lies on the workers: whole on each of them."""
+
+    can_retry = True  # a worker that runs out of memory may do its part again without the others
+
+    def place(self, model, device: str):
+        """-> (the policy that learns, the one that generates: on a GPU a bfloat16 copy, on a CPU the policy itself)."""
+        model.to(device)
+        return model, bfloat16(copy.deepcopy(model).requires_grad_(False)) if device != "cpu" else model
+
+    def logits_at(self, model, ids, picked) -> torch.Tensor:
+        """As the function of this name."""
+        return logits_at(model, ids, picked)
+
+    def my_share(self, shares: list[list], rank: int) -> list:
+        """This worker's micro-batches."""
+        return shares[rank]
+
+    def sum_and_clip(self, model, limit: float, team: "Alone") -> float:
+        """Sum the gradients over the workers, scale them to a norm of at most `limit` -> their norm before."""
+        for p in model.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        team.all_reduce([p.grad for p in model.parameters()])
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+
+    def refresh(self, actor, model) -> None:
+        """After an update: what generates becomes what has learned."""
+        if actor is not model:
+            for a, p in zip(actor.parameters(), model.parameters()):
+                a.data.copy_(p.data)
+
+    def update_bytes(self, model, micro_tokens: int) -> int:
+        """Memory that an update takes beside the engine: gradients, and for each token of a micro-batch three rows as
+        wide as the vocabulary; of these at most 8 GB, since an update that runs out of memory is cut finer.
+        """
+        weights = sum(p.numel() for p in model.parameters())
+        return 4 * weights + min(8 << 30, 12 * micro_tokens * model.config.vocab_size)
+
+    def moment_bytes(self, model) -> int:
+        """Memory that Adam's moments take from the first update on."""
+        return 8 * sum(p.numel() for p in model.parameters())
+
+
+class Alone:
+    """One process."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, config, tell: Callable[[str], None] | None = None):
+        """config: train_grpo.Config; tell: see report.Clock."""
+        self.config = config
+        self.clock = Clock(tell)
+        self.micro_tokens = config.micro_tokens  # falls when memory runs out
+        self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+        self.layout = Replicated()
+
+    def engine(self, actor, stop: set[int], slots: int, reserve_bytes: int) -> Engine:
+        """The engine that generates."""
+        return Engine(actor, stop, slots, reserve_bytes=reserve_bytes)
+
+    def rollout(self, engine: Engine, groups: list[Group], sampling, grade, progress, learn: bool) -> list[Response]:
+        """All responses to the groups, graded, ordered by (group, sample): the same list on every worker.
+
+        progress(number so far) hears of each; learn: whether a drafter may be trained on them (not on held-out ones).
+        """
+        responses = []
+        for response in self.work(engine, groups, sampling, grade):
+            responses.append(response)
+            progress(len(responses))
+        return sorted(responses, key=lambda r: (r.group, r.sample))
+
+    def work(
+        self, engine: Engine, groups: Iterable[Group], sampling, grade, strategy: Strategy | None = None
+    ) -> Iterator[Response]:
+        """This worker's responses, graded as they end."""
+        self.clock.enter("rollout")
+        for response in engine.generate(groups, sampling, strategy):
+            self.clock.enter("reward")
+            grade(response)
+            yield response
+            self.clock.enter("rollout")
+
+    def notes(self) -> WorkerNotes | None:
+        """What this worker did for speculation since the last call, for the metrics."""
+        return None
+
+    def save(self, out: Path) -> None:
+        """With each checkpoint: whatever the workers keep beside the policy."""
+
+    def deploy(self, folder: Path) -> None:
+        """Into the final policy's folder: whatever else serves it."""
+
+    def all_reduce(self, tensors: list[torch.Tensor]) -> None:
+        """Add up each tensor over the workers, in place."""
+
+    def gather(self, value) -> list:
+        """The values of all workers, by rank."""
+        return [value]
