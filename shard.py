@@ -1,0 +1,82 @@
+"""Policies that do not fit a GPU whole: FSDP2 spreads fp32 weights, gradients and Adam's moments over the workers.
+
+Each worker keeps a slice of every weight, and gathers a layer when it computes with it. What generates is a whole copy
+on each worker, in bfloat16 on a GPU. For 7.6 billion weights on 8 GPUs: 16 bytes x 7.6e9 = 122 GB become 15 GB a GPU,
+the copy is 15 GB.
+
+Each forward gathers weights from all workers, so all must do equally many: shares are filled up with an example that
+weighs nothing. For the same reason no worker can do its part again alone when memory runs out.
+"""
+
+import copy
+import types
+from dataclasses import replace
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from modeling import bfloat16
+from workers import Replicated, logits_at
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is spread over the workers, as a whole. All of them take part."""
+    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+
+
+class Sharded(Replicated):
+    """The policy is spread over the workers. See workers.Replicated for what the methods promise."""
+
+    can_retry = False
+
+    def __init__(self, workers: int, device_type: str):
+        self.workers = workers
+        self.device_type = device_type  # cpu or cuda
+
+    def place(self, model, device):
+        """-> (the spread policy, a whole copy that generates)."""
+        actor = copy.deepcopy(model).requires_grad_(False)
+        actor = (bfloat16(actor) if device != "cpu" else actor).to(device)
+        mesh = init_device_mesh(self.device_type, (self.workers,))
+        for part in (*model.get_decoder().layers, model):
+            fully_shard(part, mesh=mesh)  # brings its slice to the GPU
+            # sums, not means: the weights of the loss are those of the whole mini-batch
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+        # weights are gathered around a method of the module itself
+        model.logits_at = types.MethodType(logits_at, model)
+        register_fsdp_forward_method(model, "logits_at")
+        return model, actor
+
+    def logits_at(self, model, ids, picked):
+        return model.logits_at(ids, picked)
+
+    def my_share(self, shares, rank):
+        """Its micro-batches, and as many of one example that weighs nothing as make the shares equally long."""
+        share = shares[rank]
+        missing = max(len(other) for other in shares) - len(share)
+        if not missing:
+            return share
+        examples = [x for other in shares for batch in other for x in batch]
+        filler = replace(min(examples, key=lambda x: x.length), advantage=0.0, weight=0.0)
+        return share + [[filler]] * missing
+
+    def sum_and_clip(self, model, limit, team):
+        """FSDP has summed the gradients."""
+        for p in model.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)).item()
+
+    def refresh(self, actor, model):
+        for a, p in zip(actor.parameters(), model.parameters()):
+            a.data.copy_(whole(p).data)
+
+    def update_bytes(self, model, micro_tokens):
+        """Nothing can be cut finer here, so all of a micro-batch must fit."""
+        weights = sum(p.numel() for p in model.parameters()) // self.workers
+        return 4 * weights + 12 * micro_tokens * model.config.vocab_size
+
+    def moment_bytes(self, model):
+        return super().moment_bytes(model) // self.workers
