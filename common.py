@@ -31,6 +31,15 @@ def script_name() -> str:
     return path.parent.name if path.name == "__main__.py" else path.name
 
 
+def usage_name() -> str:
+    """What the user types: tlt.py, or python -m bench engine."""
+    name = script_name()
+    if name.endswith(".py"):
+        return name
+    table = sys.argv[1:2] if name == "bench" else []
+    return " ".join(["python -m", name, *table])
+
+
 def run(main) -> None:
     """Run a script's main. A UserError becomes one line and exit status 2, Ctrl-C one line and 130."""
     try:
@@ -56,7 +65,8 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None):
 
     Any dataclass whose fields come from `flag` will do. max_new becomes --max-new, a bool also gets --no-...
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=usage_name(), description=description, formatter_class=style)
     for f in fields(config_class):
         several = isinstance(f.default, tuple)
         shown = " ".join(map(str, f.default)) if several else f.default

@@ -1,11 +1,13 @@
-"""Exact resume under fire (`make soak`): a small run with two workers is killed again and again, with SIGKILL, and goes on from its last checkpoint, until it ends. Its metrics and
-its final policy must then equal those of the same run undisturbed.
+"""Exact resume under fire (`make soak`): a small run with two workers is killed again and again, with SIGKILL, and goes
+on from its last checkpoint, until it ends. Its metrics and its final policy must then equal those of the same run
+undisturbed.
 
-Who is killed (the parent or a worker) and what it is doing at that moment (rollout, drafter training, update, a checkpoint half written ...) are drawn at random. To see what workers are doing,
-runs are started through this file, which makes each worker write its state into a shared file. Half of the runs restart by --resume, the others by torchrun's --max-restarts.
+Who is killed (the parent or a worker) and what it is doing at that moment (rollout, drafter training, update, a
+checkpoint half written ...) are drawn at random. To see what workers are doing, runs are started through this file,
+which makes each worker write its state into a shared file. Half of the runs are restarted with --resume, the others by
+torchrun's --max-restarts.
 """
 
-import argparse
 import json
 import mmap
 import os
@@ -16,89 +18,154 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import checkpoints  # noqa: E402
+import report  # noqa: E402
 import tlt  # noqa: E402
-import train_grpo  # noqa: E402
-from report import STATES  # noqa: E402
-from rollout import run  # noqa: E402
+from common import flag, parse_flags, run, write_atomically  # noqa: E402
 
-FLAGS = ["--model", str(ROOT / "base"), "--device", "cpu", "--prompts", "4", "--samples", "4", "--max-new", "96", "--slots", "8", "--save-every", "2", "--eval-every", "0",
-         "--show-every", "0", "--lr", "3e-4"]
-SAME = ("step", "digest", "reward", "solved", "flat_groups", "length", "truncated", "tokens", "loss", "grad_norm", "skipped", "clipped", "kl")  # the rest is timing, and rounding of the rollout
+WORKERS = 2
+SETTINGS = {
+    "--model": ROOT / "base",
+    "--device": "cpu",
+    "--prompts": 4,
+    "--samples": 4,
+    "--max-new": 96,
+    "--slots": 8,
+    "--save-every": 2,
+    "--eval-every": 0,
+    "--show-every": 0,
+    "--lr": 3e-4,
+}
+# what must be equal in metrics.jsonl; the rest is timing, and rounding of the rollout
+SAME = (
+    "step",
+    "digest",
+    "reward",
+    "solved",
+    "flat_groups",
+    "length",
+    "truncated",
+    "tokens",
+    "loss",
+    "grad_norm",
+    "skipped",
+    "clipped",
+    "kl",
+)
+AIMS = "#=d.ruc"  # marks of the states in which a worker is shot: see report.STATES
+NAMES = {mark: name for name, (mark, _) in report.STATES.items()}
 
-if where := os.environ.get("SOAK_STATES"):  # in a worker, or its parent
 
-    def tell(self, state, enter=train_grpo.Clock.enter):
-        enter(self, state)
-        if state in STATES:
-            board[int(os.environ.get("RANK", 0))] = ord(STATES[state][0])
+@dataclass(frozen=True)
+class Config:
+    """Settings."""
 
-    board = mmap.mmap(os.open(where, os.O_RDWR), 2)
-    train_grpo.Clock.enter = tell
-
-
-def start(out, steps, seed, *argv, states="", door=()):
-    return subprocess.Popen([sys.executable, *door, __file__, "run", *FLAGS, "--out", str(out), "--steps", str(steps), "--seed", str(seed), *argv], cwd=ROOT, start_new_session=True,
-                            stdout=open(str(out) + ".log", "a"), stderr=subprocess.STDOUT, env={**os.environ, "SOAK_STATES": str(states), "SOAK_RUN": str(out),
-                                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})  # or torchrun's workers, started again, read the addresses of those that were killed
+    kills: int = flag(50, "how many")
+    steps: int = flag(20, "of each run")
+    seed: int = flag(0, "of the runs, and of who is killed when")
+    out: str = flag(str(ROOT / "runs/soak"), "folder for the runs; what is there goes")
 
 
-def members(out):
+# ---------------------------------------------------------------- in a worker, or its parent
+
+
+class WatchedClock(report.Clock):
+    """A worker's clock that also writes the mark of its state into the file SOAK_STATES, a byte for each worker."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.states = mmap.mmap(os.open(os.environ["SOAK_STATES"], os.O_RDWR), WORKERS)
+        self.rank = int(os.environ.get("RANK", 0))
+
+    def enter(self, state):
+        """As Clock.enter."""
+        super().enter(state)
+        if state in report.STATES:
+            self.states[self.rank] = ord(report.STATES[state][0])
+
+
+if os.environ.get("SOAK_STATES"):  # spawned workers import this file, too
+    import workers
+
+    workers.Clock = WatchedClock
+
+
+# ---------------------------------------------------------------- runs and their processes
+
+
+def start(config: Config, out: Path, seed: int, *flags: str, states="", door=()) -> subprocess.Popen:
+    """Begin a run, or go on with it. states: the file for the workers' states; door: what starts this file."""
+    settings = [str(part) for setting in SETTINGS.items() for part in setting]
+    run_flags = ["--out", str(out), "--steps", str(config.steps), "--seed", str(seed), *flags]
+    environment = {
+        **os.environ,
+        "SOAK_STATES": str(states),
+        "SOAK_RUN": str(out),
+        # or torchrun's workers, started again, read the addresses of those that were killed
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    with open(f"{out}.log", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, *door, __file__, "run", *settings, *run_flags],
+            cwd=ROOT,
+            start_new_session=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+
+
+def is_alive(process_folder: Path) -> bool:
+    """process_folder: in /proc. Not a zombie."""
+    return (process_folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def members(out: Path) -> list[int]:
     """Living processes of a run, wherever they belong: they share its environment."""
-    found = []
+    mark = f"SOAK_RUN={out}\0".encode()
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"SOAK_RUN={out}\0".encode() in (folder / "environ").read_bytes() and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                found.append(int(folder.name))
+            if mark in (folder / "environ").read_bytes() and is_alive(folder):
+                pids.append(int(folder.name))
         except OSError:
-            pass
-    return sorted(found)
+            pass  # it has ended meanwhile
+    return sorted(pids)
 
 
-def workers(out, process):
+def workers_of(out: Path, process: subprocess.Popen) -> list[int]:
     """Process ids of the two workers, by rank; none if there are not two."""
-    line = lambda pid: Path(f"/proc/{pid}/cmdline").read_bytes()
+    pids = []
     try:
-        mine = [pid for pid in members(out) if pid != process.pid and (b"spawn_main" in line(pid) or b"soak.py" in line(pid))]
+        for pid in members(out):
+            line = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if pid != process.pid and (b"spawn_main" in line or b"soak.py" in line):
+                pids.append(pid)
     except OSError:
         return []
-    return mine if len(mine) == 2 else []
+    return pids if len(pids) == WORKERS else []
 
 
-def last_step(out):
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")] if (out / "metrics.jsonl").exists() else []
-    newest = train_grpo.newest_checkpoint(out)
-    return max([r["step"] for r in rows], default=0) - (int(newest.name[-6:]) if newest else 0)
+def steps_to_repeat(out: Path) -> int:
+    """Steps that are done but not in a checkpoint."""
+    path = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    newest = checkpoints.newest(out)
+    saved = int(newest.name[-6:]) if newest else 0
+    return max([row["step"] for row in rows], default=0) - saved
 
 
-def shoot(out, process, states, rng, torchrun):
-    """Wait for a moment, kill somebody, see that all who have to follow do -> who it was, and what he was doing; None: the run has ended before."""
-    names, aim, rank = {mark: name for name, (mark, _) in STATES.items()}, rng.choice("#=d.ruc"), rng.randrange(2)
-    while process.poll() is None:
-        states[:] = bytes(2)
-        while not any(states[:]) and process.poll() is None:  # until a worker works
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 2.5))
-        patience = time.time() + 6
-        while process.poll() is None and chr(states[rank]) != aim and time.time() < patience:  # some states do not come: then whatever there is
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.02))
-        alive = workers(out, process)
-        if process.poll() is None and alive:
-            victim = alive[0] if aim == "c" else rng.choice(alive if torchrun else [process.pid, *alive])  # rank 0 writes the checkpoints; torchrun itself nobody starts again
-            doing = f"worker, {names.get(chr(states[alive.index(victim)]), 'start')}" if victim in alive else "parent"
-            os.kill(victim, signal.SIGKILL)
-            while set(alive) & set(members(out)):
-                time.sleep(0.05)
-            return "torchrun's " * torchrun + doing
+def wait_until_gone(out: Path, process: subprocess.Popen) -> float:
+    """Wait until the process has ended, then until all of its run have -> seconds that this took.
 
-
-def gone(out, process):
-    """Wait until the process has ended, then until all of its run have -> seconds that this took. Raises SystemExit if somebody stays."""
+    Raises SystemExit if somebody stays.
+    """
     process.wait()
     started = time.time()
     while members(out):
@@ -108,57 +175,167 @@ def gone(out, process):
     return time.time() - started
 
 
-def differences(a, b):
+# ---------------------------------------------------------------- a run under fire
+
+
+@dataclass
+class Tally:
+    """What has happened so far."""
+
+    kills: Counter = field(default_factory=Counter)  # by victim and what it was doing
+    runs: int = 0
+    restarts: int = 0
+    repeated: int = 0  # steps
+    slowest: float = 0.0  # seconds until all processes of a killed run were gone
+    differences: list[str] = field(default_factory=list)  # to the undisturbed runs
+
+    def note_gone(self, seconds: float) -> None:
+        """So long a run took to disappear."""
+        self.slowest = max(self.slowest, seconds)
+
+
+class Target:
+    """A run that is killed and started again until it ends. torchrun: its agent starts killed workers; else we do."""
+
+    def __init__(self, config: Config, out: Path, seed: int, states, states_file: Path, torchrun: bool):
+        self.config = config
+        self.out = out
+        self.seed = seed
+        self.states = states  # a writable map of the file
+        self.states_file = states_file
+        self.torchrun = torchrun
+        self.process = self.begin()
+
+    def begin(self, *flags: str) -> subprocess.Popen:
+        """Start it, or start it again."""
+        if not self.torchrun:
+            flags = (*flags, "--workers", str(WORKERS))
+        door = ()
+        if self.torchrun:
+            door = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS))
+            door = (*door, "--max-restarts", "1000", "--monitor-interval", "0.2")
+        return start(self.config, self.out, self.seed, *flags, states=self.states_file, door=door)
+
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.process.poll() is None
+
+    def wait_for_a_moment(self, aim: str, rank: int, rng: random.Random) -> None:
+        """Until some worker works, then a random time, then until that worker is in the state with this mark."""
+        self.states[:] = bytes(WORKERS)
+        while not any(self.states[:]) and self.running():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 2.5))
+        patience = time.time() + 6
+        while self.running() and chr(self.states[rank]) != aim and time.time() < patience:
+            time.sleep(0.001)  # some states do not come: then whatever there is
+        time.sleep(rng.uniform(0, 0.02))
+
+    def shoot(self, rng: random.Random) -> str | None:
+        """Kill somebody, see that all who have to follow do -> who it was and what it was doing; None: it has ended."""
+        aim = rng.choice(AIMS)
+        rank = rng.randrange(WORKERS)
+        while self.running():
+            self.wait_for_a_moment(aim, rank, rng)
+            alive = workers_of(self.out, self.process)
+            if not self.running() or not alive:
+                continue
+            victim = self.pick(aim, alive, rng)
+            doing = "parent"
+            if victim in alive:
+                doing = f"worker, {NAMES.get(chr(self.states[alive.index(victim)]), 'start')}"
+            os.kill(victim, signal.SIGKILL)
+            while set(alive) & set(members(self.out)):
+                time.sleep(0.05)
+            return f"torchrun's {doing}" if self.torchrun else doing
+        return None
+
+    def pick(self, aim: str, alive: list[int], rng: random.Random) -> int:
+        """The process to kill. Rank 0 writes the checkpoints; torchrun itself nobody starts again."""
+        if aim == "c":
+            return alive[0]
+        return rng.choice(alive if self.torchrun else [self.process.pid, *alive])
+
+    def start_again(self) -> float:
+        """After a kill -> seconds until all of its processes were gone. torchrun needs no help."""
+        if self.torchrun:
+            return 0.0
+        seconds = wait_until_gone(self.out, self.process)
+        self.process = self.begin(*(["--resume"] if checkpoints.newest(self.out) else []))
+        return seconds
+
+
+def differences(a: Path, b: Path) -> list[str]:
     """Names of what differs between two finished runs."""
     from safetensors.torch import load_file
-    rows = [[{k: row[k] for k in SAME} for row in map(json.loads, open(out / "metrics.jsonl"))] for out in (a, b)]
-    x, y = (load_file(out / "policy/model.safetensors") for out in (a, b))
-    return [f"step {r['step']}" for r, s in zip(*rows) if r != s] + ["steps"] * (len(rows[0]) != len(rows[1])) + [k for k in x if not x[k].equal(y[k])]
+
+    rows = []
+    for out in (a, b):
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        rows.append([{key: row[key] for key in SAME} for row in map(json.loads, lines)])
+    names = [f"step {x['step']}" for x, y in zip(*rows) if x != y]
+    if len(rows[0]) != len(rows[1]):
+        names.append("steps")
+    weights, others = (load_file(out / "policy/model.safetensors") for out in (a, b))
+    return names + [name for name in weights if not weights[name].equal(others[name])]
 
 
-def soak(args):
-    rng, kills, repeated, restarts, slowest, runs = random.Random(args.seed), Counter(), 0, 0, 0.0, 0
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
-    wrong = []
-    while sum(kills.values()) < args.kills:
-        seed, calm, out = args.seed + runs, args.out / f"calm-{runs}", args.out / f"run-{runs}"
-        gone(calm, start(calm, args.steps, seed, "--workers", "2"))
-        board = args.out / f"states-{runs}"
-        board.write_bytes(bytes(2))
-        with open(board, "r+b") as file, mmap.mmap(file.fileno(), 2) as states:
-            torchrun = runs % 2 == 1  # its agent starts killed workers again; else we do
-            door = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1000", "--monitor-interval", "0.2") if torchrun else ()
-            begin = lambda *resume: start(out, args.steps, seed, *resume, *([] if torchrun else ["--workers", "2"]), states=board, door=door)
-            process = begin()
-            while (hit := sum(kills.values()) < args.kills and shoot(out, process, states, rng, torchrun)):
-                kills[hit] += 1
-                repeated, restarts = repeated + last_step(out), restarts + 1
-                print(f"run {runs}: {hit}; kill {sum(kills.values())}", flush=True)
-                if not torchrun:
-                    slowest = max(slowest, gone(out, process))
-                    process = begin(*["--resume"] * bool(train_grpo.newest_checkpoint(out)))
-            slowest = max(slowest, gone(out, process))
-            if process.returncode:
-                raise SystemExit(f"soak: a run failed by itself, see {out}.log")
-        wrong += [f"run {runs}: {x}" for x in differences(calm, out)]
-        runs += 1
+def soak_one(config: Config, tally: Tally, rng: random.Random) -> None:
+    """The same run twice, undisturbed and under fire, compared."""
+    number = tally.runs
+    seed = config.seed + number
+    calm = Path(config.out) / f"calm-{number}"
+    out = Path(config.out) / f"run-{number}"
+    wait_until_gone(calm, start(config, calm, seed, "--workers", str(WORKERS)))
+    states_file = Path(config.out) / f"states-{number}"
+    states_file.write_bytes(bytes(WORKERS))
+    with open(states_file, "r+b") as file, mmap.mmap(file.fileno(), WORKERS) as states:
+        target = Target(config, out, seed, states, states_file, torchrun=number % 2 == 1)
+        while tally.kills.total() < config.kills:
+            hit = target.shoot(rng)
+            if hit is None:
+                break
+            tally.kills[hit] += 1
+            tally.repeated += steps_to_repeat(out)
+            tally.restarts += 1
+            print(f"run {number}: {hit}; kill {tally.kills.total()}", flush=True)
+            tally.note_gone(target.start_again())
+        tally.note_gone(wait_until_gone(out, target.process))
+        if target.process.returncode:
+            raise SystemExit(f"soak: a run failed by itself, see {out}.log")
+        if not tally.kills and not any(states[:]):  # nobody would ever be shot
+            raise SystemExit(f"soak: the workers have not written their states, see {out}.log")
+    tally.differences += [f"run {number}: {name}" for name in differences(calm, out)]
+    tally.runs += 1
+
+
+def main() -> None:
+    """Exit status 1 if a run under fire came out differently."""
+    config = parse_flags(Config, __doc__)
+    rng = random.Random(config.seed)
+    tally = Tally()
+    out = Path(config.out)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    while tally.kills.total() < config.kills:
+        soak_one(config, tally, rng)
     print(f"\n{'killed':>36} times")
-    for what, n in sorted(kills.items()):
-        print(f"{what:>36} {n:5d}")
-    print(f"{sum(kills.values())} kills in {runs} runs of {args.steps} steps, {restarts} restarts, {repeated} steps repeated, all processes gone within {slowest:.1f} s, "
-          f"{len(wrong)} differences to the undisturbed runs {wrong[:5] or ''}")
-    train_grpo.write_atomically(args.out / "soak.json", json.dumps({"kills": kills, "runs": runs, "restarts": restarts, "repeated": repeated, "differences": wrong}, indent=1))
-    sys.exit(bool(wrong))
-
-
-def main():
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--kills", type=int, default=50)
-    flags.add_argument("--steps", type=int, default=20, help="of each run")
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--out", type=Path, default=ROOT / "runs/soak")
-    soak(flags.parse_args())
+    for victim, times in sorted(tally.kills.items()):
+        print(f"{victim:>36} {times:5d}")
+    print(
+        f"{tally.kills.total()} kills in {tally.runs} runs of {config.steps} steps, {tally.restarts} restarts, "
+        f"{tally.repeated} steps repeated, all processes gone within {tally.slowest:.1f} s, "
+        f"{len(tally.differences)} differences to the undisturbed runs {tally.differences[:5] or ''}"
+    )
+    result = {
+        "kills": tally.kills,
+        "runs": tally.runs,
+        "restarts": tally.restarts,
+        "repeated": tally.repeated,
+        "differences": tally.differences,
+    }
+    write_atomically(out / "soak.json", json.dumps(result, indent=1))
+    sys.exit(1 if tally.differences else 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Strategies on simulated machines: the time they need, against the best that anyone could have done, and what the engine tells them."""
+"""Strategies on simulated machines: the time they need, against the best that anyone could have done, and what the
+engine tells them.
+"""
 
 import random
 
@@ -6,67 +8,85 @@ import pytest
 from conftest import caught, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_drafter import make_engine
-from test_rollout import groups_of
 
-from rollout import Draft, Sampling
+from common import UserError
+from drafter import Drafter, LearnedDrafts
+from interfaces import Draft, Group, RoundReport, Strategy
+from rollout import Engine
+from sampling import Sampling, sequence_seed
 from strategy import Bandit, Goodput, arms, make_strategy
-from tasks import UserError
+
+KINDS = ["learned", "n-gram"]
+
+
+class FakeRow:
+    """All that strategies look at."""
+
+    length = 100
 
 
 class Machine:
-    """Rounds that take start + row B + guess k + both B k milliseconds (each with 3 % noise), and drafters right with a chance for each kind."""
+    """Rounds that take start + row B + guess k + both B k milliseconds (each with 3 % noise), and drafters that are
+    right with a chance for each kind.
+    """
 
-    def __init__(self, start, row, guess, both, right, seed=0):
-        self.costs, self.right, self.rng = (start, row, guess, both), right, random.Random(seed)
+    def __init__(self, start: float, row: float, guess: float, both: float, right: dict[str, float], seed: int = 0):
+        self.start = start
+        self.row = row
+        self.guess = guess
+        self.both = both
+        self.right = right
+        self.rng = random.Random(seed)
 
-    def seconds(self, rows, k):
-        start, row, guess, both = self.costs
-        return (start + row * rows + guess * k + both * rows * k) / 1e3
+    def seconds(self, rows: int, k: int) -> float:
+        return (self.start + self.row * rows + self.guess * k + self.both * rows * k) / 1e3
 
-    def expected(self, arm):
+    def expected(self, arm: Draft) -> float:
+        """Tokens per row and round."""
         c = self.right.get(arm.kind, 0.0)
-        return sum(c ** j for j in range(arm.k + 1))
+        return sum(c**j for j in range(arm.k + 1))
 
-    def best(self, rows):
+    def best(self, rows: int) -> float:
         """Seconds per token and row of the best arm: nobody can do better."""
-        return min(self.seconds(rows, arm.k) / self.expected(arm) for arm in arms(["learned", "n-gram"]))
+        return min(self.seconds(rows, arm.k) / self.expected(arm) for arm in arms(KINDS))
 
-    def play(self, strategy, sizes):
+    def guesses(self, arm: Draft) -> int:
+        """How many guesses of a row are right."""
+        n = 0
+        while n < arm.k and self.rng.random() < self.right.get(arm.kind, 0.0):
+            n += 1
+        return n
+
+    def play(self, strategy: Strategy, sizes: list[int]) -> tuple[float, float, float]:
         """-> (seconds needed, seconds that the best arm, or plain decoding, would have needed for the same tokens)."""
         spent = ideal = plain = 0.0
-        row = type("Row", (), {"length": 100})()
         for rows in sizes:
-            live = [row] * rows
-            arm = strategy(live)
-            lengths = []
-            for _ in live:
-                n = 0
-                while n < arm.k and self.rng.random() < self.right.get(arm.kind, 0.0):
-                    n += 1
-                lengths.append(n)
-            reached = [sum(n >= j for n in lengths) for j in range(arm.k + 1)]
-            t = self.seconds(rows, arm.k) * self.rng.uniform(0.97, 1.03)
-            if hasattr(strategy, "observe"):
-                strategy.observe(rows, arm, t, reached[:-1], reached[1:])
+            arm = strategy.choose([FakeRow()] * rows)
+            lengths = [self.guesses(arm) for _ in range(rows)]
+            reached = [sum(n >= depth for n in lengths) for depth in range(arm.k + 1)]
+            seconds = self.seconds(rows, arm.k) * self.rng.uniform(0.97, 1.03)
+            strategy.observe(RoundReport(rows, arm, seconds, reached[:-1], reached[1:]))
             tokens = (rows + sum(lengths)) / rows
-            spent, ideal, plain = spent + t, ideal + tokens * self.best(rows), plain + tokens * self.seconds(rows, 0)
+            spent += seconds
+            ideal += tokens * self.best(rows)
+            plain += tokens * self.seconds(rows, 0)
         return spent, ideal, plain
 
 
-SIZES = [64] * 400 + [b for b in range(64, 0, -1) for _ in range(12)] + [1] * 600
+SHRINKING = [rows for rows in range(64, 0, -1) for _ in range(12)]
+SIZES = [64] * 400 + SHRINKING + [1] * 600
 LIKE_OURS = Machine(1.3, 0.17, 0.2, 0.09, {"learned": 0.87, "n-gram": 0.3})
 
 
-def check_near_the_best(strategy, machine, limit):
+def check_near_the_best(strategy: Strategy, machine: Machine, limit: float):
     spent, ideal, _ = machine.play(strategy, SIZES)
     assert spent < ideal * limit
 
 
 def test_goodput_is_near_the_best_and_poor_lengths_are_not():
-    check_near_the_best(Goodput(arms(["learned", "n-gram"])), LIKE_OURS, 1.05)
-    for other in (make_strategy(k, ["learned"]) for k in ("off", "1", "8")):
-        caught(check_near_the_best, other, LIKE_OURS, 1.05)
+    check_near_the_best(Goodput(arms(KINDS)), LIKE_OURS, 1.05)
+    for name in ("off", "1", "8"):
+        caught(check_near_the_best, make_strategy(name, ["learned"]), LIKE_OURS, 1.05)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -74,42 +94,42 @@ def test_goodput_is_near_the_best_and_poor_lengths_are_not():
 def test_goodput_is_near_the_best_on_any_machine(start, row, guess, share, right):
     """share: what verifying one more token of a row costs, as a share of what the row itself costs."""
     machine = Machine(start, row, guess, row * share, {"learned": right, "n-gram": 0.2})
-    check_near_the_best(Goodput(arms(["learned", "n-gram"])), machine, 1.06)
+    check_near_the_best(Goodput(arms(KINDS)), machine, 1.06)
 
 
-def check_no_slower_than_plain(strategy):
+def check_no_slower_than_plain(strategy: Strategy):
     machine = Machine(1.0, 0.2, 0.3, 0.2, {"learned": 0.02})
     machine.play(strategy, SIZES)  # the first rollout finds out
-    if hasattr(strategy, "begin"):
-        strategy.begin(["learned"])
+    strategy.begin(["learned"])
     spent, _, plain = machine.play(strategy, SIZES)
     assert spent < plain * 1.02
 
 
 def test_a_useless_drafter_costs_less_than_two_percent():
-    check_no_slower_than_plain(Goodput(arms(["learned", "n-gram"])))
-    caught(check_no_slower_than_plain, Bandit(arms(["learned", "n-gram"])))
+    check_no_slower_than_plain(Goodput(arms(KINDS)))
+    caught(check_no_slower_than_plain, Bandit(arms(KINDS)))
 
 
-def check_notices_a_better_drafter(strategy):
+def check_notices_a_better_drafter(strategy: Strategy):
     machine = Machine(1.3, 0.17, 0.2, 0.09, {"learned": 0.02})
     machine.play(strategy, [32] * 500)
     machine.right["learned"] = 0.87
-    if hasattr(strategy, "begin"):
-        strategy.begin(["learned"])
+    strategy.begin(["learned"])
     spent, ideal, _ = machine.play(strategy, [32] * 300)
     assert spent < ideal * 1.1
 
 
+class Deaf(Goodput):
+    """Keeps what it knew, and never tries again."""
+
+    PROBES = 0.0
+
+    def begin(self, changed):
+        pass
+
+
 def test_goodput_notices_that_the_drafter_has_learned():
     check_notices_a_better_drafter(Goodput(arms(["learned"])))
-
-    class Deaf(Goodput):
-        begin = PROBES = None
-
-        def begin(self, changed):
-            """Keeps what it knew, and never tries again."""
-        PROBES = 0.0
     caught(check_notices_a_better_drafter, Deaf(arms(["learned"])))
 
 
@@ -117,30 +137,49 @@ def test_the_bandit_knows_its_buckets():
     bandit = Bandit(arms(["learned"]), epsilon=0.0)
     machine = Machine(1.0, 0.1, 0.05, 0.2, {"learned": 0.8})
     machine.play(bandit, [1] * 100 + [64] * 100)
-    row = type("Row", (), {"length": 1})()
-    assert bandit([row]).k > bandit([row] * 64).k
+    assert bandit.choose([FakeRow()]).k > bandit.choose([FakeRow()] * 64).k
+
+
+class Listening(Strategy):
+    """Drafts 0 to 3 tokens in turn and checks what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard: list[tuple[int, int]] = []  # (rows, right guesses) of each round
+
+    def choose(self, live):
+        return Draft("learned", len(self.heard) % 4)
+
+    def observe(self, report):
+        assert len(report.tried) == len(report.right) == report.draft.k
+        assert report.seconds > 0
+        assert all(report.rows >= tried >= right for tried, right in zip(report.tried, report.right))
+        assert report.tried[:1] in ([], [report.rows])
+        self.heard.append((report.rows, sum(report.right)))
 
 
 def test_the_engine_tells_what_happened():
-    heard = []
-
-    class Listening:
-        def __call__(self, live):
-            return Draft("learned", len(heard) % 4)
-
-        def observe(self, rows, arm, seconds, tried, right):
-            assert len(tried) == len(right) == arm.k and seconds > 0 and all(rows >= a >= b for a, b in zip(tried, right)) and tried[:1] in ([], [rows])
-            heard.append((rows, sum(right)))
-    engine = make_engine(tiny())
-    responses = list(engine.generate(groups_of(12, random.Random(1)), Sampling(max_new=30), Listening()))
-    made = sum(rows + right for rows, right in heard)  # some stand behind a stop token
-    assert engine.stats["rounds"] == len(heard) and sum(len(r.tokens) for r in responses) <= made <= 1.3 * sum(len(r.tokens) for r in responses)
-    assert sum(engine.stats["accepted"]) == sum(right for _, right in heard)
+    rng = random.Random(1)
+    groups = []
+    for i in range(12):
+        prompt = [rng.randrange(2, 118) for _ in range(rng.randint(1, 20))]
+        groups.append(Group(i, prompt, [sequence_seed(0, i, k) for k in range(rng.randint(1, 4))]))
+    model = tiny()
+    engine = Engine(model, {1}, 10, 100, drafters={"learned": LearnedDrafts(Drafter(model))})
+    strategy = Listening()
+    responses = list(engine.generate(groups, Sampling(max_new=30), strategy))
+    sampled = sum(rows + right for rows, right in strategy.heard)  # some stand behind a stop token
+    tokens = sum(len(r.tokens) for r in responses)
+    assert engine.stats.rounds == len(strategy.heard)
+    assert tokens <= sampled <= 1.3 * tokens
+    assert sum(engine.stats.accepted) == sum(right for _, right in strategy.heard)
 
 
 def test_names():
-    assert make_strategy("0", ["learned"])([1]) == make_strategy("off", [])([1]) == Draft()
-    assert make_strategy("3", ["learned", "n-gram"])([1]) == Draft("learned", 3) and make_strategy("3", ["n-gram"])([1]).kind == "n-gram"
-    for wrong in ("best", "-1", "1.5", ""):
+    assert make_strategy("0", ["learned"]).choose([1]) == make_strategy("off", []).choose([1]) == Draft()
+    assert make_strategy("goodput", []).choose([1]) == Draft()  # nobody can draft
+    assert make_strategy("3", KINDS).choose([1]) == Draft("learned", 3)
+    assert make_strategy("3", ["n-gram"]).choose([1]).kind == "n-gram"
+    for wrong in ("best", "-1", "1.5", "", "17"):
         with pytest.raises(UserError, match="goodput, beg-mab"):
             make_strategy(wrong, [])

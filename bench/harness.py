@@ -1,0 +1,255 @@
+"""What the tables share: turns, prompts, the policy with its drafter, and the files of finished training runs."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from common import ROOT, UserError, find_folder, flag
+from drafter import Drafter, LearnedDrafts, warm_start
+from interfaces import Draft, Group, RoundReport, Row, Strategy
+from modeling import load_model, stop_tokens
+from ngram import NGramDrafts
+from report import Span
+from rollout import Coupled, Engine
+from sampling import Sampling, sequence_seed
+from strategy import bucket
+from tasks import Countdown, encode_prompt
+
+# ---------------------------------------------------------------- settings and results
+
+
+@dataclass(frozen=True)
+class Output:
+    """Settings of all tables."""
+
+    json: str = flag("", "also write the result to this file")
+
+
+@dataclass(frozen=True)
+class Settings(Output):
+    """Settings of the tables that generate."""
+
+    model: str = flag("base", "the policy: a folder or a hub name")
+    seed: int = flag(0, "seed of the samples")
+    max_new: int = flag(512, "longest response in tokens")
+
+
+@dataclass(frozen=True)
+class DrafterSettings(Settings):
+    """Settings of the tables that draft."""
+
+    drafter: str = flag("", "folder of a trained drafter; without it the model's own (model/drafter), else a new one")
+    warm: float = flag(60.0, "seconds of training for a new drafter")
+
+
+def rounds_flag():
+    """The field `rounds` of a table that takes turns."""
+    return flag(3, "turns of each party")
+
+
+def threads_flag():
+    """The field `threads` of a table that computes in this process."""
+    return flag(torch.get_num_threads(), "threads that torch computes with")
+
+
+class Result(NamedTuple):
+    """What a table found."""
+
+    ratio: float  # the headline
+    rows: list[dict]  # for the table and for --json
+    remarks: str = ""  # lines below the table, for what the rows do not hold
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "cpu": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+# ---------------------------------------------------------------- turns
+
+
+class Speed(NamedTuple):
+    """How a party did."""
+
+    tokens_per_second: float  # median over the rounds
+    tokens: int  # of its last turn
+
+
+def take_turns(parties: dict[str, Callable[[], int]], rounds: int, title: str) -> dict[str, Speed]:
+    """Each party in turn, `rounds` times. A party is called and returns the number of tokens that it made."""
+    speeds: dict[str, list[float]] = {name: [] for name in parties}
+    last_tokens = {}
+    for _ in tqdm(range(rounds), desc=title, unit="round"):
+        for name, party in parties.items():
+            started = time.perf_counter()
+            tokens = party()
+            speeds[name].append(tokens / (time.perf_counter() - started))
+            last_tokens[name] = tokens
+    return {name: Speed(statistics.median(speeds[name]), last_tokens[name]) for name in parties}
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def groups_for(tokenizer, batch: int, seed, split: str = "test") -> list[Group]:
+    """`batch` rows of Countdown as in training, with 16 samples a prompt.
+
+    A batch of 1 is eight prompts, one after the other in one slot, so that it lasts long enough to be timed. seed: a
+    number or a tuple, which names the samples.
+    """
+    samples = min(16, batch)
+    prompts = max(1, batch // 16) if batch > 1 else 8
+    task = Countdown()
+    groups = []
+    for i in range(prompts):
+        seeds = [sequence_seed(seed, i, k) for k in range(samples)]
+        groups.append(Group(i, encode_prompt(task.problem(split, i), tokenizer), seeds))
+    return groups
+
+
+def room(groups: list[Group], max_new: int) -> int:
+    """Tokens of the longest sequence that these groups may come to: see Engine.reserve."""
+    return max(len(group.prompt) for group in groups) + max_new
+
+
+# ---------------------------------------------------------------- policy, drafter, engine
+
+
+class Policy(NamedTuple):
+    """What rolls out."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    drafter: Drafter
+
+
+def load_policy(config: DrafterSettings) -> Policy:
+    """The policy with the drafter of --drafter, or with the model's own, or with one that is trained here.
+
+    Raises UserError.
+    """
+    model, tokenizer = load_model(config.model)
+    torch.manual_seed(config.seed)
+    drafter = Drafter(model)
+    own = Path(find_folder(config.model)) / "drafter"
+    if config.drafter:
+        drafter.load(config.drafter)
+    elif own.exists():
+        drafter.load(own)
+    else:
+        groups = groups_for(tokenizer, 1024, config.seed, "train")
+        context = room(groups, config.max_new)
+        engine = Engine(model, stop_tokens(model, tokenizer), slots=64, context=context, keep_hidden=True)
+        warm_start(drafter, engine, groups, Sampling(max_new=config.max_new), config.warm, config.seed)
+    return Policy(model, tokenizer, drafter)
+
+
+def drafted_engine(policy: Policy, slots: int, rule=Coupled) -> Engine:
+    """An engine with a learned and an n-gram drafter. rule: how drafts are accepted, see accept.py."""
+    drafters = {"learned": LearnedDrafts(policy.drafter), "n-gram": NGramDrafts()}
+    stop = stop_tokens(policy.model, policy.tokenizer)
+    return Engine(policy.model, stop, slots=slots, drafters=drafters, rule=rule)
+
+
+# ---------------------------------------------------------------- round times
+
+
+@dataclass
+class RoundTotals:
+    """Sums over rounds of like batch sizes."""
+
+    seconds: float = 0.0
+    tokens: int = 0  # emitted by all rows
+    rounds: int = 0
+    rows: int = 0
+
+
+class Watch(Strategy):
+    """Another strategy's choices, with totals kept for each bucket of batch sizes."""
+
+    def __init__(self, inner: Strategy):
+        super().__init__()
+        self.inner = inner
+        self.totals: dict[int, RoundTotals] = defaultdict(RoundTotals)  # by strategy.bucket of the rows
+
+    def begin(self, changed) -> None:
+        """As Strategy.begin."""
+        self.inner.begin(changed)
+
+    def choose(self, live: list[Row]) -> Draft:
+        """As Strategy.choose."""
+        return self.inner.choose(live)
+
+    def observe(self, report: RoundReport) -> None:
+        """As Strategy.observe."""
+        totals = self.totals[bucket(report.rows)]
+        totals.seconds += report.seconds
+        totals.tokens += report.rows + sum(report.right)
+        totals.rounds += 1
+        totals.rows += report.rows
+        self.inner.observe(report)
+
+
+# ---------------------------------------------------------------- training runs
+
+
+class Metrics(NamedTuple):
+    """The rows of a run's metrics.jsonl."""
+
+    steps: dict[int, dict]  # by step
+    evaluations: dict[int, dict]  # held-out results, by step
+
+
+def read_metrics(folder) -> Metrics:
+    """Of the run in this folder. Raises UserError if there is none."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{folder}: no metrics.jsonl, so there is no training run in this folder")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = {row["step"]: row for row in rows if "eval" not in row}
+    evaluations = {row["step"]: row for row in rows if "eval" in row}
+    return Metrics(steps, evaluations)
+
+
+def spans_of(folder, step: int) -> list[list[Span]]:
+    """Each worker's spans in a step, from the run's trace.json; times in seconds."""
+    events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
+    events = [event for event in events if event.get("args", {}).get("step") == step]
+    spans: dict[int, list[Span]] = {rank: [] for rank in sorted({event["tid"] for event in events})}
+    for event in events:
+        start = event["ts"] / 1e6
+        spans[event["tid"]].append(Span(event["name"], start, (event["ts"] + event["dur"]) / 1e6))
+    return list(spans.values())
+
+
+def tlt_command(flags: list) -> list[str]:
+    """The command line that trains with these flags, from any working directory."""
+    return [sys.executable, str(ROOT / "tlt.py"), *map(str, flags)]
+
+
+def train(flags: list, out) -> Metrics:
+    """Run tlt.py, silently, without evaluations and with no checkpoint but the last. Raises UserError if it fails."""
+    quiet = ["--out", out, "--eval-every", 0, "--show-every", 0, "--save-every", 1_000_000]
+    command = tlt_command([*flags, *quiet])
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise UserError(f"tlt.py {' '.join(map(str, flags))} failed:\n{done.stdout[-2000:]}")
+    return read_metrics(out)

@@ -1,0 +1,211 @@
+"""The bench: its tables from finished training runs, and the simulation by hand.
+
+The fixture `runs` (conftest.py) is a folder of small finished runs: "2" (two workers, adaptive drafter), "plain" (no
+speculation) and "warm" (static drafter), of the same two steps.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import caught
+
+from bench import aging, harness, paired, scale
+from bench.__main__ import TABLES, main
+from common import UserError
+from interfaces import Draft, RoundReport, Strategy
+
+
+@pytest.fixture
+def run_bench(monkeypatch, tmp_path):
+    """Runs a table in this process, in a working directory that is not the project's -> what --json wrote."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+
+    def run_table(*argv) -> dict:
+        path = tmp_path / "out.json"
+        main([*map(str, argv), "--json", str(path)])
+        return json.loads(path.read_text())
+
+    yield run_table
+    torch.set_num_threads(threads)
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
+# ---------------------------------------------------------------- from training runs
+
+
+def check_paired(result: dict, steps: int) -> None:
+    """A comparison of two runs that made the same."""
+    step_row = result["rows"][2]
+    checks = result["rows"][-1]
+    assert result["name"] == "paired"
+    assert result["ratio"] == step_row["plain"] / step_row["tlt"]
+    assert checks["steps"] == checks["identical"] == steps
+    assert checks["equal"] == checks["evaluations"] > 0
+    assert checks["parted"] is None
+
+
+def test_paired_with_a_plain_run_that_is_there(runs, run_bench):
+    result = run_bench("paired", "--run", runs / "2", "--plain", runs / "plain")
+    check_paired(result, 2)
+    assert (runs / "2/paired.png").exists()
+
+
+def test_paired_makes_the_plain_run_from_the_checkpoint_before_the_last(runs, run_bench, capsys):
+    plain = runs / "2-plain"
+    result = run_bench("paired", "--run", runs / "2")
+    check_paired(result, 1)
+    assert "the same tokens in 1 of 1 steps" in capsys.readouterr().out
+
+    rows = metrics(plain)
+    rows[-2]["digest"] += 1  # a token differs
+    (plain / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run_bench("paired", "--run", runs / "2", "--plain", plain)
+    caught(check_paired, result, 1)
+    assert result["rows"][-1]["identical"] == 0
+    assert result["rows"][-1]["parted"] == 2
+
+
+def test_static_against_adaptive(runs, run_bench):
+    result = run_bench("drafter", "--adaptive", runs / "2", "--static", runs / "warm")
+    assert result["name"] == "drafter"
+    assert result["rows"][0]["steps"] == [1, 2]
+    assert 1 <= result["rows"][0]["static"] <= 9
+    assert (runs / "2/drafter.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["paired", "--run", "nowhere"], "nowhere: no finished run"),
+        (["drafter", "--adaptive", "nowhere"], "nowhere: no metrics.jsonl"),
+        (["engine", "--rounds", "0"], "--rounds 0"),
+    ],
+)
+def test_mistakes_are_named(argv, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        main(argv)
+
+
+def test_settings_become_flags_again():
+    settings = {"steps": 3, "max_new": 96, "lr": 1e-4, "out": "a b", "data": "", "resume": True, "bf16": False}
+    flags = ["--steps=3", "--max-new=96", "--lr=0.0001", "--out=a b", "--data=", "--resume", "--no-bf16"]
+    assert paired.flags_of(settings) == flags
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def test_the_simulation_by_hand():
+    """Two groups of two rows, two slots a worker: one worker does them one after the other, two at once.
+
+    A round of two rows takes 2 s, of one row 1 s.
+    """
+    round_times = {1: (1.0, 1.0), 2: (2.0, 1.0)}
+    assert scale.simulate([[1, 3], [2, 2]], 1, 2, round_times) == [2 + 1 + 1 + 2 + 2]
+    assert sorted(scale.simulate([[1, 3], [2, 2]], 2, 2, round_times)) == [4, 4]
+    assert sorted(scale.simulate([[4, 4]], 3, 2, {1: (1.0, 2.0), 2: (2.0, 2.0)})) == [0, 0, 4]
+
+
+def test_the_simulation_deals_fair_shares():
+    ends = scale.simulate([[5] * 16] * 16, 8, 256, dict.fromkeys(range(1, 10), (1.0, 1.0)))
+    assert ends == [5] * 8  # two groups each, both at once
+
+
+def test_batch_sizes_that_were_not_measured_take_after_the_nearest():
+    assert scale.with_gaps_filled({2: "two", 4: "four"}, 40) == {
+        1: "two",
+        2: "two",
+        3: "two",
+        4: "four",
+        5: "four",
+        6: "four",
+    }
+
+
+def test_tokens_per_round_from_the_acceptance_by_depth():
+    assert aging.tokens_per_round([0.5] * 16) == pytest.approx(2 - 0.5**8)
+    assert aging.tokens_per_round([0.5, None] + [0.0] * 6) == pytest.approx(1 + 0.5 + 0.25)
+    assert aging.tokens_per_round([0.0] * 8) == 1
+
+
+def test_turns_alternate():
+    turns = []
+
+    def party(name: str, tokens: int):
+        def take_turn() -> int:
+            turns.append(name)
+            return tokens
+
+        return take_turn
+
+    speeds = harness.take_turns({"a": party("a", 3), "b": party("b", 5)}, 3, "test")
+    assert turns == ["a", "b"] * 3
+    assert speeds["a"].tokens == 3
+    assert speeds["b"].tokens_per_second > 0
+
+
+def test_a_watched_strategy_is_unchanged_and_summed_up():
+    class Recorder(Strategy):
+        def __init__(self):
+            super().__init__(Draft("learned", 2))
+            self.reports = []
+
+        def observe(self, report):
+            self.reports.append(report)
+
+    recorder = Recorder()
+    watch = harness.Watch(recorder)
+    reports = [
+        RoundReport(4, Draft("learned", 2), 0.5, [4, 3], [3, 1]),
+        RoundReport(5, Draft("learned", 2), 0.25, [5, 1], [1, 0]),
+        RoundReport(1, Draft("learned", 2), 0.1, [1, 0], [0, 0]),
+    ]
+    for report in reports:
+        watch.observe(report)
+    assert watch.choose([]) == recorder.draft
+    assert recorder.reports == reports
+    assert watch.totals[3] == harness.RoundTotals(0.75, 4 + 4 + 5 + 1, 2, 9)
+    assert watch.totals[1] == harness.RoundTotals(0.1, 1, 1, 1)
+
+
+def test_the_spans_of_a_trace(tmp_path):
+    events = [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "worker 0"}},
+        {"name": "rollout", "ts": 0, "dur": 500_000, "tid": 0, "args": {"step": 1}},
+        {"name": "idle", "ts": 1_000_000, "dur": 250_000, "tid": 1, "args": {"step": 2}},
+        {"name": "update", "ts": 500_000, "dur": 1_500_000, "tid": 0, "args": {"step": 2}},
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    assert harness.spans_of(tmp_path, 2) == [[("update", 0.5, 2.0)], [("idle", 1.0, 1.25)]]
+
+
+# ---------------------------------------------------------------- on the tiny policy
+
+
+def test_every_table_has_what_main_needs():
+    for module in TABLES.values():
+        assert module.Config().json == ""
+        assert module.measure and module.table
+
+
+def test_identity_on_a_tiny_policy(model_folder, run_bench, monkeypatch):
+    """All modes on a random policy, whose drafter is trained for a moment."""
+    argv = ["--responses", 8, "--max-new", 12, "--warm", 0.2, "--threads", 1]
+    small_groups = harness.groups_for
+
+    def few(tokenizer, batch, seed, split="test"):
+        return small_groups(tokenizer, min(batch, 32), seed, split)
+
+    monkeypatch.setattr("bench.harness.groups_for", few)
+    monkeypatch.setattr("bench.identity.groups_for", few)
+    result = run_bench("identity", "--model", model_folder, *argv)
+    assert len(result["rows"]) == 3 * 12
+    assert result["ratio"] == 1
+    assert max(row["largest_logprob_gap"] for row in result["rows"]) < 1e-3
