@@ -10,12 +10,9 @@ Legend: B live rows, k draft length, V vocabulary, D model width.
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-
-if TYPE_CHECKING:
-    from rollout import Engine
 
 MAX_DRAFTS = 16  # drafts of a row in a round, at most
 
@@ -136,14 +133,17 @@ class Strategy:
 
 
 class Drafts:
-    """What the engine asks of a drafter: drafter.LearnedDrafts, ngram.NGramDrafts. Rows are numbers of slots."""
+    """What the engine (a rollout.Engine) asks of a drafter: drafter.LearnedDrafts, ngram.NGramDrafts.
+
+    Rows are numbers of slots.
+    """
 
     needs_hidden = False  # whether it reads the policy's hidden states
 
     def begin(self) -> None:
         """A rollout begins: whatever was copied from weights is copied anew."""
 
-    def reserve(self, engine: "Engine", slots: int, room: int) -> None:
+    def reserve(self, engine, slots: int, room: int) -> None:
         """Make room for so many rows of so many tokens."""
 
     def admit(self, rows: slice) -> None:
@@ -152,7 +152,7 @@ class Drafts:
     def move(self, source: int, target: int) -> None:
         """The response in row `source` goes on in row `target`."""
 
-    def propose(self, engine: "Engine", k: int, guess: Callable) -> torch.Tensor:
+    def propose(self, engine, k: int, guess: Callable) -> torch.Tensor:
         """k guesses for each of the engine's live rows, (B, k).
 
         guess(depth, logits (B, 1, V)) -> (B, 1) draws from a drafter's logits; one that has none need not call it.
