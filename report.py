@@ -86,6 +86,14 @@ class WorkerNotes:
     drafter_steps: int = 0
     drafter_loss: float = 0.0  # their sum
 
+    def add_rollout(self, stats) -> None:
+        """What a rollout took, as interfaces.Stats."""
+        self.rounds += stats.rounds
+        self.spec_rounds += stats.spec_rounds
+        self.spec_row_rounds += stats.spec_row_rounds
+        self.spec_tokens += stats.spec_tokens
+        self.spec_drafts += stats.spec_drafts
+
 
 def describe(
     step: int, responses, rewards, stats: dict, spans: list[list[Span]], notes: list[WorkerNotes | None]

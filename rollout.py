@@ -126,6 +126,14 @@ class Engine:
     waits.
     """
 
+    cache: SlotCache
+    lens: torch.Tensor  # (slots,) valid cache entries of each row
+    start: torch.Tensor  # (slots,) where its response begins
+    seeds: torch.Tensor  # (slots, 2) int32, of its noise
+    tokens: torch.Tensor  # (slots, room) x_t; the newest, `cur`, stands at lens
+    logprobs: torch.Tensor  # (slots, room) of x_t
+    hidden: torch.Tensor | None  # (slots, room, D) h_t, if they are kept
+
     def __init__(
         self,
         model,
@@ -176,15 +184,13 @@ class Engine:
         slots = self.slots = self.affordable(room)
         self.row_limit = min(self.row_limit, slots)
         self.cache = SlotCache(config, slots, room, dtype, device)
-        self.lens = torch.zeros(slots, dtype=torch.long, device=device)  # valid cache entries of each row
-        self.start = torch.zeros(slots, dtype=torch.long, device=device)  # where its response begins
+        self.lens = torch.zeros(slots, dtype=torch.long, device=device)
+        self.start = torch.zeros(slots, dtype=torch.long, device=device)
         self.seeds = torch.zeros(slots, 2, dtype=torch.int32, device=device)
-        self.tokens = torch.zeros(
-            slots, room, dtype=torch.long, device=device
-        )  # x_t; the newest, `cur`, stands at lens
-        self.logprobs = torch.zeros(slots, room, device=device)  # of x_t
+        self.tokens = torch.zeros(slots, room, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(slots, room, device=device)
         if self.keep_hidden:
-            self.hidden = torch.zeros(slots, room, config.hidden_size, dtype=dtype, device=device)  # h_t
+            self.hidden = torch.zeros(slots, room, config.hidden_size, dtype=dtype, device=device)
         for drafter in self.drafters.values():
             drafter.reserve(self, slots, room)
 

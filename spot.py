@@ -38,6 +38,7 @@ class Spot:
         self.needs_warm_start = start is None and config.warm_start > 0
         self.young = start is None  # has much to learn
         self.trainer = Trainer(self.learner, seed=config.seed * 1000 + rank)
+        self.trainer.publish(self.served)
         self.buffer = FeatureBuffer()
         self.steps_since_average = 0
         self.steps = 0  # since the last notes; and the sum of their losses:

@@ -69,26 +69,14 @@ class TLTConfig(Config):
     """Config, and what TLT adds."""
 
     out: str = flag("runs/tlt", Config.__dataclass_fields__["out"].metadata["help"])
-    drafter: str = flag(
-        "adaptive",
-        "off; static: warm-started, then frozen; adaptive: trained on by workers that have gone idle",
-        ("off", "static", "adaptive"),
-    )
-    ngram: bool = flag(
-        False, "let the strategy also choose n-gram drafts (for tasks whose responses repeat themselves)"
-    )
-    strategy: str = flag(
-        "goodput", "how far to draft: off, goodput, beg-mab, or a fixed length such as 4 (strategy.py)"
-    )
-    warm_start: float = flag(
-        20.0, "without a drafter to start from: seconds that all workers train one after the first rollout"
-    )
+    drafter: str = flag("adaptive", "static: frozen; adaptive: trained by idle workers", ("off", "static", "adaptive"))
+    ngram: bool = flag(False, "let the strategy also choose n-gram drafts, for responses that repeat themselves")
+    strategy: str = flag("goodput", "how far to draft: off, goodput, beg-mab, or a fixed length such as 4")
+    warm_start: float = flag(20.0, "without a drafter: seconds that all workers train one after the first rollout")
     drafter_from: str = flag("", "folder of a drafter to start from; empty: the policy's own subfolder drafter/")
     workers: int = flag(0, "worker processes; 0: one per GPU, or one per CPU core without GPUs")
     shard: bool = flag(False, "spread the policy over the workers (FSDP2), if it does not fit a GPU whole")
-    patience: float = flag(
-        600.0, "seconds without a sign of life after which a worker counts as hung and the run is stopped"
-    )
+    patience: float = flag(600.0, "seconds without a sign of life after which a worker counts as hung")
 
     def __post_init__(self):
         """Raises UserError."""
@@ -105,13 +93,9 @@ class TLTConfig(Config):
         gpus = torch.cuda.device_count() if self.device != "cpu" else 0
         cores = os.cpu_count() or 1
         if gpus and self.workers > gpus:
-            raise UserError(
-                f"--workers {self.workers}: there are only {gpus} GPUs here; use --device cpu or fewer workers"
-            )
+            raise UserError(f"--workers {self.workers}: there are only {gpus} GPUs here (or use --device cpu)")
         if not gpus and self.workers > cores * 4:
-            raise UserError(
-                f"--workers {self.workers}: there are only {cores} cores here; more would slow each other down"
-            )
+            raise UserError(f"--workers {self.workers}: too many, there are only {cores} cores here")
 
 
 class Board:
@@ -277,15 +261,8 @@ class Team(Alone):
         stats = self.engine_stats
         if self.spot is None and not self.config.ngram:
             return None
-        notes = WorkerNotes(
-            rounds=stats.rounds,
-            spec_rounds=stats.spec_rounds,
-            spec_row_rounds=stats.spec_row_rounds,
-            spec_tokens=stats.spec_tokens,
-            spec_drafts=stats.spec_drafts,
-            tried=self.strategy.tried,
-            right=self.strategy.right,
-        )
+        notes = WorkerNotes(tried=self.strategy.tried, right=self.strategy.right)
+        notes.add_rollout(stats)
         self.strategy.forget()
         if self.spot:
             notes.drafter_steps = self.spot.steps

@@ -1,0 +1,274 @@
+"""The accept rules: tokens equal to plain decoding (coupled, trees), the exact distribution (all), and broken
+variants.
+"""
+
+import itertools
+import random
+from functools import partial
+
+import pytest
+import torch
+from conftest import cases, caught, tiny
+from helpers import (
+    FAMILIES,
+    SAMPLINGS,
+    Changing,
+    accepted_per_round,
+    by_name,
+    fixed,
+    groups_of,
+    make_engine,
+    tiny_of,
+    tokens_of,
+    trained_drafter,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import accept
+import modeling
+from accept import Ratio, Tree
+from common import UserError
+from drafter import Drafter, LearnedDrafts
+from interfaces import Draft, Drafts, Group, Strategy
+from rollout import Coupled, Engine
+from sampling import Sampling, narrow, noise_for, sequence_seed
+
+
+def check_identity(strategy, sampling=SAMPLINGS[0], rule=Coupled, model=None, groups=None, slots=10, stop=(1,)):
+    """Refills, row moves, mixed prompts: tokens equal to plain decoding, log-probabilities and features to 1e-4."""
+    engine = make_engine(model or tiny(), slots=slots, rule=rule)
+    engine.stop_at(stop)
+    groups = groups or groups_of(12, random.Random(1))
+    plain = by_name(engine.generate(groups, sampling))
+    speculative = by_name(engine.generate(groups, sampling, strategy))
+    assert plain.keys() == speculative.keys()
+    for name, r in speculative.items():
+        assert r.tokens == plain[name].tokens, name
+        assert r.stopped == plain[name].stopped
+        assert torch.allclose(r.logprobs, plain[name].logprobs, atol=1e-4)
+        assert torch.allclose(r.hidden, plain[name].hidden, atol=1e-3)
+
+
+WAYS = {
+    **{f"chain {k}": (Coupled, lambda k=k: fixed("learned", k)) for k in range(1, 9)},
+    "chain 16": (Coupled, lambda: fixed("learned", 16)),
+    "n-gram": (Coupled, lambda: fixed("ngram", 4)),
+    "changing": (Coupled, lambda: Changing(0)),
+    "tree 4x3": (partial(Tree, width=3), lambda: fixed("learned", 4)),
+    "tree 8x2": (partial(Tree, width=2), lambda: fixed("learned", 8)),
+    "n-gram tree": (partial(Tree, width=2), lambda: fixed("ngram", 3)),
+    "changing tree": (partial(Tree, width=2), lambda: Changing(0)),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("way", WAYS)
+def test_speculative_tokens_are_those_of_plain_decoding(way, sampling):
+    rule, make_strategy = WAYS[way]
+    check_identity(make_strategy(), sampling, rule)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rule", [Coupled, partial(Tree, width=2)], ids=["chain", "tree"])
+def test_every_family_speculates(family, rule):
+    check_identity(Changing(3), rule=rule, model=tiny_of(family))
+
+
+@cases(15)
+@given(
+    st.integers(0, 10**6),
+    st.integers(4, 12),
+    st.integers(1, 25),
+    st.sets(st.integers(1, 117), min_size=1, max_size=20),
+    st.sampled_from([0.0, 0.7, 1.0, 1.3]),
+    st.sampled_from([1, 2, 3]),
+)
+def test_identity_on_random_shapes(seed, slots, max_new, stop, temperature, width):
+    rule = Coupled if width == 1 else partial(Tree, width=width)
+    groups = groups_of(7, random.Random(seed))
+    strategy = Changing(seed, longest=16 // width)
+    check_identity(strategy, Sampling(temperature, max_new=max_new), rule, groups=groups, slots=slots, stop=stop)
+
+
+def test_sharing_the_noise_is_what_makes_guesses_right(monkeypatch):
+    model = tiny()
+    drafter = trained_drafter(model)
+    coupled = accepted_per_round(model, drafter)
+    monkeypatch.setattr(Coupled, "guess", lambda self, depth, logits: logits.argmax(-1))
+    assert accepted_per_round(model, drafter) < coupled
+
+
+class Oracle(Drafts):
+    """Knows what comes: every draft is accepted, so stops and limits fall inside the run."""
+
+    def __init__(self):
+        self.tokens: dict[tuple, list[int]] = {}
+
+    def propose(self, engine, k, guess):
+        drafts = []
+        for row in engine.live:
+            coming = self.tokens[row.group.key, row.sample][len(row.tokens) :]
+            drafts.append((coming + [7] * k)[:k])
+        return torch.tensor(drafts)
+
+
+@pytest.mark.parametrize("max_new", [29, 1])
+def test_stop_and_length_limit_inside_an_accepted_run(max_new):
+    oracle = Oracle()
+    engine = Engine(tiny(), {1}, 10, 100, drafters={"oracle": oracle})
+    groups = groups_of(12, random.Random(1))
+    sampling = Sampling(max_new=max_new)
+    oracle.tokens = tokens_of(engine.generate(groups, sampling))
+    assert tokens_of(engine.generate(groups, sampling, Strategy(Draft("oracle", 8)))) == oracle.tokens
+    assert engine.stats.rounds <= 40
+    assert engine.stats.accepted[0] > 0
+
+
+def test_too_many_drafts_are_named():
+    with pytest.raises(UserError, match="draft length 8 x width 3"):
+        check_identity(fixed("learned", 8), rule=partial(Tree, width=3))
+    with pytest.raises(UserError, match="draft length 17"):
+        check_identity(fixed("learned", 17))
+
+
+def test_broken_trees_are_caught(monkeypatch):
+    tree = partial(Tree, width=3)
+    right = accept.caterpillar
+
+    def siblings_see_each_other(k, width, device):
+        shape = right(k, width, device)
+        return modeling.Tree(shape.depth, shape.depth <= shape.depth[:, None])
+
+    monkeypatch.setattr(accept, "caterpillar", siblings_see_each_other)
+    caught(check_identity, fixed("learned", 4), rule=tree)
+    monkeypatch.undo()
+    monkeypatch.setattr(modeling.SlotCache, "relocate", lambda *args: None)  # the accepted path is not compacted
+    caught(check_identity, fixed("learned", 4), rule=tree)
+
+
+# ---------------------------------------------------------------- distribution
+
+
+def enumerate_exactly(model, prompt, length, sampling) -> dict[tuple, float]:
+    """Probability of every response of that length over the vocabulary."""
+    outcomes = list(itertools.product(range(model.config.vocab_size), repeat=length))
+    ids = torch.tensor([prompt + list(outcome) for outcome in outcomes])
+    with torch.no_grad():
+        logits = model(input_ids=ids[:, :-1]).logits[:, len(prompt) - 1 :]
+    logp = narrow(logits, sampling)[1].log_softmax(-1).gather(-1, ids[:, len(prompt) :, None])
+    return dict(zip(outcomes, logp[..., 0].sum(-1).exp().double().tolist()))
+
+
+def chi_square(counts: dict, expected: dict, total: int) -> float:
+    """Rare outcomes are pooled."""
+    common = {outcome: p * total for outcome, p in expected.items() if p * total >= 5}
+    pairs = [(counts.get(outcome, 0), wanted) for outcome, wanted in common.items()]
+    rare = total - sum(common.values())
+    if rare >= 5:
+        pairs.append((total - sum(seen for seen, _ in pairs), rare))
+    return sum((seen - wanted) ** 2 / wanted for seen, wanted in pairs)
+
+
+def check_distribution(rule, k=2, count=16_000):
+    """The engine's responses of 3 tokens over a vocabulary of 4 against exact enumeration: chi-square with 63 degrees
+    of freedom at p = 1e-4.
+    """
+    model = tiny(vocab_size=4, pad_token_id=None, eos_token_id=None)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    sampling = Sampling(temperature=0.8, max_new=3)
+    prompt = [1, 2, 3]
+    torch.manual_seed(2)
+    engine = Engine(model, {99}, 400, 16, drafters={"learned": LearnedDrafts(Drafter(model))}, rule=rule)
+    groups = [Group(i, prompt, [sequence_seed("d", i, j) for j in range(400)]) for i in range(count // 400)]
+    counts: dict[tuple, int] = {}
+    for r in engine.generate(groups, sampling, fixed("learned", k)):
+        counts[tuple(r.tokens)] = counts.get(tuple(r.tokens), 0) + 1
+    expected = enumerate_exactly(model, prompt, 3, sampling)
+    assert set(counts) <= set(expected)
+    assert 0.05 < engine.stats.accepted[0] / engine.stats.drafted[0] < 1
+    assert chi_square(counts, expected, count) < 113
+
+
+@pytest.mark.parametrize("rule, k", [(Coupled, 2), (partial(Tree, width=2), 2), (Ratio, 1), (Ratio, 2), (Ratio, 3)])
+def test_responses_follow_the_exact_distribution(rule, k):
+    check_distribution(rule, k)
+
+
+class Argmax(Ratio):
+    """Drafts that are no samples of q."""
+
+    def guess(self, depth, logits):
+        super().guess(depth, logits)
+        return logits.argmax(-1)
+
+
+def change_verify(monkeypatch, change):
+    """change(verify, logits, q_logits, drafts, sampling, seeds, index) takes the place of verify_ratio."""
+    monkeypatch.setattr(accept, "verify_ratio", partial(change, accept.verify_ratio))
+
+
+def another_temperature_in_q(verify, logits, q_logits, *rest):
+    return verify(logits, q_logits * 0.5, *rest)
+
+
+def last_accepted_token_dropped(verify, *args):
+    y, logprobs, accepted = verify(*args)
+    return y, logprobs, (accepted - 1).clamp(min=0)
+
+
+def positions_off_by_one(verify, logits, q_logits, *rest):
+    return verify(logits, q_logits.roll(1, 1), *rest)
+
+
+def no_residual(verify, logits, q_logits, drafts, sampling, seeds, index):
+    """After a rejected draft the policy's own sample, as if q had not been tried."""
+    y, logprobs, accepted = verify(logits, q_logits, drafts, sampling, seeds, index)
+    noise = noise_for(sampling, seeds, index, logits.shape[-1])
+    own = (narrow(logits, sampling)[1] + noise).argmax(-1)
+    kept = torch.arange(y.shape[1]) < accepted[:, None]
+    return torch.where(kept, y, own), logprobs, accepted
+
+
+@pytest.mark.parametrize(
+    "change", [another_temperature_in_q, last_accepted_token_dropped, positions_off_by_one, no_residual]
+)
+def test_broken_ratio_verification_is_caught(change, monkeypatch):
+    change_verify(monkeypatch, change)
+    caught(check_distribution, Ratio)
+
+
+def test_ratio_verification_of_argmax_drafts_is_caught():
+    caught(check_distribution, Argmax)
+
+
+@pytest.mark.parametrize("sampling, kind", [(SAMPLINGS[1], "learned"), (SAMPLINGS[0], "ngram")])
+def test_where_the_ratio_rule_does_not_apply_equality_does(sampling, kind):
+    """Greedy sampling, and drafters without a q."""
+    model = tiny()
+    groups = groups_of(6, random.Random(1))
+    plain = tokens_of(make_engine(model).generate(groups, sampling))
+    assert plain == tokens_of(make_engine(model, rule=Ratio).generate(groups, sampling, fixed(kind, 4)))
+
+
+def check_ratio_noise(stream):
+    """One draft, far from the policy, 200,000 times: the emitted token follows p only if drafts and residual draw from
+    different noise.
+    """
+    n = 200_000
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    q = torch.tensor([0.5, 0.1, 0.38, 0.02])
+    seeds = torch.randint(-(2**31), 2**31, (n, 2), generator=torch.Generator().manual_seed(0)).int()
+    index = torch.arange(2).expand(n, 2)
+    noise = noise_for(SAMPLINGS[0], seeds, index, 4, stream)
+    drafts = (q.log() + noise[:, :1]).argmax(-1)
+    logits = p.log().expand(n, 2, 4)
+    y, _, _ = accept.verify_ratio(logits, q.log().expand(n, 1, 4), drafts, SAMPLINGS[0], seeds, index)
+    counts = torch.bincount(y[:, 0], minlength=4)
+    assert ((counts - n * p) ** 2 / (n * p)).sum() < 21  # 3 degrees of freedom, p = 1e-4
+
+
+def test_noise_shared_between_draft_and_residual_is_caught():
+    check_ratio_noise(stream=1)
+    caught(check_ratio_noise, stream=0)
