@@ -425,10 +425,11 @@ def draw_curves(metrics: list[dict], path, config) -> None:
     lengths.set(title="response length (tokens)", xlabel="RL step")
     lengths.legend()
     states = [state for state in STATES if steps and state in steps[0]["seconds"]]
-    areas = [[m["seconds"][state] for m in steps] for state in states]
-    seconds.stackplot(x, areas, labels=states, colors=[STATES[state][1] for state in states])
+    if states:
+        areas = [[m["seconds"][state] for m in steps] for state in states]
+        seconds.stackplot(x, areas, labels=states, colors=[STATES[state][1] for state in states])
+        seconds.legend(loc="upper left")
     seconds.set(title="seconds per step", xlabel="RL step")
-    seconds.legend(loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)

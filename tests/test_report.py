@@ -1,0 +1,156 @@
+"""What a run tells: the clock, the timelines, idle time, rows and summaries."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from conftest import caught
+from hypothesis import given
+from hypothesis import strategies as st
+
+import report
+from interfaces import Response, Stats
+from report import Clock, Span, WorkerNotes, evaluation, gantt, model_card, pass_at_k, speculation, summarise, trace
+from tasks import Grade
+from train_grpo import Config
+
+
+@given(st.lists(st.floats(0, 5), min_size=1, max_size=8))
+def test_a_clock_accounts_for_every_second(durations):
+    class Time:
+        now = 100.0
+
+        def time(self):
+            return self.now
+
+    fake = Time()
+    right = report.time
+    report.time = fake
+    try:
+        clock = Clock()
+        for i, seconds in enumerate(durations):
+            clock.enter(f"state {i % 3}")
+            fake.now += seconds
+        spans = clock.take()
+    finally:
+        report.time = right
+    assert math.isclose(sum(span.seconds for span in spans), sum(durations), abs_tol=1e-6)
+    assert all(a.end == b.start for a, b in zip(spans, spans[1:]))
+
+
+def test_a_clock_gives_signs_of_life():
+    heard = []
+    clock = Clock(heard.append)
+    for state in ("rollout", "rollout", "idle"):
+        clock.enter(state)
+    assert heard == ["rollout", "rollout", "idle"]
+
+
+def test_gantt_shows_what_held_most_of_each_moment():
+    spans = [Span("rollout", 0, 5), Span("idle", 5, 8), Span("update", 8, 10)]
+    assert gantt(spans, 0, 10, 10) == "#####...uu"
+
+
+# ---------------------------------------------------------------- speculation and idle time
+
+NOTES = WorkerNotes(10, 5, 20, 60, 80, [20, 15, 0], [15, 10, 0], 4, 2.0)
+WORKERS = [
+    [Span("rollout", 0, 4), Span("drafter", 4, 10.1), Span("update", 10.1, 12)],
+    [Span("speculative", 0, 9), Span("reward", 9, 10), Span("idle", 10, 10.2), Span("update", 10.2, 12)],
+]
+
+
+def check_idle_time(row: dict):
+    """Two workers: one trains the drafter from 4 to 10.1, while the other generates until 10. Of 6.3 idle seconds 6.1
+    are used, and training ends 0.1 s after the last response.
+    """
+    assert math.isclose(row["reclaimed"], 6.1 / 6.3)
+    assert math.isclose(row["preempted"], 0.1, abs_tol=1e-9)
+
+
+def test_idle_time_by_hand():
+    check_idle_time(speculation(WORKERS, [NOTES, NOTES])["drafter"])
+    first, second = WORKERS
+    caught(check_idle_time, speculation([first[:1] + second[2:], first], [NOTES, NOTES])["drafter"])
+
+
+def test_speculation_by_hand():
+    row = speculation(WORKERS, [NOTES, NOTES])
+    assert row["speculation"] == {"tokens_per_round": 3.0, "k": 4.0, "share": 0.5, "acceptance": [0.75, 10 / 15, None]}
+    assert row["drafter"]["steps"] == 8
+    assert row["drafter"]["loss"] == 0.5
+    assert speculation(WORKERS, [None, None]) == {}
+
+
+def test_notes_add_up_rollouts():
+    notes = WorkerNotes()
+    stats = Stats(rounds=3, spec_rounds=2, spec_row_rounds=5, spec_tokens=9, spec_drafts=8)
+    notes.add_rollout(stats)
+    notes.add_rollout(stats)
+    assert (notes.rounds, notes.spec_rounds, notes.spec_row_rounds) == (6, 4, 10)
+    assert (notes.spec_tokens, notes.spec_drafts) == (18, 16)
+
+
+# ---------------------------------------------------------------- evaluations and summaries
+
+
+def check_pass_at_k(estimator):
+    """Against all draws of k samples out of 5."""
+    for right in range(6):
+        for k in range(1, 6):
+            draws = list(itertools.combinations([1] * right + [0] * (5 - right), k))
+            wanted = sum(any(draw) for draw in draws) / len(draws)
+            assert math.isclose(estimator(5, right, k), wanted, abs_tol=1e-12)
+
+
+def test_pass_at_k_is_unbiased():
+    check_pass_at_k(pass_at_k)
+    caught(check_pass_at_k, lambda n, c, k: 1 - (1 - c / n) ** k)  # the biased plug-in estimate
+
+
+def responses(*grades: bool) -> list[Response]:
+    return [Response(0, i, [1], [2, 3], None, True, grade=Grade(good, True)) for i, good in enumerate(grades)]
+
+
+def test_an_evaluation_by_hand():
+    row = evaluation(5, responses(True, False, False, False), 2, 1.5)
+    assert row["eval"] == {"pass@1": 0.25, "pass@2": 0.5}
+    assert row["lenient"] == 1.0
+    assert (row["problems"], row["samples"], row["length"], row["step"]) == (2, 2, 2.0, 5)
+
+
+def step_row(step: int) -> dict:
+    seconds = {"rollout": 1.0, "update": 0.5, "step": 1.5}
+    return {"step": step, "seconds": seconds, "speculation": {"share": 0.5, "tokens_per_round": 3.0, "k": 4.0}}
+
+
+def test_summary_and_card_tell_the_runs_figures():
+    first = evaluation(0, responses(False, True), 2, 1.0)
+    last = evaluation(2, responses(True, True), 2, 1.0)
+    config = replace(Config(device="cpu"), out="somewhere")
+    metrics = [first, step_row(1), step_row(2), last]
+    text = summarise(metrics, config)["text"]
+    assert "held-out pass@1: 0.500 -> 1.000 (+0.500)" in text
+    assert "2 steps in 3 s: rollout 67%, update 33%" in text
+    card = model_card(metrics, config)
+    assert "| 2 | 1.000 | 1.000 | 2 |" in card
+    assert "3.00 tokens per round" in card
+
+
+def test_a_run_without_steps_or_evaluations_can_be_told():
+    config = Config(device="cpu")
+    assert "0 steps in 0 s" in summarise([], config)["text"]
+    assert "0 GRPO steps" in model_card([], config)
+    assert json.loads(trace([])) == {"traceEvents": []}
+
+
+@pytest.mark.parametrize("metrics", [[], [step_row(1)]])
+def test_pictures_are_drawn(metrics, tmp_path):
+    for row in metrics:
+        row.update(reward=0.5, length={"mean": 1, "p50": 1, "p95": 1, "max": 1})
+    report.draw_curves(metrics, tmp_path / "curves.png", Config(device="cpu"))
+    report.draw_timeline({"one": WORKERS, "two": WORKERS}, tmp_path / "timeline.png")
+    assert (tmp_path / "curves.png").exists()
+    assert (tmp_path / "timeline.png").exists()
