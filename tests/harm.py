@@ -1,0 +1,93 @@
+"""What can happen to a run with two workers, and that nobody stays behind."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from conftest import finish, launch
+
+
+def left_over(session: int) -> list[str]:
+    """Processes still alive in the launched session."""
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            alive.append(stat.parent.name)
+    return alive
+
+
+def wait_for(condition, seconds: float = 300) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """Process ids of its two workers, by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    return workers
+
+
+def ctrl_c(process, workers) -> str:
+    os.killpg(process.pid, signal.SIGINT)
+    text = finish(process, 130)
+    assert "stopped" in text
+    return text
+
+
+def hang_a_worker(process, workers) -> str:
+    os.kill(workers[1], signal.SIGSTOP)
+    text = finish(process, 1)
+    assert "no sign of life for 8 s from " in text
+    assert "worker 1 (" in text
+    assert "--resume" in text
+    return text
+
+
+def kill_the_parent(process, workers) -> str:
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return ""
+
+
+def kill_while_the_other_hangs(process, workers) -> str:
+    """Worker 1 never finishes its rollout (or its update), so worker 0 waits, and trains if it is in a rollout."""
+    os.kill(workers[1], signal.SIGSTOP)
+    time.sleep(1)
+    os.kill(workers[0], signal.SIGKILL)
+    text = finish(process, 1)
+    assert "worker 0 died (signal SIGKILL) in state " in text
+    assert "--resume" in text
+    return text
+
+
+HARMS = {
+    "Ctrl-C": ctrl_c,
+    "a worker hangs": hang_a_worker,
+    "kill -9 the parent": kill_the_parent,
+    "kill -9 a worker while the other hangs": kill_while_the_other_hangs,
+}
+
+
+def harmed(harm, model_folder: Path, out: Path) -> str:
+    """Start a run, harm it once it has checkpoints, see that nobody stays -> what it has printed."""
+    patience = 8 if harm is hang_a_worker else 600
+    endless = ("--steps", 10_000, "--workers", 2, "--eval-every", 0, "--show-every", 0, "--patience", patience)
+    process = launch(model_folder, out, *endless)
+    try:
+        wait_for(lambda: (out / "checkpoint-000002").exists() or process.poll() is not None)
+        text = harm(process, workers_of(process))
+        wait_for(lambda: not left_over(process.pid), 30)
+    finally:
+        if left_over(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    return text
