@@ -24,8 +24,9 @@ class Pulse:
 
     NAMES = ("start", *STATES)
 
-    def __init__(self, count: int):
-        context = mp.get_context("spawn")
+    def __init__(self, count: int, context=None):
+        """context: of multiprocessing."""
+        context = context or mp.get_context("spawn")
         self.state = context.Array("i", count, lock=False)
         self.heard = context.Array("d", [time.time()] * count, lock=False)
 
@@ -86,20 +87,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def spawn(work: Callable, config, count: int, patience: float) -> None:
+def spawn(work: Callable, config, count: int, patience: float, gpus: bool) -> None:
     """Run work(config, tell) in `count` processes. Raises UserError with the first mistake of a worker.
 
-    patience: seconds without a word after which a worker counts as hung.
+    patience: seconds without a word after which a worker counts as hung. gpus: whether the workers use them. Without
+    GPUs (on Linux) the workers are forks of this process: they need not import everything again, which takes seconds.
+    CUDA cannot be used in a fork, so there each worker is a new process.
     """
-    threads = max(
-        1, (os.cpu_count() or 1) // count
-    )  # spawn does not divide the cores: oversubscribed, they are 10x slower
+    method = "spawn" if gpus or sys.platform != "linux" else "fork"
+    # nobody divides the cores; oversubscribed, they are ten times slower
+    threads = max(1, (os.cpu_count() or 1) // count)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a worker that ends makes the others print C++ stacks
-    mistakes = mp.get_context("spawn").SimpleQueue()
-    pulse = Pulse(count)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    mistakes = mp.get_context(method).SimpleQueue()
+    pulse = Pulse(count, mp.get_context(method))
     arguments = (work, config, count, free_port(), threads, mistakes, pulse)
-    context = mp.spawn(child, arguments, nprocs=count, join=False)
+    context = mp.start_processes(child, arguments, nprocs=count, join=False, start_method=method)
     try:
         # when one has died, a hung one gets 3 s, not torch's 30
         while not context.join(timeout=1.0, grace_period=3):

@@ -21,7 +21,7 @@ still while the policy moves costs more.
 Three doors, one worker function:
     RANK is set (torchrun, accelerate launch, several hosts)   -> join that group
     one worker                                                 -> call it directly, so breakpoint() works
-    else                                                       -> spawn a process per GPU or CPU worker (supervise.py)
+    else                                                       -> start a process per GPU or CPU worker (supervise.py)
 
 Work queue. A rollout's groups are numbered; `board.add("next")` hands out the next number to whichever worker has room,
 so fast workers take more. No collective runs while anybody generates: workers look at the Board (a TCP key-value
@@ -31,8 +31,7 @@ Every worker then holds all responses and updates the same weights: micro-batche
 are summed, each worker steps the same optimizer. So 1, 2 and 3 workers, with and without speculation, make the same
 tokens and, to fp32 rounding, the same policy.
 
-Left out: stealing rows of the tail from a busy worker, drafter checkpoints with optimizer state (a resumed run goes on
-with its weights and new moments).
+Left out: stealing rows of the tail from a busy worker; saving the moments of the drafter's optimizer.
 """
 
 import contextlib
@@ -325,12 +324,13 @@ def main() -> None:
         with checkpoints.claim(config.out) if os.environ["RANK"] == "0" else contextlib.nullcontext():
             worker(config)
         return
-    count = config.workers or (torch.cuda.device_count() if config.device != "cpu" else 0) or os.cpu_count() or 1
+    gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+    count = config.workers or gpus or os.cpu_count() or 1
     with checkpoints.claim(config.out):
         if count == 1:
             worker(config)
         else:
-            spawn(worker, config, count, config.patience)
+            spawn(worker, config, count, config.patience, gpus > 0)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def wait_for(condition, seconds: float = 300) -> None:
 def workers_of(process: subprocess.Popen) -> list[int]:
     """Process ids of its two workers, by rank."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = [int(pid) for pid in children if b"tlt.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2
     return workers
 

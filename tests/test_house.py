@@ -103,7 +103,7 @@ def test_files_and_functions_fit_a_reader(path):
 
 def test_the_four_scripts_stay_small():
     names = ("train_grpo.py", "rollout.py", "drafter.py", "tlt.py")
-    assert sum(len((ROOT / name).read_text().splitlines()) for name in names) <= 1620
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in names) <= 1600
 
 
 def test_dangerous_calls_are_absent():
