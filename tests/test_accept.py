@@ -2,8 +2,10 @@
 variants.
 """
 
+import functools
 import itertools
 import random
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -15,6 +17,8 @@ from helpers import (
     Changing,
     accepted_per_round,
     by_name,
+    check_equal,
+    check_identity,
     fixed,
     groups_of,
     make_engine,
@@ -30,43 +34,38 @@ import modeling
 from accept import Ratio, Tree
 from common import UserError
 from drafter import Drafter, LearnedDrafts
-from interfaces import Draft, Drafts, Group, Strategy
+from interfaces import MAX_DRAFTS, Draft, Drafts, Group, Strategy
 from rollout import Coupled, Engine
 from sampling import Sampling, narrow, noise_for, sequence_seed
 
 
-def check_identity(strategy, sampling=SAMPLINGS[0], rule=Coupled, model=None, groups=None, slots=10, stop=(1,)):
-    """Refills, row moves, mixed prompts: tokens equal to plain decoding, log-probabilities and features to 1e-4."""
-    engine = make_engine(model or tiny(), slots=slots, rule=rule)
-    engine.stop_at(stop)
-    groups = groups or groups_of(12, random.Random(1))
-    plain = by_name(engine.generate(groups, sampling))
-    speculative = by_name(engine.generate(groups, sampling, strategy))
-    assert plain.keys() == speculative.keys()
-    for name, r in speculative.items():
-        assert r.tokens == plain[name].tokens, name
-        assert r.stopped == plain[name].stopped
-        assert torch.allclose(r.logprobs, plain[name].logprobs, atol=1e-4)
-        assert torch.allclose(r.hidden, plain[name].hidden, atol=1e-3)
+@functools.cache
+def plain_responses(sampling: Sampling) -> dict:
+    """What tiny() answers without drafts."""
+    return by_name(make_engine(tiny()).generate(groups_of(12, random.Random(1)), sampling))
 
 
 WAYS = {
-    **{f"chain {k}": (Coupled, lambda k=k: fixed("learned", k)) for k in range(1, 9)},
-    "chain 16": (Coupled, lambda: fixed("learned", 16)),
-    "n-gram": (Coupled, lambda: fixed("ngram", 4)),
-    "changing": (Coupled, lambda: Changing(0)),
-    "tree 4x3": (partial(Tree, width=3), lambda: fixed("learned", 4)),
-    "tree 8x2": (partial(Tree, width=2), lambda: fixed("learned", 8)),
-    "n-gram tree": (partial(Tree, width=2), lambda: fixed("ngram", 3)),
-    "changing tree": (partial(Tree, width=2), lambda: Changing(0)),
+    **{f"chain {k}": (Coupled, partial(fixed, "learned", k)) for k in (*range(1, 9), MAX_DRAFTS)},
+    "n-gram": (Coupled, partial(fixed, "ngram", 4)),
+    "changing": (Coupled, partial(Changing, 0)),
+    "tree 4x3": (partial(Tree, width=3), partial(fixed, "learned", 4)),
+    "tree 8x2": (partial(Tree, width=2), partial(fixed, "learned", 8)),
+    "n-gram tree": (partial(Tree, width=2), partial(fixed, "ngram", 3)),
+    "changing tree": (partial(Tree, width=2), partial(Changing, 0)),
 }
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("way", WAYS)
 def test_speculative_tokens_are_those_of_plain_decoding(way, sampling):
+    """With a drafter that has learned a little: one that is never right would prove nothing."""
     rule, make_strategy = WAYS[way]
-    check_identity(make_strategy(), sampling, rule)
+    model = tiny()
+    engine = make_engine(model, trained_drafter(model), rule=rule)
+    responses = engine.generate(groups_of(12, random.Random(1)), sampling, make_strategy())
+    check_equal(by_name(responses), plain_responses(sampling))
+    assert engine.stats.accepted[0] > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,9 +85,11 @@ def test_every_family_speculates(family, rule):
 )
 def test_identity_on_random_shapes(seed, slots, max_new, stop, temperature, width):
     rule = Coupled if width == 1 else partial(Tree, width=width)
+    model = tiny()
     groups = groups_of(7, random.Random(seed))
-    strategy = Changing(seed, longest=16 // width)
-    check_identity(strategy, Sampling(temperature, max_new=max_new), rule, groups=groups, slots=slots, stop=stop)
+    strategy = Changing(seed, longest=MAX_DRAFTS // width)
+    sampling = Sampling(temperature, max_new=max_new)
+    check_identity(strategy, sampling, rule, model, trained_drafter(model), groups, slots, stop)
 
 
 def test_sharing_the_noise_is_what_makes_guesses_right(monkeypatch):
@@ -132,19 +133,26 @@ def test_too_many_drafts_are_named():
         check_identity(fixed("learned", 17))
 
 
-def test_broken_trees_are_caught(monkeypatch):
-    tree = partial(Tree, width=3)
+def check_tree() -> None:
+    model = tiny()
+    check_identity(fixed("learned", 4), rule=partial(Tree, width=3), model=model, drafter=trained_drafter(model))
+
+
+def test_siblings_that_see_each_other_are_caught(monkeypatch):
+    check_tree()
     right = accept.caterpillar
 
-    def siblings_see_each_other(k, width, device):
+    def harm(k, width, device):
         shape = right(k, width, device)
         return modeling.Tree(shape.depth, shape.depth <= shape.depth[:, None])
 
-    monkeypatch.setattr(accept, "caterpillar", siblings_see_each_other)
-    caught(check_identity, fixed("learned", 4), rule=tree)
-    monkeypatch.undo()
-    monkeypatch.setattr(modeling.SlotCache, "relocate", lambda *args: None)  # the accepted path is not compacted
-    caught(check_identity, fixed("learned", 4), rule=tree)
+    monkeypatch.setattr(accept, "caterpillar", harm)
+    caught(check_tree)
+
+
+def test_an_accepted_path_that_is_not_compacted_is_caught(monkeypatch):
+    monkeypatch.setattr(modeling.SlotCache, "relocate", lambda *args: None)
+    caught(check_tree)
 
 
 # ---------------------------------------------------------------- distribution
@@ -162,15 +170,25 @@ def enumerate_exactly(model, prompt, length, sampling) -> dict[tuple, float]:
 
 def chi_square(counts: dict, expected: dict, total: int) -> float:
     """Rare outcomes are pooled."""
-    common = {outcome: p * total for outcome, p in expected.items() if p * total >= 5}
-    pairs = [(counts.get(outcome, 0), wanted) for outcome, wanted in common.items()]
-    rare = total - sum(common.values())
+    frequent = {outcome: p * total for outcome, p in expected.items() if p * total >= 5}
+    pairs = [(counts.get(outcome, 0), wanted) for outcome, wanted in frequent.items()]
+    rare = total - sum(frequent.values())
     if rare >= 5:
         pairs.append((total - sum(seen for seen, _ in pairs), rare))
     return sum((seen - wanted) ** 2 / wanted for seen, wanted in pairs)
 
 
-def check_distribution(rule, k=2, count=16_000):
+def wild_drafter(model) -> Drafter:
+    """Random, and far from the policy: where both nearly agree, a wrong accept rule would hardly show."""
+    torch.manual_seed(2)
+    drafter = Drafter(model)
+    with torch.no_grad():
+        for p in drafter.parameters():
+            p.mul_(3 if p.ndim > 1 else 1)
+    return drafter
+
+
+def check_distribution(rule, k=3, count=8_000) -> Engine:
     """The engine's responses of 3 tokens over a vocabulary of 4 against exact enumeration: chi-square with 63 degrees
     of freedom at p = 1e-4.
     """
@@ -179,21 +197,19 @@ def check_distribution(rule, k=2, count=16_000):
         model.lm_head.weight.mul_(0.5)
     sampling = Sampling(temperature=0.8, max_new=3)
     prompt = [1, 2, 3]
-    torch.manual_seed(2)
-    engine = Engine(model, {99}, 400, 16, drafters={"learned": LearnedDrafts(Drafter(model))}, rule=rule)
+    engine = Engine(model, {99}, 400, 16, drafters={"learned": LearnedDrafts(wild_drafter(model))}, rule=rule)
     groups = [Group(i, prompt, [sequence_seed("d", i, j) for j in range(400)]) for i in range(count // 400)]
-    counts: dict[tuple, int] = {}
-    for r in engine.generate(groups, sampling, fixed("learned", k)):
-        counts[tuple(r.tokens)] = counts.get(tuple(r.tokens), 0) + 1
+    counts = Counter(tuple(r.tokens) for r in engine.generate(groups, sampling, fixed("learned", k)))
     expected = enumerate_exactly(model, prompt, 3, sampling)
     assert set(counts) <= set(expected)
-    assert 0.05 < engine.stats.accepted[0] / engine.stats.drafted[0] < 1
     assert chi_square(counts, expected, count) < 113
+    return engine
 
 
 @pytest.mark.parametrize("rule, k", [(Coupled, 2), (partial(Tree, width=2), 2), (Ratio, 1), (Ratio, 2), (Ratio, 3)])
 def test_responses_follow_the_exact_distribution(rule, k):
-    check_distribution(rule, k)
+    stats = check_distribution(rule, k).stats
+    assert 0.05 < stats.accepted[0] / stats.drafted[0] < 0.95
 
 
 class Argmax(Ratio):

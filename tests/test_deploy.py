@@ -27,73 +27,70 @@ from sampling import Sampling
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
-def deployed(kind, folder, **changes):
-    """A policy's folder with a drafter that has learned a little."""
-    policy = tiny(KINDS[kind], **changes)
-    torch.manual_seed(0)
-    drafter = Drafter(policy)
-    trainer = Trainer(drafter, tokens=64)
-    buffer = FeatureBuffer()
-    for response in responses_of(policy):
-        buffer.add(response)
-    for _ in range(40):
-        trainer.step(buffer)
-    policy.config._attn_implementation = "sdpa"
-    policy.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    drafter.save(folder / "drafter")
-    return policy, drafter
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """For each kind a policy's folder with a drafter that has learned a little."""
+    result = {}
+    for kind in KINDS:
+        policy = tiny_of(kind)
+        drafter = trained_drafter(policy)
+        folder = tmp_path_factory.mktemp(kind)
+        policy.config._attn_implementation = "sdpa"
+        policy.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        drafter.save(folder / "drafter")
+        result[kind] = folder
+    return result
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def batch(seed, rows=3):
+    """Prompts of 1 to 12 tokens, padded on the left to the longest."""
     rng = random.Random(seed)
-    ids = torch.zeros(rows, 12, dtype=torch.long)
-    mask = torch.zeros(rows, 12, dtype=torch.long)
-    for row in range(rows):  # padded on the left
-        prompt = [rng.randrange(4, 118) for _ in range(rng.randint(1, 12))]
-        ids[row, 12 - len(prompt) :] = torch.tensor(prompt)
-        mask[row, 12 - len(prompt) :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    prompts = []
+    for _ in range(rows):
+        prompts.append(torch.tensor([rng.randrange(4, 118) for _ in range(rng.randint(1, 12))]))
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    return {"input_ids": pad(prompts), "attention_mask": pad([torch.ones_like(prompt) for prompt in prompts])}
 
 
-def check_greedy(folder, make):
-    """make(model, **inputs and settings): the tokens of plain `generate`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def check_greedy(folder, decode, lengths=(6,)):
+    """decode(model, **inputs and settings): the tokens of plain `generate`, at all these draft lengths."""
+    model = load(folder)
     for seed in range(4):
         inputs = {**batch(seed), "do_sample": False, "max_new_tokens": 25}
         plain = model.generate(**inputs)
-        assert torch.equal(make(model, **inputs), plain), seed
+        for k in lengths:
+            assert torch.equal(decode(model, **inputs, draft_length=k), plain), (seed, k)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stock_transformers_decode_with_the_drafter(kind, tmp_path):
+def test_stock_transformers_decode_with_the_drafter(kind, folders):
     """Through transformers' own door."""
-    deployed(kind, tmp_path)
-    for k in (0, 1, 4, 7):
 
-        def make(model, k=k, **inputs):
-            door = {"custom_generate": str(ROOT), "trust_remote_code": True, "draft_length": k}
-            return model.generate(**inputs, **door)
+    def decode(model, **inputs):
+        return model.generate(**inputs, custom_generate=str(ROOT), trust_remote_code=True)
 
-        check_greedy(tmp_path, make)
+    check_greedy(folders[kind], decode, lengths=(0, 1, 4, 7))
 
 
 @pytest.mark.parametrize("broken", ["cache not cropped", "last token dropped"])
-def test_broken_decoding_is_caught(broken, tmp_path, monkeypatch):
-    deployed("llama", tmp_path)
-    check_greedy(tmp_path, stock_side.generate)
+def test_broken_decoding_is_caught(broken, folders, monkeypatch):
+    check_greedy(folders["llama"], stock_side.generate)
     if broken == "cache not cropped":
         monkeypatch.setattr(stock_side, "shorten", lambda cache, length: None)
     else:
         right = stock_side.respond
         monkeypatch.setattr(stock_side, "respond", lambda *args: right(*args)[:-1] + [0])
     with pytest.raises((AssertionError, RuntimeError)):  # lengths may also cease to fit
-        check_greedy(tmp_path, stock_side.generate)
+        check_greedy(folders["llama"], stock_side.generate)
 
 
-def test_sampling_depends_on_the_seed_alone_and_follows_the_policy(tmp_path):
-    deployed("llama", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+def test_sampling_depends_on_the_seed_alone_and_follows_the_policy(folders):
+    model = load(folders["llama"])
     prompt = torch.tensor([[5, 9, 30]])
     settings = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.95, "max_new_tokens": 12}
     outputs = []
@@ -126,9 +123,8 @@ def test_guesses_are_those_of_the_engine(tmp_path):
     assert abs(len(forwards) - 1 - response.rounds) <= 1  # the last round here is shorter
 
 
-def test_what_is_not_supported_is_named(tmp_path):
-    deployed("llama", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+def test_what_is_not_supported_is_named(folders):
+    model = load(folders["llama"])
     unsupported = {
         "num_beams": 2,
         "streamer": object(),

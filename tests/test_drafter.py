@@ -10,6 +10,8 @@ from helpers import (
     SAMPLINGS,
     accepted_per_round,
     by_name,
+    check_identity,
+    filled_buffer,
     fixed,
     groups_of,
     make_drafter,
@@ -20,6 +22,7 @@ from helpers import (
 )
 
 import drafter as drafter_module
+from common import UserError
 from drafter import Drafter, LearnedDrafts, Trainer, drafter_loss, fit
 from features import FeatureBuffer, Features, pack
 from interfaces import Draft, Group, Response, Row, Strategy
@@ -145,20 +148,13 @@ def test_targets_are_the_next_feature_and_only_responses_count():
 # ---------------------------------------------------------------- training
 
 
-def filled_buffer(model) -> FeatureBuffer:
-    buffer = FeatureBuffer()
-    for r in responses_of(model):
-        buffer.add(r)
-    return buffer
-
-
 def copies(module) -> dict[str, torch.Tensor]:
     return {name: w.clone() for name, w in module.state_dict().items()}
 
 
 def check_policy_untouched(step):
     model = tiny()
-    buffer = filled_buffer(model)
+    buffer = filled_buffer(responses_of(model))
     drafter = make_drafter(model)
     policy_before = copies(model)
     drafter_before = copies(drafter)
@@ -215,17 +211,14 @@ def test_broken_bookkeeping_costs_guesses_and_no_token(harm, monkeypatch):
     drafter = trained_drafter(model)
     good = accepted_per_round(model, drafter)
     harm(monkeypatch)
-    engine = make_engine(model, drafter)
-    groups = groups_of(12, random.Random(1))
-    plain = tokens_of(engine.generate(groups, SAMPLINGS[0]))
-    assert plain == tokens_of(engine.generate(groups, SAMPLINGS[0], fixed("learned", 4)))
+    check_identity(fixed("learned", 4), model=model, drafter=drafter)
     assert accepted_per_round(model, drafter) < good
 
 
 def test_fit_reports_loss_and_agreement():
     model = tiny()
     trainer = Trainer(make_drafter(model), tokens=64)
-    loss, agreement = fit(trainer, filled_buffer(model), 0.3, progress=False)
+    loss, agreement = fit(trainer, filled_buffer(responses_of(model)), 0.3, progress=False)
     assert trainer.steps > 0
     assert loss > 0
     assert 0 <= agreement <= 1
@@ -233,7 +226,7 @@ def test_fit_reports_loss_and_agreement():
 
 def test_what_is_published_is_the_running_average():
     model = tiny()
-    buffer = filled_buffer(model)
+    buffer = filled_buffer(responses_of(model))
     trainer = Trainer(make_drafter(model), tokens=64)
     served = Drafter(model)
     mean = [p.detach().clone() for p in trainer.drafter.parameters()]
@@ -277,6 +270,15 @@ def test_save_and_load(tmp_path):
     other = Drafter(model)
     other.load(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(drafter.parameters(), other.parameters()))
+    with pytest.raises(UserError, match="nowhere/drafter.safetensors"):
+        other.load("nowhere")
+
+
+def test_a_drafter_of_another_shape_is_refused_with_the_reason(tmp_path):
+    make_drafter(tiny()).save(tmp_path)
+    with pytest.raises(UserError, match="drafter.safetensors.*size mismatch") as error:
+        Drafter(tiny(hidden_size=64)).load(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------- the buffer

@@ -1,7 +1,6 @@
 """The engine against ordinary forwards, its independence of slots and batches, and which models it takes."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
-    AutoTokenizer,
     CohereConfig,
     Gemma2Config,
     MistralConfig,
@@ -20,11 +18,10 @@ from transformers import (
     SmolLM3Config,
 )
 
-import common
 import generate
 import modeling
 import rollout
-from common import ROOT, UserError, cannot_write, find_folder
+from common import UserError
 from drafter import Drafter
 from interfaces import Group
 from modeling import SlotCache, check_supported, load_model
@@ -57,7 +54,7 @@ def check_against_full_forward(model, groups, sampling, slots=10):
         assert r.stopped or len(r.tokens) == sampling.max_new
 
 
-SAMPLINGS = [
+ORDINARY = [
     Sampling(max_new=40),
     Sampling(temperature=0.0, max_new=20),
     Sampling(temperature=0.7, top_k=20, top_p=0.9, max_new=30),
@@ -65,7 +62,7 @@ SAMPLINGS = [
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", ORDINARY)
 def test_engine_equals_full_forward(family, sampling):
     model = tiny_of(family)
     check_supported(model)
@@ -116,9 +113,8 @@ def see_what_is_hidden(monkeypatch):
     def leaky(module, q, k, v, mask, **rest):
         return right(module, q, k, v, None if mask is None else torch.zeros_like(mask), **rest)
 
-    monkeypatch.setattr(
-        modeling, "slot_attention", leaky
-    )  # where the fused layers look it up, and where the modules do
+    # where the fused layers look it up, and where the modules do
+    monkeypatch.setattr(modeling, "slot_attention", leaky)
     monkeypatch.setitem(AttentionInterface._global_mapping, "slots", leaky)
 
 
@@ -260,57 +256,6 @@ def test_slots_are_those_that_memory_holds(monkeypatch, capsys):
     for reserved, mend in ((0, "are free.: lower --max-new"), (1000, "for the update.: lower --micro-tokens or")):
         with pytest.raises(UserError, match=mend):
             Engine(model, {1}, 30, 60, reserve_bytes=reserved)
-
-
-# ---------------------------------------------------------------- names of folders, reasons of failures
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Whoever asks the hub fails the test."""
-
-    def ask(*args, **kwargs):
-        pytest.fail("the hub was asked")
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", ask)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", ask)
-
-
-@pytest.mark.parametrize(
-    "name", ["", "nowhere", "no/such/folder", "./nowhere", "runs/nowhere", "~/nowhere", "README.md"]
-)
-def test_what_is_no_model_is_refused_at_once(name, no_network, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "README.md").write_text("a file")
-    with pytest.raises(UserError, match="--model"):
-        load_model(name)
-
-
-def test_folders_are_found_beside_the_scripts_and_hub_names_pass(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert find_folder("base") == str(ROOT / "base")
-    assert find_folder("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base/config.json").write_text("{}")
-    assert find_folder("base") == "base"  # the nearer one
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no config.json"):
-        find_folder("empty")
-
-
-def test_reasons_are_kept_on_one_line(tmp_path):
-    Drafter(tiny()).save(tmp_path)
-    with pytest.raises(UserError, match="size mismatch") as error:
-        Drafter(tiny(hidden_size=64)).load(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    assert "disk is full" in str(cannot_write(tmp_path / "x", OSError(28, "No space left on device")))
-    assert "Permission denied" in str(cannot_write(tmp_path / "x", PermissionError(13, "Permission denied")))
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    assert "disk is full" in str(cannot_write(tmp_path / "x/y", RuntimeError("file write failed")))
 
 
 # ---------------------------------------------------------------- command line

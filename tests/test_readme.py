@@ -1,0 +1,82 @@
+"""The README's examples run as printed, and its commands and files exist."""
+
+import random
+import re
+
+import pytest
+import torch
+from conftest import ROOT, tiny
+from helpers import fixed, groups_of, make_engine, tokens_of
+from test_report import responses
+
+import report
+import strategy
+import tasks
+import train_grpo
+from interfaces import Draft
+from sampling import Sampling
+
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def block(words: str) -> str:
+    (code,) = (code for code in BLOCKS if words in code)
+    return code
+
+
+def test_the_example_of_a_task_runs_as_printed():
+    names = dict(vars(tasks))
+    exec(block("class Reverse"), names)
+    task = names["Reverse"]()
+    problem = task.problem("train", 3)
+    assert problem == task.problem("train", 3)
+    assert task.grade(problem, f"<answer> {problem.answer} </answer>") == tasks.Grade(True, True)
+    assert task.grade(problem, f"it is {problem.answer}") == tasks.Grade(False, True)
+    assert task.grade(problem, "") == tasks.Grade(False, False)
+
+
+def test_the_example_of_a_loss_runs_as_printed():
+    names = dict(vars(train_grpo))
+    exec(block("def policy_loss"), names)
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    loss = names["policy_loss"](logp, logp.detach(), None, torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.5]), None)
+    loss.backward()
+    assert logp.grad.tolist() == [-0.5, 0.5]
+
+
+def test_the_example_of_a_strategy_runs_as_printed():
+    names = dict(vars(strategy))
+    exec(block("class TailOnly"), names)
+    tail_only = names["TailOnly"]()
+    assert tail_only.choose([None] * 9) == Draft()
+    engine = make_engine(tiny())
+    groups = groups_of(6, random.Random(1))
+    plain = tokens_of(engine.generate(groups, Sampling(max_new=30)))
+    assert tokens_of(engine.generate(groups, Sampling(max_new=30), tail_only)) == plain
+    assert 0 < engine.stats.spec_rounds < engine.stats.rounds
+    assert tokens_of(engine.generate(groups, Sampling(max_new=30), fixed("learned", 2))) == plain
+
+
+def test_the_example_of_a_metric_runs_as_printed():
+    row = eval("{" + block("longest_right") + "}", dict(vars(report)), {"responses": responses(False, True)})
+    assert row == {"longest_right": 2}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_the_pages_name_exists(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (page.parent / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE) or target in ("of", "the", "a"), target
+    for name in re.findall(r"`((?:tests/|bench/|test_time/|base/)?[a-z_]+\.py)`", text):
+        assert (ROOT / name).exists() or (ROOT / "test_time" / name).exists(), name
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len(TEXT.split()) <= 1450
+    assert len(TEXT.splitlines()) <= 175
+    assert max(map(len, TEXT.splitlines())) <= 130
