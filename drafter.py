@@ -19,7 +19,7 @@ without gradient guesses all features, and the trained pass sees, at a random ha
 of h_t (scheduled sampling, 1506.03099: a cheap form of EAGLE-3's training-time test). On base/, 60 s on one core:
 3.69 -> 3.93 tokens per round at k = 4, 4.67 -> 5.72 at k = 8, although a step then costs a third more.
 
-Legend: B live rows, T entries per row, N entries of a packed batch (features.py), D model width.
+Legend: B live rows, T entries per row, N entries of a packed batch (parts/features.py), D model width.
 Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a draft vocabulary, a separate draft head.
 """
 
@@ -34,12 +34,12 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import UserError, check_at_least, flag, load_weights, parse_flags, pick_device, run, save_weights
-from features import FeatureBuffer, Packed
-from interfaces import Draft, Drafts, Group, Strategy, describe_stats
-from modeling import SlotCache, attend, fuse, kv_heads, load_model, signed, stop_tokens
+from parts.common import UserError, check_at_least, flag, load_weights, parse_flags, pick_device, run, save_weights
+from parts.features import FeatureBuffer, Packed
+from parts.interfaces import Draft, Drafts, Group, Strategy, describe_stats
+from parts.modeling import SlotCache, attend, fuse, kv_heads, load_model, signed, stop_tokens
+from parts.sampling import Sampling, sequence_seed
 from rollout import Engine
-from sampling import Sampling, sequence_seed
 from tasks import encode_prompt, make_task
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, find_folder, flag, parse_flags, run, save_weights, write_atomically
 from drafter import Drafter
-from modeling import load_model
+from parts.common import UserError, find_folder, flag, parse_flags, run, save_weights, write_atomically
+from parts.modeling import load_model
 
 ARCHITECTURES = {
     "sglang": {"llama": "LlamaForCausalLMEagle", "qwen2": "Qwen2ForCausalLMEagle"},

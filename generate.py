@@ -8,12 +8,12 @@ import sys
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from common import UserError, check_at_least, flag, parse_flags, pick_device, run
 from drafter import Drafter, LearnedDrafts
-from interfaces import MAX_DRAFTS, Draft, Group, Strategy, describe_stats
-from modeling import load_model, stop_tokens
+from parts.common import UserError, check_at_least, flag, parse_flags, pick_device, run
+from parts.interfaces import MAX_DRAFTS, Draft, Group, Strategy, describe_stats
+from parts.modeling import load_model, stop_tokens
+from parts.sampling import Sampling, sequence_seed
 from rollout import Engine
-from sampling import Sampling, sequence_seed
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ policy's own token at each:
     ids      = [cur, d1 .. dk]                                                      (B, T),  T = k + 1
     slots    = lens[:, None] + arange(T)      where row b's new keys and values go  (B, T)
     mask     = arange(view) <= slots          what they see: view = max(lens) + T   (B, 1, T, view)
-    y        = argmax(logits / temperature + g)      g = Gumbel noise, sampling.py  (B, T)
+    y        = argmax(logits / temperature + g)   g: the noise of parts/sampling.py (B, T)
     accepted = (y[:, :k] == ids[:, 1:]).cumprod(1).sum(1)                           (B,)
     emit y[:, :accepted + 1];  lens += accepted + 1    THIS is the rollback: rejected slots are overwritten later
 
@@ -15,7 +15,7 @@ k = 0 is plain decoding: the same code.
 Why nothing can go wrong. Every emitted token is the policy's own sample, and its noise belongs to its place in its
 sequence. So no drafter and no strategy can bias a token, and the same seed gives the same rollout with speculation on
 or off, on 1 or 8 workers. Drafters sample with the SAME noise on THEIR logits: a drafter that knows the policy's
-distribution guesses its sample, at any temperature. Other accept rules (probability ratio, trees) are in accept.py.
+distribution guesses its sample, at any temperature. Others (probability ratio, trees) are in parts/accept.py.
 
 Continuous batching. Rows that end leave at once: the last live row moves into the hole, so the live rows stay
 contiguous and a round costs what its live rows cost. Free slots are refilled from an iterator of groups; a group's
@@ -32,10 +32,10 @@ from typing import NamedTuple
 
 import torch
 
-from common import UserError
-from interfaces import MAX_DRAFTS, Draft, Drafts, Group, Response, RoundReport, Row, Stats, Strategy
-from modeling import SlotCache, Tree, agrees, forward, free_memory, fuse_model, too_long
-from sampling import Sampling, narrow, noise_for, sample, seed_words
+from parts.common import UserError
+from parts.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Response, RoundReport, Row, Stats, Strategy
+from parts.modeling import SlotCache, Tree, agrees, forward, free_memory, fuse_model, too_long
+from parts.sampling import Sampling, narrow, noise_for, sample, seed_words
 
 # ---------------------------------------------------------------- the accept rule
 
@@ -118,7 +118,7 @@ class Engine:
     context         longest prompt + response, see `reserve`
     keep_hidden     give each Response its hidden states
     drafters        name -> Drafts, for speculation
-    rule            how drafts are verified: Coupled, or one of accept.py
+    rule            how drafts are verified: Coupled, or one of parts/accept.py
     frozen          neither the model's nor the drafters' weights will change, so they are read once
     reserve_bytes   GPU memory to leave to others
 

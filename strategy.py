@@ -31,8 +31,8 @@ from statistics import median, median_low
 
 import numpy as np
 
-from common import UserError
-from interfaces import MAX_DRAFTS, Draft, RoundReport, Row, Strategy
+from parts.common import UserError
+from parts.interfaces import MAX_DRAFTS, Draft, RoundReport, Row, Strategy
 
 LENGTHS = {"learned": (1, 2, 3, 4, 6, 8, 12), "n-gram": (2, 4)}  # draft lengths to choose from
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from common import UserError
+from parts.common import UserError
 
 
 @dataclass(frozen=True)

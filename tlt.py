@@ -21,7 +21,7 @@ still while the policy moves costs more.
 Three doors, one worker function:
     RANK is set (torchrun, accelerate launch, several hosts)   -> join that group
     one worker                                                 -> call it directly, so breakpoint() works
-    else                                                       -> start a process per GPU or CPU worker (supervise.py)
+    else                                                       -> start a process per worker (parts/supervise.py)
 
 Work queue. A rollout's groups are numbered; `board.add("next")` hands out the next number to whichever worker has room,
 so fast workers take more. No collective runs while anybody generates: workers look at the Board (a TCP key-value
@@ -47,20 +47,20 @@ from pathlib import Path
 import torch
 from torch.distributed import TCPStore
 
-import checkpoints
-from common import ROOT, UserError, check_at_least, flag, parse_flags, run
-from demo import demo_flags
 from drafter import LearnedDrafts
-from interfaces import MAX_DRAFTS, Draft, Group, Response, RoundReport, Row, Strategy
-from ngram import NGramDrafts
+from parts import checkpoints
+from parts.common import ROOT, UserError, check_at_least, flag, parse_flags, run
+from parts.demo import demo_flags
+from parts.interfaces import MAX_DRAFTS, Draft, Group, Response, RoundReport, Row, Strategy
+from parts.ngram import NGramDrafts
+from parts.shard import Sharded
+from parts.spot import Spot, train_until
+from parts.supervise import spawn
+from parts.workers import Alone
 from report import Clock, WorkerNotes
 from rollout import Engine
-from shard import Sharded
-from spot import Spot, train_until
 from strategy import make_strategy
-from supervise import spawn
 from train_grpo import Config, check, train
-from workers import Alone
 
 
 @dataclass(frozen=True)

@@ -42,16 +42,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoints
-from batches import Example, micro_batches, with_less_memory
-from common import UserError, check_at_least, flag, flag_name, parse_flags, run
-from interfaces import Group, Response
-from journal import Journal
-from modeling import check_context, load_model, load_tokenizer, stop_tokens
+from parts import checkpoints
+from parts.batches import Example, micro_batches, with_less_memory
+from parts.common import UserError, check_at_least, flag, flag_name, parse_flags, run
+from parts.interfaces import Group, Response
+from parts.journal import Journal
+from parts.modeling import check_context, load_model, load_tokenizer, stop_tokens
+from parts.sampling import Sampling, sequence_seed
+from parts.workers import Alone, logits_at
 from report import evaluation, model_card, show_samples
-from sampling import Sampling, sequence_seed
 from tasks import Problem, encode_prompt, make_task
-from workers import Alone, logits_at
 
 
 @dataclass(frozen=True)

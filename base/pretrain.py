@@ -36,7 +36,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from common import check_at_least, flag, parse_flags, run
+from parts.common import check_at_least, flag, parse_flags, run
 from tasks import Chain, Countdown, combine
 
 SYMBOLS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import bench
 from bench import aging, engine, identity, paired, scale, seeds, speculation, spot, step
 from bench.harness import machine
-from common import parse_flags, run, write_atomically
+from parts.common import parse_flags, run, write_atomically
 
 TABLES = {
     "engine": engine,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.harness import Output, Result, read_metrics
-from common import UserError, flag
+from parts.common import UserError, flag
 from report import pyplot
 
 K = 8

@@ -20,11 +20,11 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from bench.harness import Result, Settings, groups_for, room, rounds_flag, take_turns, threads_flag
-from common import check_at_least, find_folder, flag
 from custom_generate.generate import generate
-from modeling import load_model, stop_tokens
+from parts.common import check_at_least, find_folder, flag
+from parts.modeling import load_model, stop_tokens
+from parts.sampling import Sampling
 from rollout import Engine
-from sampling import Sampling
 
 RIVALS = ("generate", "continuous", "prompt lookup")
 PARTIES = ("engine", *RIVALS, "with drafter")

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common import ROOT, UserError, find_folder, flag
 from drafter import Drafter, LearnedDrafts, warm_start
-from interfaces import Draft, Group, RoundReport, Row, Strategy
-from modeling import load_model, stop_tokens
-from ngram import NGramDrafts
+from parts.common import ROOT, UserError, find_folder, flag
+from parts.interfaces import Draft, Group, RoundReport, Row, Strategy
+from parts.modeling import load_model, stop_tokens
+from parts.ngram import NGramDrafts
+from parts.sampling import Sampling, sequence_seed
 from report import Span
 from rollout import Coupled, Engine
-from sampling import Sampling, sequence_seed
 from strategy import bucket
 from tasks import Countdown, encode_prompt
 
@@ -163,7 +163,7 @@ def load_policy(config: DrafterSettings) -> Policy:
 
 
 def drafted_engine(policy: Policy, slots: int, rule=Coupled) -> Engine:
-    """An engine with a learned and an n-gram drafter. rule: how drafts are accepted, see accept.py."""
+    """An engine with a learned and an n-gram drafter. rule: how drafts are accepted, see parts/accept.py."""
     drafters = {"learned": LearnedDrafts(policy.drafter), "n-gram": NGramDrafts()}
     stop = stop_tokens(policy.model, policy.tokenizer)
     return Engine(policy.model, stop, slots=slots, drafters=drafters, rule=rule)

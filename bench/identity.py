@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from accept import Tree
 from bench.harness import DrafterSettings, Result, drafted_engine, groups_for, load_policy, room, threads_flag
-from common import check_at_least, flag
-from interfaces import Draft, Group, Response, Row, Strategy
+from parts.accept import Tree
+from parts.common import check_at_least, flag
+from parts.interfaces import Draft, Group, Response, Row, Strategy
+from parts.sampling import Sampling
 from rollout import Engine
-from sampling import Sampling
 
 SLOTS = 64
 

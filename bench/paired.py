@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.harness import Metrics, Output, Result, read_metrics, spans_of, tlt_command
-from common import UserError, flag, flag_name
+from parts.common import UserError, flag, flag_name
 from report import draw_timeline
 
 # phases of a step; rollout: until the last response of all workers

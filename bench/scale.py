@@ -26,10 +26,10 @@ from bench.harness import (
     room,
     threads_flag,
 )
-from common import check_at_least, flag
-from interfaces import Group, Strategy
+from parts.common import check_at_least, flag
+from parts.interfaces import Group, Strategy
+from parts.sampling import Sampling
 from rollout import Engine
-from sampling import Sampling
 from strategy import Goodput, arms, bucket
 from tlt import fair_share
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.harness import Metrics, Output, Result, read_metrics
-from common import UserError, flag
+from parts.common import UserError, flag
 from report import pyplot
 
 LAST = 10  # steps

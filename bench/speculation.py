@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from accept import Ratio, Tree
 from bench.harness import (
     DrafterSettings,
     Policy,
@@ -34,11 +33,12 @@ from bench.harness import (
     take_turns,
     threads_flag,
 )
-from common import UserError, check_at_least, flag
-from interfaces import Draft, Group, Stats, Strategy
+from parts.accept import Ratio, Tree
+from parts.common import UserError, check_at_least, flag
+from parts.interfaces import Draft, Group, Stats, Strategy
+from parts.sampling import Sampling
 from report import pyplot
 from rollout import Engine
-from sampling import Sampling
 from strategy import Bandit, Goodput, arms
 
 CHAINS = (1, 2, 4, 6, 8, 12)

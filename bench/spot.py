@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
 from bench.harness import (
     DrafterSettings,
     Policy,
@@ -32,11 +31,12 @@ from bench.harness import (
     rounds_flag,
     take_turns,
 )
-from common import UserError, check_at_least
 from drafter import Drafter, Trainer
-from features import FeatureBuffer
-from interfaces import Draft, Group, Response, Strategy
-from sampling import Sampling
+from parts import checkpoints
+from parts.common import UserError, check_at_least
+from parts.features import FeatureBuffer
+from parts.interfaces import Draft, Group, Response, Strategy
+from parts.sampling import Sampling
 
 ROWS = 8
 ROLLOUTS = 4  # in a turn

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bench import trl
 from bench.harness import Result, Settings, rounds_flag, train
-from common import check_at_least, flag
+from parts.common import check_at_least, flag
 
 # a step's phases, each the sum of the states that a worker can be in (report.STATES)
 PHASES = {

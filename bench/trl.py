@@ -11,7 +11,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from common import UserError, find_folder, pick_device
+from parts.common import UserError, find_folder, pick_device
 from tasks import Countdown
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError, write_atomically
+from parts.common import UserError, write_atomically
 from test_time.optimal import BINS, allocate
 from test_time.results import GREEDY, Key, Results
 

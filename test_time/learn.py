@@ -21,9 +21,9 @@ import torch
 
 from base import pretrain
 from drafter import Drafter, warm_start
-from interfaces import Group
-from modeling import load_model
-from sampling import Sampling, sequence_seed
+from parts.interfaces import Group
+from parts.modeling import load_model
+from parts.sampling import Sampling, sequence_seed
 from tasks import Problem, Task, make_task
 from test_time.attempts import Question, in_view
 from test_time.config import Config, writable_folder

@@ -22,12 +22,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common import UserError, find_folder, pick_device
 from drafter import Drafter, LearnedDrafts
-from interfaces import Group, Response
-from modeling import load_model, stop_tokens
+from parts.common import UserError, find_folder, pick_device
+from parts.interfaces import Group, Response
+from parts.modeling import load_model, stop_tokens
+from parts.sampling import Sampling, sequence_seed
 from rollout import Engine
-from sampling import Sampling, sequence_seed
 from strategy import Goodput, arms
 from tasks import Problem, Task, encode_prompt
 from test_time.attempts import Attempt, Ledger, Search, SearchStrategy, SeedOf, Sizes, Want

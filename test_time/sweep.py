@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common import UserError, find_folder, write_atomically
+from parts.common import UserError, find_folder, write_atomically
 from tasks import Problem, Task, make_task
 from test_time.config import Config
 from test_time.picking import pick, score

@@ -35,8 +35,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from common import load_weights, save_weights
-from interfaces import Response
+from parts.common import load_weights, save_weights
+from parts.interfaces import Response
 
 FILE = "verifier.safetensors"
 PIECE = 8192  # tokens whose logits are in memory at once

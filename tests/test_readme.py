@@ -13,8 +13,8 @@ import report
 import strategy
 import tasks
 import train_grpo
-from interfaces import Draft
-from sampling import Sampling
+from parts.interfaces import Draft
+from parts.sampling import Sampling
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -70,9 +70,9 @@ def test_what_the_pages_name_exists(page):
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (page.parent / target).exists(), target
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z-]+)", text):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE) or target in ("of", "the", "a"), target
-    for name in re.findall(r"`((?:tests/|bench/|test_time/|base/)?[a-z_]+\.py)`", text):
+    for target in re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for name in re.findall(r"`((?:tests/|bench/|test_time/|base/|parts/)?[a-z_]+\.py)`", text):
         assert (ROOT / name).exists() or (ROOT / "test_time" / name).exists(), name
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from common import UserError
-from interfaces import Response
-from workers import Alone
+from parts.common import UserError
+from parts.interfaces import Response
+from parts.workers import Alone
 
 
 @dataclass

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
-from common import find_folder
 from drafter import Drafter, Trainer
-from features import FeatureBuffer
+from parts import checkpoints
+from parts.common import find_folder
+from parts.features import FeatureBuffer
 from report import Clock
 
 

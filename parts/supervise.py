@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.multiprocessing as mp
 
-from common import UserError, script_name
+from parts.common import UserError, script_name
 from report import STATES
 
 SLOW_STATES = ("start", "checkpoint")  # loading a model or writing a checkpoint may take long

@@ -16,8 +16,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from modeling import bfloat16
-from workers import Replicated, logits_at
+from parts.modeling import bfloat16
+from parts.workers import Replicated, logits_at
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

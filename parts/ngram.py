@@ -8,7 +8,7 @@ from collections.abc import Hashable
 
 import torch
 
-from interfaces import Drafts, Row
+from parts.interfaces import Drafts, Row
 
 
 class NGramDrafts(Drafts):

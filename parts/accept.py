@@ -15,11 +15,11 @@ import functools
 
 import torch
 
-from common import UserError
-from interfaces import MAX_DRAFTS
-from modeling import Tree as TreeShape
+from parts.common import UserError
+from parts.interfaces import MAX_DRAFTS
+from parts.modeling import Tree as TreeShape
+from parts.sampling import logprob_of, narrow, noise_for
 from rollout import Coupled, Verdict
-from sampling import logprob_of, narrow, noise_for
 
 
 def verify_ratio(logits, q_logits, drafts, sampling, seeds, index):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import write_atomically
+from parts.common import write_atomically
 from report import Span, Table, describe, draw_curves, draw_timeline, summarise, trace
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from interfaces import Response
+from parts.interfaces import Response
 
 
 class Features(NamedTuple):

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
-from common import UserError, cannot_write, write_atomically
+from parts.common import UserError, cannot_write, write_atomically
 
 FORMAT = 3  # of checkpoints
 KEPT = 2  # checkpoints

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parent  # the folder of the scripts, and of base/
+ROOT = Path(__file__).resolve().parent.parent  # the folder of the scripts, and of base/
 
 
 class UserError(Exception):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from interfaces import Group, Response, Strategy
-from modeling import bfloat16
+from parts.interfaces import Group, Response, Strategy
+from parts.modeling import bfloat16
 from report import Clock, WorkerNotes
 from rollout import Engine
 

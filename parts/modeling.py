@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache
 from transformers.utils import logging
 
-from common import UserError, find_folder, reason
+from parts.common import UserError, find_folder, reason
 
 FUSE_BELOW = 100_000_000  # weights; in larger models the overhead does not show, and a second copy of the weights would
 

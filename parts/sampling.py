@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import UserError, flag, flag_name
+from parts.common import UserError, flag, flag_name
 
 
 def sequence_seed(*parts) -> int:
