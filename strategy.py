@@ -149,9 +149,8 @@ class Goodput(Strategy):
         best = max(rate, key=rate.get)
         for kind, kind_arms in self.kinds.items():
             other = max(kind_arms, key=rate.get)
-            loss = (
-                self.TRIAL * self.expected(other) * (1 / rate[other] - 1 / rate[best])
-            )  # seconds that trying it costs
+            # seconds that trying it costs
+            loss = self.TRIAL * self.expected(other) * (1 / rate[other] - 1 / rate[best])
             if kind != best.kind and loss < self.credit[kind]:
                 self.credit[kind] -= loss
                 return other

@@ -8,8 +8,8 @@ Both are normal Hugging Face folders.
 Countdown. A search trace is a depth-first search in random order until the target is hit, so response lengths are
 long-tailed by nature:
 
-    3,7,8=29<think>7+3=10>10,8;10+8=18:29;10*8=80:29;8-3=5>5,7;...;7*3=21>21,8;21+8=29:29!</think><answer>(7*3)+8</ans
-    wer>
+    3,7,8=29<think>7+3=10>10,8;10+8=18:29;10*8=80:29;8-3=5>5,7;...;7*3=21>21,8;21+8=29:29!</think>
+    <answer>(7*3)+8</answer>                                               (all of it on one line)
 
 `a+b=c>c,d;` goes one level down (the numbers left are written out), `a+b=c:t;` is a leaf beside the target, `!` claims
 success. Writing the target beside each leaf is what makes it learnable: without it a model claims success at random.
@@ -36,7 +36,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from parts.common import check_at_least, flag, parse_flags, run
+from parts.common import UserError, check_at_least, flag, parse_flags, run
 from tasks import Chain, Countdown, combine
 
 SYMBOLS = {
@@ -294,9 +294,11 @@ class Command:
 
     def __post_init__(self):
         """Raises UserError."""
-        check_at_least(self, 1, "layers", "noisy", "tokens")
+        check_at_least(self, 1, "layers", "tokens")
         check_at_least(self, 32, "width")
-        check_at_least(self, 0, "clean", "threads")
+        check_at_least(self, 0, "clean", "noisy", "threads")
+        if not jobs_of(self):
+            raise UserError(f"--noisy {self.noisy}: at least {PARTS} traces are needed to learn from")
 
 
 def jobs_of(command: Command) -> list[Job]:
@@ -305,7 +307,7 @@ def jobs_of(command: Command) -> list[Job]:
     jobs = []
     for kind, count in counts.items():
         noise = NOISE if kind == "noisy" and command.task == "countdown" else {}
-        if count:
+        if count >= PARTS:
             for i in range(PARTS):
                 jobs.append(Job(command.task, kind, f"{command.seed} {kind} {i}", count // PARTS, noise))
     return jobs

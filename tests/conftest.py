@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import tlt
 import train_grpo
 from base.pretrain import make_tokenizer
-from common import ROOT
-from supervise import free_port
+from parts.common import ROOT
+from parts.supervise import free_port
 
 torch.set_num_threads(1)
 

@@ -10,11 +10,11 @@ from conftest import tiny
 from transformers import LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config, Qwen3Config
 
 from drafter import Drafter, LearnedDrafts, Trainer
-from features import FeatureBuffer
-from interfaces import Draft, Group, Response, Strategy
-from ngram import NGramDrafts
+from parts.features import FeatureBuffer
+from parts.interfaces import Draft, Group, Response, Strategy
+from parts.ngram import NGramDrafts
+from parts.sampling import Sampling, sequence_seed
 from rollout import Coupled, Engine
-from sampling import Sampling, sequence_seed
 
 FAMILIES = {
     "llama": (LlamaConfig, {}),

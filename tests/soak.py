@@ -24,10 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import checkpoints  # noqa: E402
 import report  # noqa: E402
 import tlt  # noqa: E402
-from common import flag, parse_flags, run, write_atomically  # noqa: E402
+from parts import checkpoints  # noqa: E402
+from parts.common import flag, parse_flags, run, write_atomically  # noqa: E402
 
 WORKERS = 2
 SETTINGS = {
@@ -91,7 +91,7 @@ class WatchedClock(report.Clock):
 
 
 if os.environ.get("SOAK_STATES"):  # spawned workers import this file, too
-    import workers
+    from parts import workers
 
     workers.Clock = WatchedClock
 

@@ -13,8 +13,8 @@ from conftest import caught
 
 from bench import aging, harness, paired, scale
 from bench.__main__ import TABLES, main
-from common import UserError
-from interfaces import Draft, RoundReport, Strategy
+from parts.common import UserError
+from parts.interfaces import Draft, RoundReport, Strategy
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_grpo import Parity, rows_of, run_main
 
-import checkpoints
 import train_grpo
 from base.pretrain import make_tokenizer
-from checkpoints import claim, newest, save_folder
-from common import UserError
+from parts import checkpoints
+from parts.checkpoints import claim, newest, save_folder
+from parts.common import UserError
 
 SMALL = (
     "--prompts 3 --samples 4 --max-new 20 --eval-problems 4 --eval-samples 2 --eval-every 0 --save-every 1 --device cpu"
@@ -246,7 +246,7 @@ def test_earlier_checkpoints_stay_until_the_first_new_one_is_whole(model_folder,
 HOLDER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from checkpoints import claim
+from parts.checkpoints import claim
 with claim(sys.argv[2]):
     print("held", flush=True)
     time.sleep(600)

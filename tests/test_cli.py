@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_grpo import run_main
 
 import tlt
-from common import UserError, parse_flags
+from parts.common import UserError, parse_flags
 from train_grpo import Config
 
 MISTAKES = [

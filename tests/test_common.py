@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import common
-from common import ROOT, UserError, cannot_write, find_folder, reason, write_atomically
-from modeling import check_context, load_model
+from parts import common
+from parts.common import ROOT, UserError, cannot_write, find_folder, reason, write_atomically
+from parts.modeling import check_context, load_model
 
 # ---------------------------------------------------------------- folders
 
@@ -90,22 +90,21 @@ def test_a_reason_is_one_line_and_never_empty():
     assert len(reason(ValueError("long " * 1000))) == 300
 
 
-FULL = "the disk is full"
+FULL = "the disk is full (No space left on device)"
 
 
 @pytest.mark.parametrize(
-    "error, words",
+    "error, why",
     [
-        (OSError(errno.ENOSPC, "by its number"), FULL),
+        (OSError(errno.ENOSPC, "known by its number"), FULL),
         (RuntimeError("I/O error: No space left on device (os error 28)"), FULL),  # by its words, as safetensors does
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
         (RuntimeError("another\nreason"), "another reason"),
     ],
 )
-def test_why_nothing_could_be_written_is_named(error, words, tmp_path):
-    assert str(cannot_write(tmp_path / "x", error)) == f"cannot write {tmp_path / 'x'}: {words}" + (
-        " (No space left on device)" if words is FULL else ""
-    )
+def test_why_nothing_could_be_written_is_named(error, why, tmp_path):
+    path = tmp_path / "x"
+    assert str(cannot_write(path, error)) == f"cannot write {path}: {why}"
 
 
 def test_a_full_disk_is_named_whatever_the_library_says(tmp_path, monkeypatch):

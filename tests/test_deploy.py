@@ -2,11 +2,13 @@
 
 import json
 import random
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, caught, here, tiny
-from helpers import responses_of
+from helpers import tiny_of, trained_drafter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -14,15 +16,14 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import export as export_module
 import tlt
 from base.pretrain import make_tokenizer
-from common import UserError
 from custom_generate import generate as stock_side
-from drafter import Drafter, LearnedDrafts, Trainer
+from drafter import Drafter, LearnedDrafts
 from export import export
-from features import FeatureBuffer
-from interfaces import Draft, Group, Strategy
-from modeling import load_model
+from parts.common import UserError
+from parts.interfaces import Draft, Group, Strategy
+from parts.modeling import load_model
+from parts.sampling import Sampling
 from rollout import Engine
-from sampling import Sampling
 
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
@@ -104,22 +105,23 @@ def test_sampling_depends_on_the_seed_alone_and_follows_the_policy(folders):
     assert (torch.bincount(first, minlength=118) / 2000 - wanted).abs().max() < 0.04
 
 
-def test_guesses_are_those_of_the_engine(tmp_path):
+def test_guesses_are_those_of_the_engine(folders):
     """A round's drafts here and in the engine are the same numbers: so acceptance carries over."""
-    deployed("llama", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    folder = folders["llama"]
+    model = load(folder)
     forwards = []
     model.get_decoder().register_forward_hook(lambda *args: forwards.append(1))
     prompt = [5, 9, 30, 44]
     settings = {"do_sample": False, "max_new_tokens": 40, "draft_length": 4}
     tokens = stock_side.generate(model, torch.tensor([prompt]), **settings)[0, 4:].tolist()
-    policy, _ = load_model(str(tmp_path))
+    policy, _ = load_model(str(folder))
     drafter = Drafter(policy)
-    drafter.load(tmp_path / "drafter")
+    drafter.load(folder / "drafter")
     engine = Engine(policy, {1}, 1, 60, drafters={"learned": LearnedDrafts(drafter)})
     chain = Strategy(Draft("learned", 4))
     (response,) = engine.generate([Group(0, prompt, [0])], Sampling(0.0, max_new=40), chain)
     assert tokens == response.tokens
+    assert response.rounds < len(tokens)  # some guesses were right
     assert abs(len(forwards) - 1 - response.rounds) <= 1  # the last round here is shorter
 
 
@@ -138,12 +140,11 @@ def test_what_is_not_supported_is_named(folders):
             stock_side.generate(model, torch.tensor([[5]]), **{name: value})
 
 
-def test_settings_are_completed_as_generate_does(tmp_path):
+def test_settings_are_completed_as_generate_does(folders):
     """What a GenerationConfig leaves open comes from the model's (the stop token), then from the defaults (top_k is
     50).
     """
-    deployed("llama", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = load(folders["llama"])
     prompt = torch.tensor([[5, 9, 30]])
     greedy = model.generate(prompt, do_sample=False, max_new_tokens=8)[0, 3:].tolist()
     model.generation_config.eos_token_id = greedy[4]
@@ -229,8 +230,16 @@ def test_servers_compute_what_we_compute(kind, changes, server, tmp_path, monkey
     assert "layer_types" not in config
     assert config["vocab_size"] == 118
     right = drafter.enter
-    monkeypatch.setattr(drafter, "enter", lambda ids, features: right(ids, features).flip(1))
-    caught(check_export, policy, drafter, tmp_path, server)
+
+    def backwards(ids, features):
+        return right(ids, features).flip(1)
+
+    def feature_before_embedding(ids, features):
+        return drafter.fc(torch.cat([features, drafter.policy.embed(ids)], -1))
+
+    for harm in (backwards, feature_before_embedding):
+        monkeypatch.setattr(drafter, "enter", harm)
+        caught(check_export, policy, drafter, tmp_path, server)
 
 
 def test_policies_that_no_server_has_a_layer_for_are_refused(tmp_path):

@@ -22,12 +22,12 @@ from helpers import (
 )
 
 import drafter as drafter_module
-from common import UserError
 from drafter import Drafter, LearnedDrafts, Trainer, drafter_loss, fit
-from features import FeatureBuffer, Features, pack
-from interfaces import Draft, Group, Response, Row, Strategy
+from parts.common import UserError
+from parts.features import FeatureBuffer, Features, pack
+from parts.interfaces import Draft, Group, Response, Row, Strategy
+from parts.sampling import Sampling
 from rollout import Engine
-from sampling import Sampling
 
 # ---------------------------------------------------------------- alignment and packing
 

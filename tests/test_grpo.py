@@ -12,17 +12,17 @@ import torch
 from conftest import caught, tiny
 from safetensors.torch import load_file
 
-import modeling
 import train_grpo
-from batches import Example, micro_batches
-from common import UserError, run
-from interfaces import Group
+from parts import modeling
+from parts.batches import Example, micro_batches
+from parts.common import UserError, run
+from parts.interfaces import Group
+from parts.sampling import Sampling, sequence_seed
+from parts.workers import Alone
 from report import Span, describe
 from rollout import Engine
-from sampling import Sampling, sequence_seed
 from tasks import Countdown, Grade
 from train_grpo import Config, advantages, policy_loss, token_logprobs, token_weights, update
-from workers import Alone
 
 CONFIG = Config(prompts=4, samples=6, max_new=30, micro_tokens=200, device="cpu")
 

@@ -8,8 +8,8 @@ from helpers import SAMPLINGS, fixed, groups_of, make_engine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interfaces import Group, Row
-from ngram import NGramDrafts
+from parts.interfaces import Group, Row
+from parts.ngram import NGramDrafts
 
 
 class FakeEngine:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import report
-from interfaces import Response, Stats
+from parts.interfaces import Response, Stats
 from report import Clock, Span, WorkerNotes, evaluation, gantt, model_card, pass_at_k, speculation, summarise, trace
 from tasks import Grade
 from train_grpo import Config

@@ -19,14 +19,14 @@ from transformers import (
 )
 
 import generate
-import modeling
 import rollout
-from common import UserError
 from drafter import Drafter
-from interfaces import Group
-from modeling import SlotCache, check_supported, load_model
+from parts import modeling
+from parts.common import UserError
+from parts.interfaces import Group
+from parts.modeling import SlotCache, check_supported, load_model
+from parts.sampling import Sampling, noise_for, sample, seed_words
 from rollout import Engine
-from sampling import Sampling, noise_for, sample, seed_words
 
 
 def run_engine(model, groups, sampling, slots=10, context=100, stop=(1,), **settings) -> dict:

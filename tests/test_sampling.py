@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import caught
 
-from common import UserError
-from sampling import Sampling, gumbel, noise_for, sample, seed_words, sequence_seed
+from parts.common import UserError
+from parts.sampling import Sampling, gumbel, noise_for, sample, seed_words, sequence_seed
 
 
 def chi_square(counts, expected) -> float:

@@ -9,11 +9,11 @@ from conftest import caught, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import UserError
 from drafter import Drafter, LearnedDrafts
-from interfaces import Draft, Group, RoundReport, Strategy
+from parts.common import UserError
+from parts.interfaces import Draft, Group, RoundReport, Strategy
+from parts.sampling import Sampling, sequence_seed
 from rollout import Engine
-from sampling import Sampling, sequence_seed
 from strategy import Bandit, Goodput, arms, make_strategy
 
 KINDS = ["learned", "n-gram"]

@@ -10,9 +10,10 @@ import pytest
 from conftest import cases, caught
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from base.pretrain import make_tokenizer, trace
-from common import UserError
+from parts.common import UserError
 from tasks import GSM8K, Countdown, Problem, answer_tag, encode_prompt, evaluate, last_number, make_task, read_jsonl
 
 PROBLEM = Problem("", "3,7,8=29<think>", ((3, 7, 8), 29))
@@ -131,10 +132,8 @@ def test_countdown_grades(text, strict, lenient):
 
 
 def check_every_number_once(task):
-    assert (
-        not task.grade(PROBLEM, "<answer>29</answer>").strict
-        and not task.grade(PROBLEM, "<answer>7*3+8*1</answer>").strict
-    )
+    assert not task.grade(PROBLEM, "<answer>29</answer>").strict
+    assert not task.grade(PROBLEM, "<answer>7*3+8*1</answer>").strict
 
 
 def test_numbers_must_be_used_once_and_a_lax_verifier_is_caught(monkeypatch):
@@ -228,9 +227,8 @@ def check_splits(task):
 def test_held_out_problems_are_disjoint_from_training(monkeypatch):
     check_splits(Countdown())
     assert Countdown().problem("train", 7) == Countdown().problem("train", 7) != Countdown().problem("train", 8)
-    monkeypatch.setattr(
-        "tasks.zlib.crc32", lambda data: 0 if random.random() < 0.5 else 1
-    )  # a split that ignores the problem
+    # a split that ignores the problem
+    monkeypatch.setattr("tasks.zlib.crc32", lambda data: 0 if random.random() < 0.5 else 1)
     caught(check_splits, Countdown())
 
 
@@ -242,9 +240,8 @@ def test_demonstrations_are_right_and_tokens_round_trip():
         problem = task.problem("train", i)
         text = trace(*problem.answer, rng)
         assert tokenizer.decode(tokenizer.encode(problem.trace + text)) == problem.trace + text
-        assert task.grade(problem, text).strict or text.endswith(
-            "</think><eos>"
-        )  # right, or a 4-number search that gave up
+        gave_up = text.endswith("</think><eos>")  # a search over 4 numbers may
+        assert gave_up or task.grade(problem, text).strict
     right = 0
     for i in range(400):
         problem = task.problem("train", i)
@@ -255,12 +252,9 @@ def test_demonstrations_are_right_and_tokens_round_trip():
 def test_prompt_styles(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    from transformers import AutoTokenizer
-
+    saved = AutoTokenizer.from_pretrained(tmp_path)
     problem = Countdown().problem("train", 0)
-    assert (
-        tokenizer.decode(encode_prompt(problem, AutoTokenizer.from_pretrained(tmp_path))) == problem.trace
-    )  # the style survives saving
+    assert tokenizer.decode(encode_prompt(problem, saved)) == problem.trace  # the style survives saving
     assert encode_prompt(problem, tokenizer, "base")
     with pytest.raises(UserError, match="chat template"):
         encode_prompt(problem, tokenizer, "chat")

@@ -12,21 +12,19 @@ from harm import HARMS
 from safetensors.torch import load_file
 
 import bench.scale
-import checkpoints
-import spot
-import supervise
 import tlt
 import train_grpo
-from common import UserError
 from drafter import Drafter
-from interfaces import Draft, Group, RoundReport, Strategy
+from parts import checkpoints, spot, supervise
+from parts.common import UserError
+from parts.interfaces import Draft, Group, RoundReport, Strategy
+from parts.sampling import Sampling
+from parts.spot import Spot, train_until
+from parts.supervise import free_port
+from parts.workers import Alone
 from report import STATES, Clock
 from rollout import Engine
-from sampling import Sampling
-from spot import Spot, train_until
-from supervise import free_port
 from tlt import Board, TLTConfig
-from workers import Alone
 
 
 def metrics(out: Path) -> list[dict]:
