@@ -112,17 +112,21 @@ def find_folder(name: str, flag: str = "--model") -> str:
     Raises UserError at once for what can be neither: the hub is asked for nothing that cannot be there, since without a
     network that takes half a minute.
     """
-    path = Path(name).expanduser()
-    for place in (path, ROOT / path):
-        if name and place.is_dir():
-            if not (place / "config.json").exists():
-                raise UserError(f"{flag} {name}: no config.json in this folder, so it holds no model")
-            return str(place)
-    if path.is_file():
+    try:
+        path = Path(name).expanduser()
+        places = [place for place in (path, ROOT / path) if name and place.is_dir()]
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:  # no such user, too long a name
+        raise UserError(f"{flag} {name}: {reason(error)}") from error
+    if places:
+        if not (places[0] / "config.json").exists():
+            raise UserError(f"{flag} {name}: no config.json in this folder, so it holds no model")
+        return str(places[0])
+    if is_file:
         raise UserError(f"{flag} {name}: this is a file; the folder that holds config.json is wanted")
     owner, _, rest = name.partition("/")
-    hub_name = owner.strip(".~") and rest and "/" not in rest and not Path(owner).is_dir()
-    if not hub_name:
+    local = Path(owner).is_dir() or (ROOT / owner).is_dir()
+    if local or not owner.strip(".~") or not rest or "/" in rest:
         raise UserError(f"{flag} {name}: no such folder (a model of the hub is named owner/name)")
     return name
 

@@ -33,6 +33,9 @@ REFUSED = {
     "~/nowhere": "no such folder",
     "/nowhere": "no such folder",
     "no/such/folder": "no such folder",
+    "base/nothing": "no such folder",  # base/ is there, beside the scripts
+    "~nosuchuser/x": "~nosuchuser/x: ",
+    "x" * 300: "too long",
     "runs/nowhere": "no such folder",  # runs/ is there, so it is no owner's name
     "runs": "no config.json",
     "README.md": "this is a file",
