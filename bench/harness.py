@@ -233,7 +233,8 @@ def spans_of(folder, step: int) -> list[list[Span]]:
     """Each worker's spans in a step, from the run's trace.json; times in seconds."""
     events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
     events = [event for event in events if event.get("args", {}).get("step") == step]
-    spans: dict[int, list[Span]] = {rank: [] for rank in sorted({event["tid"] for event in events})}
+    ranks = sorted({event["tid"] for event in events})
+    spans: dict[int, list[Span]] = {rank: [] for rank in ranks}
     for event in events:
         start = event["ts"] / 1e6
         spans[event["tid"]].append(Span(event["name"], start, (event["ts"] + event["dur"]) / 1e6))

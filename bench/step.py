@@ -89,7 +89,10 @@ def row_of(party: Party, steps: Steps) -> dict:
     """Means over the steps."""
     row = {"party": party.name, "workers": party.workers, "digests": steps.digests}
     for phase, states in PHASES.items():
-        row[phase] = statistics.mean(sum(seconds[state] for state in states) for seconds in steps.seconds)
+        sums = []  # the phase's seconds, of each step
+        for seconds in steps.seconds:
+            sums.append(sum(seconds[state] for state in states))
+        row[phase] = statistics.mean(sums)
     return row
 
 

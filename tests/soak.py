@@ -265,6 +265,11 @@ class Target:
         return seconds
 
 
+def same_part(row: dict) -> dict:
+    """What must be equal in a row of metrics.jsonl."""
+    return {key: row[key] for key in SAME}
+
+
 def differences(a: Path, b: Path) -> list[str]:
     """Names of what differs between two finished runs."""
     from safetensors.torch import load_file
@@ -272,7 +277,8 @@ def differences(a: Path, b: Path) -> list[str]:
     rows = []
     for out in (a, b):
         lines = (out / "metrics.jsonl").read_text().splitlines()
-        rows.append([{key: row[key] for key in SAME} for row in map(json.loads, lines)])
+        steps = [json.loads(line) for line in lines]
+        rows.append([same_part(step) for step in steps])
     names = [f"step {x['step']}" for x, y in zip(*rows) if x != y]
     if len(rows[0]) != len(rows[1]):
         names.append("steps")

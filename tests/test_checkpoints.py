@@ -1,7 +1,9 @@
 """A run's folder: whole checkpoints or none, exact resume, and nothing destroyed by a mistake."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,17 +16,13 @@ from conftest import ROOT, cases, caught, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_grpo import Parity, rows_of, run_main
+from test_loop import SMALL, Parity, rows_of, run_main
 
 import train_grpo
 from base.pretrain import make_tokenizer
 from parts import checkpoints
 from parts.checkpoints import claim, newest, save_folder
 from parts.common import UserError
-
-SMALL = (
-    "--prompts 3 --samples 4 --max-new 20 --eval-problems 4 --eval-samples 2 --eval-every 0 --save-every 1 --device cpu"
-).split()
 
 
 @pytest.fixture
@@ -33,12 +31,37 @@ def parity(monkeypatch):
     monkeypatch.setattr(train_grpo, "make_task", lambda name, data: Parity())
 
 
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    """A run that has ended."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        run_main(patch, "--model", model_folder, "--out", out, *SMALL, "--steps", 1)
+    return out
+
+
 def weights(folder: Path) -> dict:
     return load_file(folder / "model.safetensors")
 
 
 def same(a: dict, b: dict) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """All files but the lock."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != ".lock":
+            files[str(path.relative_to(folder))] = path.read_bytes()
+    return files
+
+
+def refused(monkeypatch, *argv) -> None:
+    """The command ends with status 2."""
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, *argv)
+    assert end.value.code == 2
 
 
 def checkpoint(folder: Path, step: int, content: str = "good") -> Path:
@@ -131,7 +154,8 @@ def steady(row: dict) -> dict:
 
 
 def check_resume(folder, model_folder, monkeypatch):
-    flags = ["--model", model_folder, *SMALL, "--eval-every", 2, "--save-every", 2]
+    """With a KL penalty: its reference is the policy that the whole run started from."""
+    flags = ["--model", model_folder, *SMALL, "--eval-every", 2, "--save-every", 2, "--kl", 0.1]
     run_main(monkeypatch, *flags, "--out", folder / "whole", "--steps", 4)
     run_main(monkeypatch, *flags, "--out", folder / "parts", "--steps", 2)
     with open(folder / "parts/metrics.jsonl", "a") as file:
@@ -163,15 +187,27 @@ def test_a_resumed_run_passes_over_a_damaged_checkpoint(parity, model_folder, tm
     run_main(monkeypatch, *flags, "--resume")  # makes step 2 again
     assert "checkpoint-000002 is damaged (model.safetensors)" in capsys.readouterr().out
     assert same(whole, weights(tmp_path / "policy"))
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step:06d}/optimizer.pt").unlink()
+    before = snapshot(tmp_path)
+    refused(monkeypatch, *flags, "--resume")  # none is whole
+    assert "no checkpoint in" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
 
 
-def test_other_settings_are_told(parity, model_folder, tmp_path, monkeypatch, capsys):
-    """As the checkpoint knows them: config.json may be of another run, or gone."""
-    flags = ["--model", model_folder, "--out", tmp_path, *SMALL]
-    run_main(monkeypatch, *flags, "--steps", 1)
-    (tmp_path / "config.json").unlink()
-    run_main(monkeypatch, *flags, "--steps", 2, "--resume", "--lr", 0.5)
-    assert "other settings than before: lr 0.0001 -> 0.5" in capsys.readouterr().out
+def of_another_run(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lr": 0.5, "seed": 9}))
+
+
+@pytest.mark.parametrize("harm", [None, Path.unlink, of_another_run], ids=["as it was", "gone", "of another run"])
+def test_other_settings_are_told(harm, finished, model_folder, tmp_path, monkeypatch, capsys):
+    """As the checkpoint knows them, whatever config.json says."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    if harm:
+        harm(out / "config.json")
+    run_main(monkeypatch, "--model", model_folder, "--out", out, *SMALL, "--steps", 2, "--resume", "--lr", 0.5)
+    assert "goes on with other settings than before: lr 0.0001 -> 0.5\n" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["lr"] == 0.5
 
 
 def test_a_restart_by_torchrun_goes_on_by_itself(parity, model_folder, tmp_path, monkeypatch, capsys):
@@ -190,55 +226,112 @@ def test_a_restart_by_torchrun_goes_on_by_itself(parity, model_folder, tmp_path,
 
 # ---------------------------------------------------------------- nothing is destroyed
 
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    """All files but the lock."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != ".lock":
-            files[str(path.relative_to(folder))] = path.read_bytes()
-    return files
+MISTAKES = {
+    "an unknown task": ["--task", "typo"],
+    "no such model": ["--model", "nowhere"],
+    "too long": ["--max-new", 5000],
+    "no chat template": ["--prompt-style", "chat"],
+}
 
 
-def check_refused_commands_change_nothing(model_folder, out, monkeypatch):
+def check_refused_command_changes_nothing(mistake, finished, model_folder, out, monkeypatch):
+    shutil.copytree(finished, out)
     before = snapshot(out)
     assert "checkpoint-000001/model.safetensors" in before
-    mistakes = (["--task", "typo"], ["--model", "nowhere"], ["--max-new", "5000"], ["--prompt-style", "chat"])
-    for flags in mistakes:
-        with pytest.raises(SystemExit) as end:
-            run_main(monkeypatch, "--model", model_folder, "--out", out, *SMALL, "--steps", 1, *flags)
-        assert end.value.code == 2
-        assert snapshot(out) == before
+    try:
+        run_main(monkeypatch, "--model", model_folder, "--out", out, *SMALL, "--steps", 1, *mistake)
+    except SystemExit as end:
+        assert end.code == 2
+    assert snapshot(out) == before
 
 
-def test_a_refused_command_destroys_nothing(model_folder, tmp_path, monkeypatch):
-    run_main(monkeypatch, "--model", model_folder, "--out", tmp_path, *SMALL, "--steps", 1)
-    check_refused_commands_change_nothing(model_folder, tmp_path, monkeypatch)
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_a_refused_command_destroys_nothing(mistake, finished, model_folder, tmp_path, monkeypatch):
+    check_refused_command_changes_nothing(mistake, finished, model_folder, tmp_path / "good", monkeypatch)
+    assert (tmp_path / "good/.lock").read_bytes() == (finished / ".lock").read_bytes()
+
+    def not_seen_until_now(self, step):
+        raise UserError("seen too late")
+
     monkeypatch.setattr(train_grpo, "check", lambda config: None)
-    caught(check_refused_commands_change_nothing, model_folder, tmp_path, monkeypatch)
+    monkeypatch.setattr(train_grpo.Training, "step", not_seen_until_now)  # 5000 tokens would take long
+    caught(check_refused_command_changes_nothing, mistake, finished, model_folder, tmp_path / "broken", monkeypatch)
 
 
-def test_earlier_checkpoints_stay_until_the_first_new_one_is_whole(model_folder, tmp_path, monkeypatch, capsys):
-    flags = ["--model", model_folder, "--out", tmp_path, *SMALL]
-    run_main(monkeypatch, *flags, "--steps", 3)
+def check_earlier_run(finished, model_folder, out, monkeypatch, capsys):
+    """A run is stopped in its first step: --resume must not go on from the run that was here before."""
+    shutil.copytree(finished, out)
+    flags = ["--model", model_folder, "--out", out, *SMALL]
 
     def stopped(self, step):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_grpo.Training, "step", stopped)
-    with pytest.raises(SystemExit) as end:
-        run_main(monkeypatch, *flags, "--steps", 2, "--seed", 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo.Training, "step", stopped)
+        with pytest.raises(SystemExit) as end:
+            run_main(patch, *flags, "--steps", 2, "--seed", 7)
     assert end.value.code == 130
-    aside = tmp_path / "earlier-run"
-    assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-000002", "checkpoint-000003"]
-    assert newest(aside).name == "checkpoint-000003"
-    monkeypatch.undo()
-    with pytest.raises(SystemExit):
-        run_main(monkeypatch, *flags, "--steps", 5, "--resume")  # must not go on from the other run
-    assert "earlier-run" in capsys.readouterr().err
-    run_main(monkeypatch, *flags, "--steps", 1, "--seed", 7)
-    assert not aside.exists()
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000001"]
+    assert not list(out.glob("checkpoint-*"))
+    aside = out / "earlier-run"
+    assert snapshot(aside) == {name: content for name, content in snapshot(finished).items() if "checkpoint-" in name}
+    before = snapshot(out)
+    refused(monkeypatch, *flags, "--steps", 5, "--resume")
+    assert str(aside) in capsys.readouterr().err.splitlines()[-1]
+    assert snapshot(out) == before
+
+
+def test_a_stopped_run_does_not_go_on_from_the_one_before(finished, model_folder, tmp_path, monkeypatch, capsys):
+    check_earlier_run(finished, model_folder, tmp_path / "good", monkeypatch, capsys)
+    monkeypatch.setattr(checkpoints, "prepare", lambda out, config, start: None)  # they stay where they are
+    caught(check_earlier_run, finished, model_folder, tmp_path / "broken", monkeypatch, capsys)
+
+
+def check_first_new_checkpoint(finished, model_folder, out, monkeypatch):
+    """Whether the earlier run is still there when the files of each new folder are written, but not yet in place."""
+    shutil.copytree(finished, out)
+    aside = out / "earlier-run"
+    flags = ["--model", model_folder, "--out", out, *SMALL, "--steps", 2, "--seed", 7]
+    still_there = []
+    right = checkpoints.save_folder
+
+    def watched(folder, fill):
+        def filled(part):
+            fill(part)
+            still_there.append((folder.name, aside.exists()))
+
+        right(folder, filled)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_folder", watched)
+        run_main(patch, *flags)
+    assert still_there == [("checkpoint-000001", True), ("checkpoint-000002", False), ("policy", False)]
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-000001", "checkpoint-000002"]
+
+
+def test_earlier_checkpoints_stay_until_the_first_new_one_is_whole(finished, model_folder, tmp_path, monkeypatch):
+    check_first_new_checkpoint(finished, model_folder, tmp_path / "good", monkeypatch)
+    right = checkpoints.save
+
+    def too_early(out, *rest):
+        shutil.rmtree(out / "earlier-run", ignore_errors=True)
+        right(out, *rest)
+
+    monkeypatch.setattr(checkpoints, "save", too_early)
+    caught(check_first_new_checkpoint, finished, model_folder, tmp_path / "broken", monkeypatch)
+
+
+def test_a_disk_that_is_full_at_the_first_checkpoint_keeps_the_earlier_run(
+    finished, model_folder, tmp_path, monkeypatch
+):
+    out = shutil.copytree(finished, tmp_path / "run")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_policy", full)
+    refused(monkeypatch, "--model", model_folder, "--out", out, *SMALL, "--steps", 1, "--seed", 7)
+    assert newest(out) is None
+    assert snapshot(out / "earlier-run/checkpoint-000001") == snapshot(finished / "checkpoint-000001")
 
 
 # ---------------------------------------------------------------- one run in a folder
@@ -253,19 +346,34 @@ with claim(sys.argv[2]):
 """
 
 
-def test_two_runs_in_one_folder_do_not_race(model_folder, tmp_path, monkeypatch, capsys):
+def test_two_runs_in_one_folder_do_not_race(finished, model_folder, tmp_path, monkeypatch, capsys):
     """Also after kill -9 of the one that held it the folder is free."""
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE)
+    out = shutil.copytree(finished, tmp_path / "run")
+    before = snapshot(out)
+    flags = ["--model", model_folder, "--out", out, *SMALL, "--steps", 1]
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(ROOT), str(out)], stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(SystemExit) as end:
-            run_main(monkeypatch, "--model", model_folder, "--out", tmp_path, *SMALL, "--steps", 1)
-        assert end.value.code == 2
-        assert f"in use by process {holder.pid} on " in capsys.readouterr().err
-        assert not (tmp_path / "config.json").exists()
+        refused(monkeypatch, *flags)
+        refused(monkeypatch, *flags, "--resume")
+        for line in capsys.readouterr().err.strip().splitlines():
+            assert f"--out {out}: in use by process {holder.pid} on " in line
+        assert snapshot(out) == before
     finally:
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
-    run_main(monkeypatch, "--model", model_folder, "--out", tmp_path, *SMALL, "--steps", 1)
-    with claim(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on"), claim(tmp_path):
+        holder.stdout.close()
+    run_main(monkeypatch, *flags)
+
+
+def check_claim(out, hold):
+    """This process holds the folder, and then lets go of it."""
+    with hold(out), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "), hold(out):
+        raise AssertionError("two hold it")
+    with hold(out):
         pass
+
+
+def test_a_folder_is_held_once_and_is_free_afterwards(tmp_path):
+    check_claim(tmp_path, claim)
+    caught(check_claim, tmp_path, lambda out: contextlib.nullcontext())

@@ -10,7 +10,7 @@ import torch
 from conftest import cases
 from hypothesis import given
 from hypothesis import strategies as st
-from test_grpo import run_main
+from test_loop import run_main
 
 import tlt
 from parts.common import UserError, parse_flags
@@ -41,7 +41,7 @@ def test_mistakes_get_one_line_and_status_2(argv, words, model_folder, tmp_path,
     out = [] if "--out" in argv else ["--out", tmp_path]
     with pytest.raises(SystemExit) as end:
         run_main(monkeypatch, *model, *out, "--device", "cpu", "--max-new", 64, "--steps", 1, *argv)
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    (error,) = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
     assert re.search(words, error)
     assert error.startswith("train_grpo.py: ")

@@ -6,13 +6,26 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import caught
 from hypothesis import given
 from hypothesis import strategies as st
 
 import report
 from parts.interfaces import Response, Stats
-from report import Clock, Span, WorkerNotes, evaluation, gantt, model_card, pass_at_k, speculation, summarise, trace
+from report import (
+    Clock,
+    Span,
+    WorkerNotes,
+    describe,
+    evaluation,
+    gantt,
+    model_card,
+    pass_at_k,
+    speculation,
+    summarise,
+    trace,
+)
 from tasks import Grade
 from train_grpo import Config
 
@@ -91,6 +104,61 @@ def test_notes_add_up_rollouts():
     notes.add_rollout(stats)
     assert (notes.rounds, notes.spec_rounds, notes.spec_row_rounds) == (6, 4, 10)
     assert (notes.spec_tokens, notes.spec_drafts) == (18, 16)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def step_of(rewards: list[list[float]], lengths: list[int], stopped: list[bool]):
+    """Responses with these grades, lengths and ends -> (responses, rewards)."""
+    responses = []
+    grades = [reward for group in rewards for reward in group]
+    for i, (reward, length, end) in enumerate(zip(grades, lengths, stopped)):
+        tokens = list(range(i, i + length))
+        responses.append(Response(0, i, [1], tokens, None, end, grade=Grade(reward > 0, True)))
+    return responses, torch.tensor(rewards)
+
+
+def check_description(describe):
+    """Three groups of two; in two of them the rewards are equal. The last response is truncated."""
+    grades = [[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]]
+    responses, rewards = step_of(grades, [2, 4, 6, 8, 10, 12], [True] * 5 + [False])
+    row = describe(7, responses, rewards, {"loss": 0.5}, WORKERS, [NOTES, NOTES])
+    assert (row["step"], row["reward"], row["solved"], row["flat_groups"]) == (7, 0.5, pytest.approx(2 / 3), 2)
+    assert (row["lenient"], row["truncated"], row["tokens"], row["loss"]) == (1.0, 1 / 6, 42, 0.5)
+    assert row["length"] == {"mean": 7.0, "p50": 8, "p95": 12, "p99": 12, "max": 12}
+    seconds = row["seconds"]
+    assert seconds["step"] == pytest.approx(12.0)
+    assert seconds["rollout"] == 2.0
+    assert seconds["speculative"] == 4.5
+    assert seconds["update"] == pytest.approx(1.85)
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["step"])
+    assert row["tokens_per_second"] == pytest.approx(42 / (12 - 1.85))
+    assert row["drafter"]["steps"] == 8
+
+
+def test_a_step_by_hand():
+    check_description(describe)
+
+    def of_the_first_worker(step, responses, rewards, stats, spans, notes):
+        return describe(step, responses, rewards, stats, spans[:1], notes)
+
+    def groups_the_other_way(step, responses, rewards, *rest):
+        return describe(step, responses, rewards.T, *rest)
+
+    caught(check_description, of_the_first_worker)
+    caught(check_description, groups_the_other_way)
+
+
+def test_equal_digests_mean_equal_tokens():
+    def digest(responses) -> int:
+        return describe(1, responses, rewards, {}, WORKERS, [None, None])["digest"]
+
+    responses, rewards = step_of([[1.0, 0.0]], [3, 5], [True, True])
+    first = digest(responses)
+    assert first == digest(responses)
+    responses[1].tokens[2] += 1
+    assert first != digest(responses)
 
 
 # ---------------------------------------------------------------- evaluations and summaries
