@@ -301,12 +301,12 @@ class Training:
         self.out = Path(config.out)
         self.writes = team.rank == 0
         start = checkpoints.start_from(self.out, config.resume, tqdm.write if self.writes else lambda text: None)
-        if self.writes:
-            checkpoints.prepare(self.out, config, start)
         self.task = make_task(config.task, config.data)
         self.problems: dict[tuple[str, int], Problem] = {}  # of the rollout that is running
         # on the host: a policy that is to be sharded may not fit a GPU whole
         model, self.tokenizer = load_model(str(start or config.model))
+        if self.writes:
+            checkpoints.prepare(self.out, config, start)
         self.model, self.actor = team.layout.place(model, team.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True

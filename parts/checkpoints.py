@@ -57,11 +57,13 @@ def claim(out) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             raise UserError(
                 f"--out {out}: in use by {file.read().strip()}; wait for it, or choose another --out"
             ) from error
+        except OSError as error:  # e.g. a file system without locks
+            raise UserError(f"--out {out}: cannot lock it: {error.strerror}") from error
         file.truncate(0)
         file.write(
             f"process {os.getpid()} on {platform.node()} since {time.strftime('%H:%M:%S')}: {' '.join(sys.argv)}"
@@ -102,7 +104,7 @@ def prepare(out: Path, config, start: Path | None) -> None:
                 changes.append(f"{name} {before[name]} -> {value}")
         if changes:
             tqdm.write("goes on with other settings than before: " + ", ".join(changes))
-    elif not restarted():
+    else:
         for old in sorted(out.glob(PATTERN)):
             aside = out / "earlier-run" / old.name
             aside.parent.mkdir(exist_ok=True)
@@ -112,17 +114,22 @@ def prepare(out: Path, config, start: Path | None) -> None:
 
 
 def save_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill(path)` write a folder beside its final place, then rename it."""
+    """Let `fill(path)` write a folder beside its final place, then rename it. Raises UserError, and nothing is left."""
     part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    fill(part)
-    for path in part.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        fill(part)
+        for path in part.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    except Exception as error:  # disk full, read-only, ...: each library has its own type for it
+        failure = cannot_write(folder, error)  # first: a disk that was full is not when the part is gone
+        shutil.rmtree(part, ignore_errors=True)
+        raise failure from error
 
 
 # ---------------------------------------------------------------- writing
@@ -159,12 +166,11 @@ def save(out: Path, step: int, model, optimizer, tokenizer, metrics: list[dict],
 
     try:
         save_folder(folder, fill)
-    except Exception as error:  # disk full, read-only, ...: each library has its own type for it
-        failure = cannot_write(folder, error)
-        shutil.rmtree(folder.with_name(folder.name + ".part"), ignore_errors=True)
-        raise UserError(f"--out {out}: {failure}; the last checkpoint there: {newest(out)}") from error
+    except UserError as error:
+        raise UserError(f"--out {out}: {error}; the last checkpoint there: {newest(out)}") from error
     shutil.rmtree(out / "earlier-run", ignore_errors=True)
-    for old in sorted(out.glob(PATTERN))[:-KEPT]:
+    others = sorted(path for path in out.glob(PATTERN) if path != folder)
+    for old in others[: max(0, len(others) - KEPT + 1)]:
         shutil.rmtree(old)
 
 

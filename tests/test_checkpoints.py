@@ -88,7 +88,7 @@ def test_a_failed_write_leaves_the_last_one(tmp_path):
         (part / "x").write_text("half")
         raise RuntimeError("killed")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match="killed"):
         save_folder(tmp_path / "checkpoint-000002", fill)
     assert newest(tmp_path).name == "checkpoint-000001"
 
@@ -253,7 +253,10 @@ def test_a_refused_command_destroys_nothing(mistake, finished, model_folder, tmp
     def not_seen_until_now(self, step):
         raise UserError("seen too late")
 
-    monkeypatch.setattr(train_grpo, "check", lambda config: None)
+    def touch_the_folder_first(config):
+        checkpoints.prepare(Path(config.out), config, None)
+
+    monkeypatch.setattr(train_grpo, "check", touch_the_folder_first)
     monkeypatch.setattr(train_grpo.Training, "step", not_seen_until_now)  # 5000 tokens would take long
     caught(check_refused_command_changes_nothing, mistake, finished, model_folder, tmp_path / "broken", monkeypatch)
 
@@ -377,3 +380,57 @@ def check_claim(out, hold):
 def test_a_folder_is_held_once_and_is_free_afterwards(tmp_path):
     check_claim(tmp_path, claim)
     caught(check_claim, tmp_path, lambda out: contextlib.nullcontext())
+
+
+# ---------------------------------------------------------------- leftovers
+
+
+def test_a_new_checkpoint_is_never_the_one_that_goes(tmp_path, monkeypatch):
+    """After a restart that found only damaged checkpoints with larger numbers."""
+    for step in (9, 10):
+        (checkpoint(tmp_path, step) / "x").write_text("rot")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    config = train_grpo.Config(out=str(tmp_path), device="cpu")
+    start = checkpoints.start_from(tmp_path, False, lambda text: None)
+    assert start is None
+    checkpoints.prepare(tmp_path, config, start)
+    model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (1, 2, 3):
+        checkpoints.save(tmp_path, step, model, optimizer, make_tokenizer(), [], config)
+        assert newest(tmp_path).name == f"checkpoint-{step:06d}"
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000003"]
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(checkpoints.fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match="No locks available"), claim(tmp_path):
+        pass
+
+
+def test_weights_that_cannot_be_read_are_noticed_before_anything_is_set_aside(model_folder, tmp_path, monkeypatch):
+    flags = ["--model", model_folder, "--out", tmp_path / "run", *SMALL, "--steps", 1]
+    run_main(monkeypatch, *flags)
+    before = snapshot(tmp_path / "run")
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, *flags, "--model", broken)
+    after = snapshot(tmp_path / "run")
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_disk_that_is_full_at_the_end_gives_one_line(model_folder, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_grpo, "model_card", full)
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, "--model", model_folder, "--out", tmp_path, *SMALL, "--steps", 1)
+    assert end.value.code == 2
+    assert "disk is full" in capsys.readouterr().err
+    assert not (tmp_path / "policy.part").exists()
+    assert newest(tmp_path).name == "checkpoint-000001"
