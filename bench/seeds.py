@@ -50,8 +50,8 @@ def draw(runs: dict[str, Metrics], rows: list[dict], path: Path) -> None:
 def measure(config: Config) -> Result:
     """One row for each evaluation, and one for the last steps."""
     runs = {Path(folder).name: read_metrics(folder) for folder in config.runs}
-    first = next(iter(runs.values()))
-    steps = [step for step in first.evaluations if all(step in metrics.evaluations for metrics in runs.values())]
+    evaluated_by_all = set.intersection(*(set(metrics.evaluations) for metrics in runs.values()))
+    steps = sorted(evaluated_by_all)
     if not steps:
         raise UserError(f"--runs {' '.join(config.runs)}: no evaluation that all of them have made")
     rows = []
@@ -83,6 +83,7 @@ def table(rows: list[dict]) -> str:
             digits = 0 if name == "length" else 3
             cells.append(f"{x['mean']:.{digits}f} ({x['low']:.{digits}f} - {x['high']:.{digits}f})")
         lines.append(f"{row['step']:6d} " + " ".join(f"{cell:>24}" for cell in cells))
-    s = last["seconds"]
-    lines.append(f"seconds per step, last {LAST}: {s['mean']:.2f} ({s['low']:.2f} - {s['high']:.2f})")
+    seconds = last["seconds"]
+    spread_text = f"{seconds['mean']:.2f} ({seconds['low']:.2f} - {seconds['high']:.2f})"
+    lines.append(f"seconds per step, last {LAST}: {spread_text}")
     return "\n".join(lines)
