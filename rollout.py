@@ -27,6 +27,7 @@ Left out: prefix sharing between prompts, prefill in chunks, beam search.
 
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -336,8 +337,7 @@ class Engine:
         emitted = self.commit(verdict, index, sampling)
         accepted, new_tokens = self.to_host(verdict, emitted)
         ended = self.extend_rows(new_tokens, sampling, ids.shape[1] - 1, on_token)
-        report = self.tell(draft, accepted, sum(map(len, new_tokens)), started, drafted)
-        strategy.observe(report)
+        strategy.observe(self.tell(draft, accepted, sum(map(len, new_tokens)), started, drafted))
         return ended
 
     def commit(self, verdict: Verdict, index: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -382,9 +382,9 @@ class Engine:
         """Count a round in `stats` -> its report for the strategy."""
         now = time.perf_counter()
         k = draft.k
-        reached = [
-            sum(n >= depth for n in accepted) for depth in range(k + 1)
-        ]  # rows with so many right guesses or more
+        ordered = sorted(accepted)
+        # by depth: rows with so many right guesses or more
+        reached = [len(ordered) - bisect_left(ordered, depth) for depth in range(k + 1)]
         stats = self.stats
         stats.rounds += 1
         stats.tokens += tokens
