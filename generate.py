@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from drafter import Drafter, LearnedDrafts
 from parts.common import UserError, check_at_least, flag, parse_flags, pick_device, run
 from parts.interfaces import MAX_DRAFTS, Draft, Group, Strategy, describe_stats
-from parts.modeling import load_model, stop_tokens
+from parts.loading import load_model, stop_tokens
 from parts.sampling import Sampling, sequence_seed
 from rollout import Engine
+from tasks import encode
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def main() -> None:
         drafter.load(command.drafter)
         drafters = {"learned": LearnedDrafts(drafter)}
         strategy = Strategy(Draft("learned", command.k))
-    ids = tokenizer.encode(command.prompt, add_special_tokens=False)
+    ids = encode(command.prompt, tokenizer)
     context = len(ids) + command.max_new
     engine = Engine(model, stop_tokens(model, tokenizer), slots=command.samples, context=context, drafters=drafters)
     group = Group(0, ids, [sequence_seed(command.seed, 0, 0, k) for k in range(command.samples)])

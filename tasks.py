@@ -328,6 +328,27 @@ BASE_PROMPT = (
 )
 
 
+def encode(text: str, tokenizer, special: bool = False) -> list[int]:
+    """Token ids of a text. special: with the tokenizer's own first and last tokens.
+
+    Raises UserError for a symbol that the tokenizer has no token for: it would silently be read as <unk> or <pad>.
+    """
+    if not tokenizer.is_fast:  # such a tokenizer does not say which symbols made a token
+        return tokenizer.encode(text, add_special_tokens=special)
+    found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    for token, (start, end) in zip(found["input_ids"], found["offset_mapping"]):
+        if token not in (tokenizer.unk_token_id, tokenizer.pad_token_id):
+            continue
+        symbol = text[start:end]
+        if symbol and symbol.strip() != tokenizer.convert_ids_to_tokens(token):
+            shown = text if len(text) <= 40 else text[:40] + "..."
+            raise UserError(
+                f"{tokenizer.name_or_path or 'this tokenizer'} has no token for {symbol!r} of the prompt {shown!r}: "
+                "this model cannot read it; take a language model (the tiny ones know --task countdown and chain only)"
+            )
+    return found["input_ids"]
+
+
 def encode_prompt(problem: Problem, tokenizer, style: str = "auto") -> list[int]:
     """Token ids of the prompt, a list of int.
 
@@ -342,16 +363,16 @@ def encode_prompt(problem: Problem, tokenizer, style: str = "auto") -> list[int]
             raise UserError(
                 "this task has no trace form: the tiny models know --task countdown (base) and chain (base/chain) only"
             )
-        return tokenizer.encode(problem.trace, add_special_tokens=False)
+        return encode(problem.trace, tokenizer)
     if style == "base":
-        return tokenizer.encode(BASE_PROMPT.format(problem.prompt))
+        return encode(BASE_PROMPT.format(problem.prompt), tokenizer, special=True)
     if style != "chat":
         raise UserError(f"prompt style {style!r} is none of auto, trace, chat, base")
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path} has no chat template: use --prompt-style base")
     chat = [{"role": "user", "content": problem.prompt}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return encode(text, tokenizer)
 
 
 def make_task(name: str, data: str = "") -> Task:

@@ -49,11 +49,7 @@ def answer(config: Config) -> None:
 
 def check(config: Config, solver: Solver, problem: Problem) -> None:
     """Raises UserError for what this policy cannot do."""
-    tokenizer = solver.tokenizer
-    tiny = tokenizer.init_kwargs.get("prompt_style") == "trace"
-    # padding is what a symbol becomes that the tiny tokenizers lack
-    if tiny and tokenizer.pad_token_id in solver.encode(problem):
-        raise UserError(f"--prompt {config.prompt!r}: holds symbols that {config.model} does not know")
+    solver.encode(problem)  # has all its symbols
     if not solver.verifiers and config.strategy not in WITHOUT_VERIFIER:
         raise UserError(
             f"--strategy {config.strategy}: {config.model} has no verifier (`python -m test_time learn`); "

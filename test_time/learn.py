@@ -22,7 +22,7 @@ import torch
 from base import pretrain
 from drafter import Drafter, warm_start
 from parts.interfaces import Group
-from parts.modeling import load_model
+from parts.loading import load_model
 from parts.sampling import Sampling, sequence_seed
 from tasks import Problem, Task, make_task
 from test_time.attempts import Question, in_view

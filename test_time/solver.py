@@ -25,7 +25,7 @@ from tqdm import tqdm
 from drafter import Drafter, LearnedDrafts
 from parts.common import UserError, find_folder, pick_device
 from parts.interfaces import Group, Response
-from parts.modeling import load_model, stop_tokens
+from parts.loading import load_model, stop_tokens
 from parts.sampling import Sampling, sequence_seed
 from rollout import Engine
 from strategy import Goodput, arms

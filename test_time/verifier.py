@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from parts.common import load_weights, save_weights
 from parts.interfaces import Response
+from parts.modeling import head_of
 
 FILE = "verifier.safetensors"
 PIECE = 8192  # tokens whose logits are in memory at once
@@ -132,7 +133,7 @@ def surprise(policy, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.
 
     hidden (N, D) predicts tokens (N,).
     """
-    head = policy.get_output_embeddings()
+    head = head_of(policy)
     logps = []
     gaps = []
     for h, t in zip(hidden.split(PIECE), tokens.split(PIECE)):

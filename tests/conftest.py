@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import tlt
 import train_grpo
@@ -64,9 +64,9 @@ def caught(check, *args, **kwargs) -> None:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """A random policy."""
+    """A random policy. Not a Qwen2: AutoTokenizer adds a word to the tokenizer of any folder of that kind."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny().save_pretrained(folder)
+    tiny(LlamaConfig).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from parts import common
 from parts.common import ROOT, UserError, cannot_write, find_folder, reason, write_atomically
-from parts.modeling import check_context, load_model
+from parts.loading import check_context, load_model
 
 # ---------------------------------------------------------------- folders
 

@@ -255,10 +255,13 @@ def test_prompt_styles(tmp_path):
     saved = AutoTokenizer.from_pretrained(tmp_path)
     problem = Countdown().problem("train", 0)
     assert tokenizer.decode(encode_prompt(problem, saved)) == problem.trace  # the style survives saving
-    assert encode_prompt(problem, tokenizer, "base")
+    with pytest.raises(UserError, match="no token for 'A'"):
+        encode_prompt(problem, tokenizer, "base")
     with pytest.raises(UserError, match="chat template"):
         encode_prompt(problem, tokenizer, "chat")
     with pytest.raises(UserError, match="no trace form"):
         encode_prompt(Problem("1+1?", "", 2), tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    assert encode_prompt(problem, tokenizer, "chat")
+    assert encode_prompt(Problem("<pad>3,4=7", "", 7), tokenizer, "chat")  # a <pad> that is written is meant
+    with pytest.raises(UserError, match="no token for 'U'"):
+        encode_prompt(problem, tokenizer, "chat")

@@ -381,7 +381,7 @@ def test_answering_one_question(capsys, monkeypatch):
     [
         ([], "--prompt"),
         (["--prompt", "x", "--task", "countdown"], "chain or gsm8k"),
-        (["--prompt", "7:cfa=", "--model", "base"], "symbols that base does not know"),
+        (["--prompt", "7:cfa=", "--model", "base"], "no token for 'c' of the prompt '7:cfa='"),
         (["learn", "--model", "base/chain/drafter"], "no policy in this folder"),
         (["report", "--json", "nowhere.jsonl", "--model", str(FOLDER)], "test_time sweep"),
     ],

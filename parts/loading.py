@@ -1,0 +1,292 @@
+"""Loading a Hugging Face causal LM and its tokenizer, and refusing, in one line, what cannot be right.
+
+A folder is refused when its weights are not those that its config asks for, when one of them is not a number, or when
+its tokenizer knows words that the model does not.
+
+Which models run? Those whose cache is plain attention with rotary positions, and whose logits are head(last hidden
+state), see docs/models.md. That list is not kept in code: twelve tokens are tried through the engine's path and through
+the model's own, and a model that differs is refused. Trained models amplify rounding, so a gap between the two may be
+either. Where it is not clearly rounding, both are computed again in float64: rounding is then about 1e-13 of the
+logits' spread, and a mistake stays as large as it was.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from parts.common import UserError, find_folder, reason
+from parts.modeling import FusedLayer, SlotCache, forward, head_of
+
+logging.disable_progress_bar()  # "Loading weights" for each of N workers says nothing
+
+SEE = "docs/models.md lists what runs"
+BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)  # files
+
+# ---------------------------------------------------------------- the trial
+
+TRIAL = ((0, 6), (6, 7), (7, 12))  # what the engine reads at once: a prompt, one token, some drafts
+# A gap up to this share of the logits' standard deviation is rounding. Measured: random tiny models 2e-6, SmolLM2-135M
+# 3e-5; mistakes 1e-3 to 7
+CLEAR = 5e-5
+CLEAR_IN_FLOAT64 = 1e-8  # measured: rounding 2e-12, mistakes as above
+WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64}
+
+
+class InFloat64(TorchFunctionMode):
+    """Inside, everything is computed in float64, whatever type the weights have, and whatever type is asked for.
+
+    Weights are widened as they are read, one at a time, so a large model needs no second copy.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*widened(args), **{name: widened(value) for name, value in (kwargs or {}).items()})
+
+
+def widened(value):
+    """A tensor, a dtype, or a list or tuple of them in float64; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.dtype in WIDER else value
+    if isinstance(value, torch.dtype):
+        return WIDER.get(value, value)
+    return type(value)(map(widened, value)) if type(value) in (list, tuple) else value
+
+
+def own_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """ids (1, T) -> logits (1, T, V) of the model's own code: its own masks, its own attention, no cache."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        return model(input_ids=ids, use_cache=False).logits
+    finally:
+        model.set_attn_implementation(before)
+
+
+def engine_logits(model, ids: torch.Tensor, make_layers: Callable[[], Iterable | None]) -> torch.Tensor:
+    """ids (1, T) -> logits (1, T, V) by way of the slot cache. make_layers: what gives `forward` its fused layers."""
+    cache = SlotCache(model.config, 1, ids.shape[1] + 4, model.dtype, ids.device)
+    parts = []
+    for start, end in TRIAL:
+        lens = torch.tensor([start], device=ids.device)
+        layers = make_layers()
+        parts.append(forward(model, cache, slice(0, 1), ids[:, start:end], lens, end, fused_layers=layers))
+    return head_of(model)(torch.cat(parts, 1))
+
+
+def distance(ours: torch.Tensor, own: torch.Tensor) -> float:
+    """The largest gap between logits (1, T, V), as a share of their standard deviation; inf if one is not finite."""
+    if ours.equal(own):
+        return 0.0
+    gap = (ours - own).abs().max() / own.std()
+    return gap.item() if gap.isfinite() else torch.inf
+
+
+@torch.inference_mode()
+def agrees(model, fused_layers) -> tuple[bool, float]:
+    """Whether the engine's path gives the logits of the model's own -> (bool, `distance`), which is of float64 unless
+    the model's own type made it clear.
+
+    fused_layers: from `fuse`; None: the model's own modules.
+    """
+    vocab = model.config.vocab_size
+    # ordinary words: special ones stand at the ends of a vocabulary, and are what models treat most oddly
+    ids = torch.linspace(vocab // 8, vocab // 2, TRIAL[-1][1], device=model.device).long()[None]
+    own = own_logits(model, ids)
+    ours = engine_logits(model, ids, lambda: fused_layers)
+    gap = distance(ours, own)
+    if gap <= CLEAR and own.argmax(-1).equal(ours.argmax(-1)):
+        return True, gap
+
+    def layers_anew():
+        """One at a time, and without packed weights, which exist in float32 only."""
+        if fused_layers is not None:
+            return (FusedLayer(layer, model.config) for layer in model.get_decoder().layers)
+        return None
+
+    experts = getattr(model.config, "_experts_implementation", None)
+    if experts:  # a mixture's product of all experts at once knows no float64
+        model.set_experts_implementation("eager")
+    try:
+        with InFloat64():
+            gap = distance(engine_logits(model, ids, layers_anew), own_logits(model, ids))
+    finally:
+        if experts:
+            model.set_experts_implementation(experts)
+    return gap <= CLEAR_IN_FLOAT64, gap
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a folder or a hub name. Raises UserError."""
+    try:
+        return AutoTokenizer.from_pretrained(find_folder(name))
+    except BROKEN as error:
+        raise UserError(f"--model {name}: cannot load its tokenizer: {reason(error)}") from error
+
+
+def check_context(name: str, tokens: int) -> None:
+    """Raises UserError if the model of that name has no room for a prompt and response of so many tokens."""
+    try:
+        limit = getattr(AutoConfig.from_pretrained(find_folder(name)), "max_position_embeddings", None)
+    except BROKEN as error:
+        raise UserError(f"--model {name}: cannot read its config.json: {reason(error)}") from error
+    if limit and tokens > limit:
+        raise UserError(too_long(tokens, limit))
+
+
+def too_long(tokens: int, limit: int) -> str:
+    """What to say when prompt and response do not fit the model."""
+    sizes = f"prompt + response of {tokens} tokens is longer than the model's context of {limit}"
+    return f"{sizes}: lower --max-new or shorten the prompt"
+
+
+def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """(model, tokenizer) from a folder or a hub name. Raises UserError naming what is missing or not supported."""
+    tokenizer = load_tokenizer(name)
+    model, found = read_model(name, dtype)
+    try:
+        check_weights(model, found)
+        check_vocabulary(model, tokenizer)
+        check_supported(model)
+    except UserError as error:
+        raise UserError(f"--model {name}: {error}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def read_model(name: str, dtype: torch.dtype):
+    """-> (model, what transformers says of its weights, see check_weights). Raises UserError."""
+    settings = {"dtype": dtype, "attn_implementation": "slots"}
+    # `check_weights` tells what is wrong with weights, in one line instead of a table
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return AutoModelForCausalLM.from_pretrained(find_folder(name), **settings)
+    except BROKEN as error:
+        if isinstance(error, KeyError) and error.args == ("slots",):
+            error = UserError(f"its attention comes from a list of its own, which has no place for the engine's; {SEE}")
+        raise UserError(f"--model {name}: cannot load it: {reason(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def check_weights(model, found: dict) -> None:
+    """Raises UserError if the file's weights are not those that the config asks for, or if one is not finite.
+
+    found: missing_keys, unexpected_keys, mismatched_keys of from_pretrained. Tied heads and the buffers of old files
+    are not among them.
+    """
+    mend = "config.json and the weights must be of the same model"
+    if found["missing_keys"]:
+        raise UserError(f"its weights lack {listed(found['missing_keys'])}, which config.json asks for: {mend}")
+    if found["unexpected_keys"]:
+        raise UserError(
+            f"its weights hold {listed(found['unexpected_keys'])}, which config.json has no use for: {mend}"
+        )
+    if found["mismatched_keys"]:
+        weight, held, wanted = min(found["mismatched_keys"])
+        raise UserError(f"weight {weight} has the shape {tuple(held)}, config.json asks for {tuple(wanted)}: {mend}")
+    for weight, p in model.named_parameters():
+        if not p.sum(dtype=torch.float32).isfinite() and not p.isfinite().all():
+            raise UserError(f"weight {weight} holds nan or inf: take an earlier checkpoint, or fetch the file anew")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of them, layers in their order, and how many more there are."""
+    names = sorted(names, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(5), name))
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def check_vocabulary(model, tokenizer) -> None:
+    """Raises UserError if the tokenizer makes ids that the model has no embedding for."""
+    known = model.get_input_embeddings().weight.shape[0]
+    word, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= known:
+        raise UserError(
+            f"its tokenizer makes {word!r} number {number}, but the model's vocab_size is {known}: "
+            "take the model's own tokenizer, or resize the model's embeddings and train them"
+        )
+
+
+# ---------------------------------------------------------------- which models run
+
+
+def check_supported(model) -> None:
+    """Raises UserError for models that the engine cannot run, see the top of this file."""
+    name = type(model).__name__
+    why = why_not(model)
+    if why:
+        raise UserError(f"{name} is not supported: {why}; {SEE}")
+    try:
+        good, gap = agrees(model, None)
+    except Exception as error:  # a model's own code may fail in any way; what it says is told
+        raise UserError(
+            f"{name} is not supported: the engine cannot run it ({type(error).__name__}: {reason(error)}); {SEE}"
+        ) from error
+    if not good:
+        raise UserError(
+            f"{name} is not supported: the engine's logits differ from the model's own by {gap:.2g} of their standard "
+            f"deviation; {SEE}"
+        )
+
+
+def why_not(model) -> str | None:
+    """What a config or a decoder says at once, or None. The trial finds the rest, but could not say why, or would not
+    see it in twelve tokens.
+    """
+    config = model.config
+    decoder = model.get_decoder()
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kind = rotary.get("rope_type", "default")
+    kinds = {*(getattr(config, "layer_types", None) or [])}
+    odd = sorted(kinds - {"full_attention"})
+    missing = [name for name in ("embed_tokens", "layers", "rotary_emb") if not hasattr(decoder, name)]
+    if kind in ("dynamic", "longrope"):
+        return f"its rotary angles ({kind}) depend on the longest row of a batch, so a row would depend on its company"
+    if odd:
+        return f"its cache is not plain attention ({', '.join(odd)})"
+    if getattr(config, "sliding_window", None) and not kinds:
+        return (
+            f"its cache is not plain attention (sliding_window {config.sliding_window}); "
+            "for texts that are shorter than that, set it to null in config.json"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        return f"its keys and values are compressed (kv_lora_rank {config.kv_lora_rank}) and of unequal widths"
+    if any(isinstance(value, dict) for value in rotary.values()):
+        return f"its layers turn by different rotary angles ({', '.join(rotary)}), and a drafter has one layer"
+    if missing:
+        rotary = " (positions must be rotary, their angles made once for all layers)" if "rotary_emb" in missing else ""
+        return f"its decoder has no {' and no '.join(missing)}, which a drafter borrows{rotary}"
+    return None
+
+
+# ---------------------------------------------------------------- what else is asked of a model
+
+
+def stop_tokens(model, tokenizer) -> set[int]:
+    """Ids that end a response: the tokenizer's eos and what the generation config adds. Raises UserError if none."""
+    ids = model.generation_config.eos_token_id
+    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
+    ids -= {None}
+    if not ids:
+        raise UserError(f"{tokenizer.name_or_path} has no end-of-sequence token, so responses could not end")
+    return ids
+
+
+def bfloat16(model):
+    """The model with its weights in bfloat16, in place.
+
+    Not `model.bfloat16()`: that rounds the buffers, too, and rotary frequencies rounded to 8 bits are other angles far
+    from the start.
+    """
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    return model
