@@ -33,7 +33,6 @@ Rules that keep the sums right (each has a test):
 Left out: a critic, DAPO's dynamic sampling and overlong shaping, reward models, replay of old rollouts.
 """
 
-import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -43,13 +42,14 @@ import torch
 from tqdm import tqdm
 
 from parts import checkpoints
-from parts.batches import Example, micro_batches, with_less_memory
+from parts.batches import Example, UpdateStats, combine, micro_batches, with_less_memory
 from parts.common import UserError, check_at_least, flag, flag_name, parse_flags, run
 from parts.interfaces import Group, Response
 from parts.journal import Journal
-from parts.modeling import check_context, load_model, load_tokenizer, stop_tokens
+from parts.loading import check_context, load_model, load_tokenizer, stop_tokens
+from parts.logprobs import checkpoint_layers, token_logprobs
 from parts.sampling import Sampling, sequence_seed
-from parts.workers import Alone, logits_at
+from parts.workers import Alone
 from report import evaluation, model_card, show_samples
 from tasks import Problem, encode_prompt, make_task
 
@@ -85,6 +85,7 @@ class Config:
     epochs: int = flag(1, "passes over each rollout")
     minibatches: int = flag(1, "updates per pass")
     micro_tokens: int = flag(2048, "tokens, padding included, in one forward-backward")
+    gradient_checkpointing: bool = flag(False, "keep only the inputs of layers in the update: less memory, more time")
     bf16: bool = flag(False, "bfloat16 autocast in the update (always on for GPUs)")
 
     eval_every: int = flag(15, "steps between evaluations (also before the first step and after the last); 0: never")
@@ -149,24 +150,6 @@ def policy_loss(logp, old, reference, advantage, weight, config: Config) -> torc
     return (weight * loss).sum()
 
 
-def token_logprobs(model, responses: list[Response], temperature: float, logits_at=logits_at) -> torch.Tensor:
-    """Log-probability of every response token, concatenated (N,), under softmax(logits / temperature).
-
-    Right padding under a causal mask needs no attention mask; only the response's positions go through the head.
-    """
-    longest = max(len(r.prompt) + len(r.tokens) for r in responses) - 1
-    ids = torch.zeros(len(responses), longest, dtype=torch.long)
-    picked = torch.zeros(len(responses), longest, dtype=torch.bool)
-    for i, r in enumerate(responses):
-        row = (r.prompt + r.tokens)[:-1]
-        ids[i, : len(row)] = torch.tensor(row)
-        # the position before a token predicts it, the stop token included
-        picked[i, len(r.prompt) - 1 : len(row)] = True
-    targets = torch.tensor([t for r in responses for t in r.tokens], device=model.device)
-    logits = logits_at(model, ids.to(model.device), picked.to(model.device))
-    return -torch.nn.functional.cross_entropy(logits.float() / temperature, targets, reduction="none")
-
-
 # ---------------------------------------------------------------- the update
 
 
@@ -204,28 +187,6 @@ def update(model, reference, optimizer, responses, advantage: list[float], step:
     return row
 
 
-@dataclass
-class UpdateStats:
-    """Sums over the tokens of some micro-batches."""
-
-    loss: float = 0.0
-    tokens: int = 0
-    clipped: int = 0
-    kl: float = 0.0
-    gap_max: float = 0.0  # largest |log p of the trainer - log p of the rollout|; only where both are the same policy
-
-
-def combine(parts: list[UpdateStats]) -> dict:
-    """The update's figures in the metrics, over all workers and optimizer steps."""
-    tokens = max(1, sum(s.tokens for s in parts))
-    return {
-        "loss": sum(s.loss for s in parts),
-        "gap_max": max((s.gap_max for s in parts), default=0.0),
-        "clipped": sum(s.clipped for s in parts) / tokens,
-        "kl": sum(s.kl for s in parts) / tokens,
-    }
-
-
 def gradients(model, reference, optimizer, examples, on_policy: bool, config: Config, team: Alone) -> UpdateStats:
     """Gradients of this worker's share of the examples, added up in the model."""
     share = team.layout.my_share(micro_batches(examples, config.micro_tokens, team.size), team.rank)
@@ -246,8 +207,9 @@ def accumulate(model, reference, batches, on_policy: bool, config: Config, team)
     for batch in batches:
         team.clock.enter("update")
         responses = [x.response for x in batch]
-        with torch.autocast(model.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
-            logp = token_logprobs(model, responses, config.temperature, team.layout.logits_at)
+        # without its cache: there the gradients of several uses of a weight would be summed in bfloat16
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            logp = token_logprobs(model, responses, config.temperature, team.layout.logprobs_at)
             ref = None
             if reference is not None:
                 with torch.no_grad():
@@ -308,6 +270,8 @@ class Training:
         if self.writes:
             checkpoints.prepare(self.out, config, start)
         self.model, self.actor = team.layout.place(model, team.device)
+        if config.gradient_checkpointing:
+            checkpoint_layers(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
@@ -317,7 +281,8 @@ class Training:
         self.model.generation_config.update(**self.deployed_sampling())
         self.reference = load_model(config.model, team.device)[0].requires_grad_(False) if config.kl else None
         self.sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
-        self.update_bytes = team.layout.update_bytes(self.model, config.micro_tokens)
+        longest = max(config.micro_tokens, config.max_new)  # a response is never split
+        self.update_bytes = team.layout.update_bytes(self.model, longest)
         moments = 0 if start else team.layout.moment_bytes(self.model)
         slots = max(config.slots, config.samples, config.eval_samples)
         stop = stop_tokens(self.model, self.tokenizer)

@@ -1,4 +1,6 @@
-"""An update in pieces that fit the memory: micro-batches, cut by content, and cut finer when memory runs out."""
+"""An update in pieces that fit the memory: micro-batches, cut by content, and cut finer when memory runs out. And the
+figures that are summed up over them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +55,7 @@ def with_less_memory(accumulate: Callable[[list], object], share: list[list[Exam
     is. Raises UserError where that cannot help.
     """
     wanted = team.config.micro_tokens
+    more = "" if team.config.gradient_checkpointing else " or add --gradient-checkpointing"
     while True:
         if team.micro_tokens < wanted:
             share = micro_batches([x for batch in share for x in batch], team.micro_tokens, 1)[0]
@@ -63,10 +66,32 @@ def with_less_memory(accumulate: Callable[[list], object], share: list[list[Exam
         clear()
         torch.cuda.empty_cache()
         if not team.layout.can_retry:
-            raise UserError(f"out of memory in the update: lower --micro-tokens {wanted}")
+            raise UserError(f"out of memory in the update: lower --micro-tokens {wanted}{more}")
         if max(len(batch) for batch in share) == 1:
             single = f"a single response of {share[0][0].length} tokens"
-            raise UserError(f"out of memory in the update with {single}: lower --max-new")
+            raise UserError(f"out of memory in the update with {single}: lower --max-new{more}")
         team.micro_tokens //= 2
         again = f"it is done again with --micro-tokens {team.micro_tokens}"
         tqdm.write(f"worker {team.rank}: out of memory in the update; {again}")
+
+
+@dataclass
+class UpdateStats:
+    """Sums over the tokens of some micro-batches."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    clipped: int = 0
+    kl: float = 0.0
+    gap_max: float = 0.0  # largest |log p of the trainer - log p of the rollout|; only where both are the same policy
+
+
+def combine(parts: list[UpdateStats]) -> dict:
+    """The update's figures in the metrics, over all workers and optimizer steps."""
+    tokens = max(1, sum(s.tokens for s in parts))
+    return {
+        "loss": sum(s.loss for s in parts),
+        "gap_max": max((s.gap_max for s in parts), default=0.0),
+        "clipped": sum(s.clipped for s in parts) / tokens,
+        "kl": sum(s.kl for s in parts) / tokens,
+    }

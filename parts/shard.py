@@ -16,8 +16,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from parts.modeling import bfloat16
-from parts.workers import Replicated, logits_at
+from parts.loading import bfloat16
+from parts.logprobs import forward_bytes, logprobs_at
+from parts.workers import Replicated
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,12 +46,12 @@ class Sharded(Replicated):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
         # weights are gathered around a method of the module itself
-        model.logits_at = types.MethodType(logits_at, model)
-        register_fsdp_forward_method(model, "logits_at")
+        model.logprobs_at = types.MethodType(logprobs_at, model)
+        register_fsdp_forward_method(model, "logprobs_at")
         return model, actor
 
-    def logits_at(self, model, ids, picked):
-        return model.logits_at(ids, picked)
+    def logprobs_at(self, model, ids, picked, targets, temperature):
+        return model.logprobs_at(ids, picked, targets, temperature)
 
     def my_share(self, shares, rank):
         """Its micro-batches, and as many of one example that weighs nothing as make the shares equally long."""
@@ -73,10 +74,10 @@ class Sharded(Replicated):
         for a, p in zip(actor.parameters(), model.parameters()):
             a.data.copy_(whole(p).data)
 
-    def update_bytes(self, model, micro_tokens):
+    def update_bytes(self, model, tokens):
         """Nothing can be cut finer here, so all of a micro-batch must fit."""
         weights = sum(p.numel() for p in model.parameters()) // self.workers
-        return 4 * weights + 12 * micro_tokens * model.config.vocab_size
+        return 4 * weights + forward_bytes(model, tokens)
 
     def moment_bytes(self, model):
         return super().moment_bytes(model) // self.workers

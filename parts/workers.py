@@ -10,15 +10,10 @@ from pathlib import Path
 import torch
 
 from parts.interfaces import Group, Response, Strategy
-from parts.modeling import bfloat16
+from parts.loading import bfloat16
+from parts.logprobs import forward_bytes, logprobs_at
 from report import Clock, WorkerNotes
 from rollout import Engine
-
-
-def logits_at(model, ids: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
-    """ids (B, T), picked (B, T) bool -> logits (N, V) of the picked positions."""
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-    return model.get_output_embeddings()(hidden[picked])
 
 
 class Replicated:
@@ -31,9 +26,9 @@ class Replicated:
         model.to(device)
         return model, bfloat16(copy.deepcopy(model).requires_grad_(False)) if device != "cpu" else model
 
-    def logits_at(self, model, ids, picked) -> torch.Tensor:
+    def logprobs_at(self, model, ids, picked, targets, temperature) -> torch.Tensor:
         """As the function of this name."""
-        return logits_at(model, ids, picked)
+        return logprobs_at(model, ids, picked, targets, temperature)
 
     def my_share(self, shares: list[list], rank: int) -> list:
         """This worker's micro-batches."""
@@ -53,12 +48,12 @@ class Replicated:
             for a, p in zip(actor.parameters(), model.parameters()):
                 a.data.copy_(p.data)
 
-    def update_bytes(self, model, micro_tokens: int) -> int:
-        """Memory that an update takes beside the engine: gradients, and for each token of a micro-batch three rows as
-        wide as the vocabulary; of these at most 8 GB, since an update that runs out of memory is cut finer.
+    def update_bytes(self, model, tokens: int) -> int:
+        """Memory that an update takes beside the engine: gradients, and what a micro-batch of so many tokens needs; of
+        that at most 8 GB, since an update that runs out of memory is cut finer.
         """
         weights = sum(p.numel() for p in model.parameters())
-        return 4 * weights + min(8 << 30, 12 * micro_tokens * model.config.vocab_size)
+        return 4 * weights + min(8 << 30, forward_bytes(model, tokens))
 
     def moment_bytes(self, model) -> int:
         """Memory that Adam's moments take from the first update on."""

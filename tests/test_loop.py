@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_grpo import CONFIG, Frozen, advantage_of, close, gradient, make_responses, norm_of
 
 import train_grpo
-from parts import modeling
+from parts import loading
 from parts.batches import with_less_memory
 from parts.common import UserError, run
 from parts.workers import Alone
@@ -129,8 +129,8 @@ def check_rotary(cast):
 
 
 def test_the_bfloat16_copy_keeps_its_rotary_angles():
-    check_rotary(modeling.bfloat16)
-    assert {p.dtype for p in modeling.bfloat16(tiny()).parameters()} == {torch.bfloat16}
+    check_rotary(loading.bfloat16)
+    assert {p.dtype for p in loading.bfloat16(tiny()).parameters()} == {torch.bfloat16}
     caught(check_rotary, lambda model: model.bfloat16())
 
 

@@ -1,0 +1,95 @@
+"""The update's forward: log-probabilities of the responses' tokens, without all their logits in memory.
+
+With a vocabulary of 150,000 words, the logits of 4,096 tokens are 2.5 GB, and cross entropy and its gradient hold
+several tensors of that size at once. So head and loss go through the tokens in slices. A slice's logits are gone when
+its log-probabilities are there; the backward makes them once more. A small vocabulary fits one slice: there nothing
+is cut, and nothing is made twice.
+
+Legend: B rows, T positions, N tokens of responses, D model width, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from parts.common import UserError
+from parts.interfaces import Response
+from parts.modeling import head_of
+
+SLICE = 1 << 24  # logits that exist at once: 64 MB in float32
+
+
+def sliced_logprobs(
+    head: Callable, vocab: int, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """head: hidden (n, D) -> logits (n, V); hidden (N, D), targets (N,) -> log-probabilities (N,) of the targets, under
+    softmax(logits / temperature).
+    """
+
+    def of_slice(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return -F.cross_entropy(head(hidden).float() / temperature, targets, reduction="none")
+
+    rows = max(1, SLICE // vocab)
+    if len(hidden) <= rows:
+        return of_slice(hidden, targets)
+    slices = zip(hidden.split(rows), targets.split(rows))
+    return torch.cat([checkpoint(of_slice, *pair, use_reentrant=False) for pair in slices])
+
+
+def logprobs_at(model, ids, picked, targets, temperature: float) -> torch.Tensor:
+    """ids (B, T), picked (B, T) bool, N of them true; targets (N,): the tokens behind the picked positions
+    -> their log-probabilities (N,).
+    """
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+    return sliced_logprobs(head_of(model), model.config.vocab_size, hidden[picked], targets, temperature)
+
+
+def token_logprobs(model, responses: list[Response], temperature: float, logprobs_at=logprobs_at) -> torch.Tensor:
+    """Log-probability of every response token, concatenated (N,), under softmax(logits / temperature).
+
+    Right padding under a causal mask needs no attention mask; only the response's positions go through the head.
+    logprobs_at: the layout's, see workers.Replicated.
+    """
+    longest = max(len(r.prompt) + len(r.tokens) for r in responses) - 1
+    ids = torch.zeros(len(responses), longest, dtype=torch.long)
+    picked = torch.zeros(len(responses), longest, dtype=torch.bool)
+    for i, r in enumerate(responses):
+        row = (r.prompt + r.tokens)[:-1]
+        ids[i, : len(row)] = torch.tensor(row)
+        # the position before a token predicts it, the stop token included
+        picked[i, len(r.prompt) - 1 : len(row)] = True
+    targets = torch.tensor([t for r in responses for t in r.tokens])
+    device = model.device
+    return logprobs_at(model, ids.to(device), picked.to(device), targets.to(device), temperature)
+
+
+def checkpoint_layers(model) -> None:
+    """From now on a forward in training mode keeps only what goes into each layer, and the backward runs each layer
+    once more: less memory, more time, the same gradients. What generates is in evaluation mode and stays as it was.
+    Raises UserError.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"--gradient-checkpointing: {type(model).__name__} has no such layers")
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # hooks on the embedding that only the other kind of checkpoint needs
+
+
+def forward_bytes(model, tokens: int) -> int:
+    """Memory that forward and backward of so many tokens take, beside weights and gradients: activations as in float32
+    (in bfloat16 they are two thirds), bfloat16 copies of weights, logits of a slice, gradients of the head.
+    """
+    config = model.config
+    vocab, width, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    attention = config.num_attention_heads * (getattr(config, "head_dim", None) or 0)
+    layer = 13 * max(width, attention) + 4 * inner  # numbers that OLMo 2 keeps of a token; Llama: 10 and 4
+    weights = sum(p.numel() for p in model.parameters())
+    kept = layers * layer
+    if model.is_activation_checkpointing:
+        kept = layers * width
+        weights //= layers
+    kept += 2 * layer  # in the backward: what one layer computes again, and gradients on their way
+    logits = 5 * min(SLICE, tokens * vocab)  # with their gradients
+    return 4 * (tokens * kept + logits + 2 * vocab * width) + 2 * weights

@@ -1,0 +1,407 @@
+"""An update in little memory: head and loss in slices, layers that are computed twice, sums in small messages."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LEARN, caught, here, tiny
+from helpers import FAMILIES, by_name, check_equal, groups_of
+from test_grpo import CONFIG, close, equal, gradient, logprobs_by_hand, make_responses
+from test_tlt import check_same_run
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GraniteConfig
+
+import train_grpo
+from parts import logprobs, sums, supervise
+from parts.common import UserError
+from parts.logprobs import checkpoint_layers, forward_bytes, token_logprobs
+from parts.sampling import Sampling
+from rollout import Engine
+
+VOCAB = 1009  # a prime, so that no other dimension has this size
+ROWS = 40  # of a slice: more than the head is wide
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Slices of ROWS tokens."""
+    monkeypatch.setattr(logprobs, "SLICE", VOCAB * ROWS)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor, in numbers, that has the vocabulary as a dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, torch.Tensor) and VOCAB in x.shape:
+                self.numbers = max(self.numbers, x.numel())
+        return result
+
+
+class Kept:
+    """While it is on: what a forward keeps for its backward, beside the weights. Storages, by address."""
+
+    def __init__(self, model):
+        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.tensors: dict[int, torch.Tensor] = {}
+        self.hooks = saved_tensors_hooks(self.note, lambda x: x)
+
+    def note(self, x: torch.Tensor) -> torch.Tensor:
+        place = x.untyped_storage().data_ptr()
+        if place not in self.weights:
+            self.tensors[place] = x
+        return x
+
+    def bytes(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in self.tensors.values())
+
+    def __enter__(self):
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *args):
+        self.hooks.__exit__(*args)
+
+
+# ---------------------------------------------------------------- head and loss in slices
+
+
+def check_logits_are_never_whole(model, responses):
+    """Neither made nor kept, neither forward nor backward; float32 or not; with and without gradients."""
+    for bf16 in (False, True):
+        kept = Kept(model)
+        with Largest() as largest:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False), kept:
+                logp = token_logprobs(model, responses, 0.7)
+            assert len(logp) > 5 * ROWS
+            assert not [x for x in kept.tensors.values() if VOCAB in x.shape]
+            logp.sum().backward()
+            with torch.no_grad():
+                token_logprobs(model, responses, 0.7)
+        assert 0 < largest.numbers <= VOCAB * ROWS
+
+
+def test_the_logits_of_a_micro_batch_never_exist(narrow, monkeypatch):
+    model = tiny(vocab_size=VOCAB)
+    responses = make_responses(model)
+    check_logits_are_never_whole(model, responses)
+    with monkeypatch.context() as patch:  # slices that are all kept
+        patch.setattr(logprobs, "checkpoint", lambda work, *args, **kwargs: work(*args))
+        caught(check_logits_are_never_whole, model, responses)
+    monkeypatch.setattr(logprobs, "SLICE", 1 << 24)
+    caught(check_logits_are_never_whole, model, responses)
+
+
+class Adapted(torch.nn.Module):
+    """A head that is no linear layer: a frozen one with something small beside it that learns."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head.requires_grad_(False)
+        self.down = torch.nn.Linear(head.in_features, 4, bias=False)
+        self.up = torch.nn.Linear(4, head.out_features)
+
+    def forward(self, x):
+        return self.head(x) + self.up(self.down(x))
+
+
+def model_with(head: str):
+    """A tiny model whose head is tied to the embedding, its own, biased, or an adapted one."""
+    model = tiny(vocab_size=VOCAB, tie_word_embeddings=head == "tied")
+    torch.manual_seed(1)
+    if head == "biased":
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB))
+    if head == "adapted":
+        model.lm_head = Adapted(model.lm_head)
+    return model
+
+
+def check_slices_change_nothing(head, monkeypatch, **changes):
+    model = model_with(head)
+    reference = tiny(vocab_size=VOCAB)
+    config = replace(CONFIG, kl=0.1, temperature=0.7, micro_tokens=1000, **changes)
+    responses = make_responses(reference)
+    whole, stats = gradient(model, responses, config, reference=reference)
+    with monkeypatch.context() as patch:
+        patch.setattr(logprobs, "SLICE", VOCAB * ROWS)
+        slices, their_stats = gradient(model, responses, config, reference=reference)
+    assert close(whole, slices)
+    assert all(abs(stats[name] - their_stats[name]) < 1e-4 for name in stats)
+
+
+@pytest.mark.parametrize("head", ["own", "tied", "biased", "adapted"])
+def test_slices_have_the_gradients_of_the_whole(head, monkeypatch):
+    check_slices_change_nothing(head, monkeypatch)
+    right = logprobs.checkpoint
+
+    def without_hidden(work, hidden, targets, **kwargs):
+        return right(work, hidden.detach(), targets, **kwargs)
+
+    def without_head(work, hidden, targets, **kwargs):
+        return torch.no_grad()(work)(hidden, targets) + 0 * hidden.sum()
+
+    for broken in (without_hidden, without_head):
+        with monkeypatch.context() as patch:
+            patch.setattr(logprobs, "checkpoint", broken)
+            caught(check_slices_change_nothing, head, monkeypatch)
+
+
+def check_bfloat16_sums(monkeypatch):
+    """The head's gradient in bfloat16: with a slice for each token as near to float32 as in one piece."""
+    model = tiny()
+    config = replace(CONFIG, micro_tokens=10_000)
+    responses = make_responses(model)
+    index = [name for name, _ in model.named_parameters()].index("lm_head.weight")
+    exact = gradient(model, responses, config)[0][index]
+
+    def error() -> float:
+        return (gradient(model, responses, replace(config, bf16=True))[0][index] - exact).norm().item()
+
+    whole = error()
+    assert whole > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(logprobs, "SLICE", 118)
+        assert error() < 1.5 * whole
+
+
+def test_slices_are_summed_in_float32(monkeypatch):
+    check_bfloat16_sums(monkeypatch)
+    right = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: right(*args, **{**kwargs, "cache_enabled": True}))
+    caught(check_bfloat16_sums, monkeypatch)
+
+
+def check_one_slice_is_computed_once(model, responses):
+    """Where all fits one slice, nothing is made twice, and every bit is that of cross entropy on all logits."""
+    rows = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    logp = token_logprobs(model, responses, 0.7)
+    logp.sum().backward()
+    hook.remove()
+    assert rows == [len(logp)]
+    got = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    longest = max(len(r.prompt) + len(r.tokens) for r in responses)
+    ids = torch.tensor([r.prompt + r.tokens + [0] * (longest - len(r.prompt) - len(r.tokens)) for r in responses])
+    hidden = model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    picked = torch.zeros(ids[:, 1:].shape, dtype=torch.bool)
+    for row, r in zip(picked, responses):
+        row[len(r.prompt) - 1 : len(r.prompt) + len(r.tokens) - 1] = True
+    logits = model.lm_head(hidden[picked]) / 0.7
+    wanted = -torch.nn.functional.cross_entropy(logits, ids[:, 1:][picked], reduction="none")
+    wanted.sum().backward()
+    assert torch.equal(logp, wanted)
+    assert equal(got, [p.grad for p in model.parameters()])
+    model.zero_grad()
+
+
+def test_a_small_vocabulary_is_neither_cut_nor_computed_twice(monkeypatch):
+    model = tiny()
+    responses = make_responses(model)
+    check_one_slice_is_computed_once(model, responses)
+    monkeypatch.setattr(logprobs, "SLICE", 118 * ROWS)
+    caught(check_one_slice_is_computed_once, model, responses)
+
+
+def check_scaled_logits():
+    """Granite divides its logits by a number."""
+    model = tiny(GraniteConfig, logits_scaling=4.0)
+    responses = make_responses(model)
+    wanted = torch.cat([logprobs_by_hand(model, r, 0.7) for r in responses])
+    assert torch.allclose(token_logprobs(model, responses, 0.7), wanted, atol=1e-4)
+
+
+def test_scaled_logits_are_scaled(monkeypatch):
+    check_scaled_logits()
+    monkeypatch.setattr(logprobs, "head_of", lambda model: model.get_output_embeddings())
+    caught(check_scaled_logits)
+
+
+# ---------------------------------------------------------------- layers that are computed twice
+
+
+def kept_bytes(model, tokens: int = 80) -> int:
+    """What the forward of so many tokens keeps in training mode."""
+    model.train()
+    with Kept(model) as kept:
+        model.get_decoder()(input_ids=torch.ones(2, tokens // 2, dtype=torch.long), use_cache=False)
+    model.eval()
+    return kept.bytes()
+
+
+def check_checkpointed_update(enable):
+    """The gradients are the same, bit for bit, and the forward keeps less than a quarter."""
+    model = tiny(num_hidden_layers=4)
+    responses = make_responses(model)
+    wanted, _ = gradient(model, responses)
+    before = kept_bytes(model)
+    enable(model)
+    assert equal(wanted, gradient(model, responses)[0])
+    assert kept_bytes(model) < before / 4
+
+
+def test_checkpointed_layers_have_the_same_gradients():
+    check_checkpointed_update(checkpoint_layers)
+    caught(check_checkpointed_update, lambda model: None)
+
+    def constant(model):  # a layer that is not computed again, but taken as a constant
+        for layer in model.get_decoder().layers:
+            layer._gradient_checkpointing_func = lambda work, *args: torch.no_grad()(work)(*args) + 0 * args[0]
+            layer.gradient_checkpointing = True
+
+    caught(check_checkpointed_update, constant)
+
+
+def test_a_policy_without_such_layers_is_refused(monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(model, "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match="--gradient-checkpointing: Qwen2ForCausalLM"):
+        checkpoint_layers(model)
+
+
+def check_rollout_stays(model, change, fused: bool):
+    """What is generated before and after the change, with fused layers or the model's own."""
+    groups = groups_of(6, random.Random(2))
+
+    def responses() -> dict:
+        engine = Engine(model, {1}, 10, 100, keep_hidden=True)
+        engine.fusable &= fused
+        return by_name(engine.generate(groups, Sampling(max_new=20)))
+
+    before = responses()
+    change(model)
+    after = responses()
+    check_equal(after, before)
+    assert all(torch.equal(after[name].logprobs, before[name].logprobs) for name in after)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_checkpointed_layers_leave_the_rollout_alone(fused):
+    check_rollout_stays(tiny(), checkpoint_layers, fused)
+
+    def left_in_training_mode(model):  # then a layer that is checkpointed gets no cache
+        checkpoint_layers(model)
+        model.train()
+
+    if not fused:
+        with pytest.raises(RuntimeError, match="shape"):
+            check_rollout_stays(tiny(), left_in_training_mode, fused)
+
+
+def test_a_run_with_checkpointed_layers_makes_the_same_policy(able, tmp_path, monkeypatch):
+    enabled = []
+    monkeypatch.setattr(train_grpo, "checkpoint_layers", lambda model: enabled.append(checkpoint_layers(model)))
+    flags = (*LEARN, "--steps", 2, "--eval-every", 0)
+    here(train_grpo.main, able, tmp_path / "whole", *flags)
+    assert not enabled
+    here(train_grpo.main, able, tmp_path / "twice", *flags, "--gradient-checkpointing")
+    assert enabled
+    check_same_run(tmp_path / "whole", tmp_path / "twice")
+
+
+def check_count(count):
+    """What is left for an update covers what its forward keeps, and the layer that is computed again; not much more."""
+    for family, (config_class, changes) in FAMILIES.items():
+        model = tiny(config_class, **changes, num_hidden_layers=6)
+        head = 4 * 5 * 80 * 118  # logits of 80 tokens and their gradients
+        whole = kept_bytes(model)
+        assert whole <= count(model, 80) - count(model, 0) - head <= 2 * whole, family
+        checkpoint_layers(model)
+        twice = kept_bytes(model) + whole / 6
+        assert twice <= count(model, 80) - count(model, 0) - head <= 3 * twice, family
+
+
+def test_the_memory_of_an_update_is_counted():
+    check_count(forward_bytes)
+    caught(check_count, lambda model, tokens: 12 * tokens * model.config.vocab_size)  # the logits alone
+
+
+# ---------------------------------------------------------------- sums over the workers
+
+
+def shapes_of(seed: int) -> list[tuple[int, ...]]:
+    """Random shapes: from numbers to tensors of several messages, some of them empty."""
+    rng = random.Random(seed)
+    return [tuple(rng.choice([0, 1, 2, 5, 13]) for _ in range(rng.randint(0, 4))) for _ in range(30)] + [(), (90, 70)]
+
+
+def tensors_of(seed: int, rank: int) -> list[torch.Tensor]:
+    """A worker's tensors of these shapes. On worker 1 they are not contiguous, on worker 0 some of them."""
+    generator = torch.Generator().manual_seed(seed * 10 + rank)
+    tensors = []
+    for i, shape in enumerate(shapes_of(seed)):
+        x = torch.randn(shape[::-1], generator=generator).permute(list(range(len(shape)))[::-1])
+        tensors.append(x if rank or i % 3 else x.contiguous())
+    return tensors
+
+
+def one_message(tensors):
+    flat = torch.cat([t.flatten() for t in tensors])
+    torch.distributed.all_reduce(flat)
+    for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(part.view_as(t))
+
+
+def a_message_each(tensors):
+    for t in tensors:
+        one_message([t])
+
+
+def not_copied_back(tensors):
+    for t in tensors:
+        torch.distributed.all_reduce(t.contiguous())
+
+
+WAYS = {way.__name__: way for way in (sums.sum_up, one_message, a_message_each, not_copied_back)}
+MESSAGE = 1000
+
+
+def sum_in_all_ways(folder: Path, tell) -> None:
+    """A worker process: writes the sums, and the sizes of the messages, for each way."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    sums.MESSAGE = MESSAGE
+    right = torch.distributed.all_reduce
+    sizes = []
+
+    def noted(tensor):
+        sizes.append(tensor.numel())
+        right(tensor)
+
+    torch.distributed.all_reduce = noted
+    results = {}
+    for name, way in WAYS.items():
+        for seed in range(4):
+            tensors = tensors_of(seed, rank)
+            sizes.clear()
+            way(tensors)
+            results[name, seed] = (tensors, list(sizes))
+    torch.save(results, folder / f"rank {rank}")
+    torch.distributed.destroy_process_group()
+
+
+def check_sums(results: list[dict], way: str) -> None:
+    """Each worker has the sums, bit for bit, and few messages, none of them large."""
+    for seed in range(4):
+        wanted = [a + b for a, b in zip(tensors_of(seed, 0), tensors_of(seed, 1))]
+        for result in results:
+            got, sizes = result[way, seed]
+            assert equal(got, wanted)
+            assert max(sizes) <= MESSAGE
+            assert len(sizes) <= 2 * sum(sizes) / MESSAGE + 1
+
+
+def test_sums_over_workers_come_in_small_messages(tmp_path):
+    supervise.spawn(sum_in_all_ways, tmp_path, 2, 60, False)
+    results = [torch.load(tmp_path / f"rank {rank}", weights_only=True) for rank in range(2)]
+    check_sums(results, "sum_up")
+    for way in WAYS.keys() - {"sum_up"}:
+        caught(check_sums, results, way)
