@@ -25,7 +25,6 @@ Legend: B live rows, T new tokens per row, k draft length, V vocabulary, D model
 Left out: prefix sharing between prompts, prefill in chunks, beam search.
 """
 
-import sys
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -35,8 +34,10 @@ import torch
 
 from parts.common import UserError
 from parts.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Response, RoundReport, Row, Stats, Strategy
-from parts.modeling import SlotCache, Tree, agrees, forward, free_memory, fuse_model, too_long
-from parts.sampling import Sampling, narrow, noise_for, sample, seed_words
+from parts.loading import agrees, too_long
+from parts.memory import free_memory, rows_that_fit
+from parts.modeling import SlotCache, Tree, fast_head, forward, fuse_model, head_of
+from parts.sampling import Sampling, all_words, noise_for, sample, sample_columns, seed_words
 
 # ---------------------------------------------------------------- the accept rule
 
@@ -53,31 +54,54 @@ class Verdict(NamedTuple):
 class Coupled:
     """The accept rule, made anew for each round: a draft is accepted if it is what the policy itself samples there."""
 
+    AT_ONCE = 1 << 17  # noise of so many logits is made once, for drafter and policy
+
     def __init__(self, sampling: Sampling, seeds: torch.Tensor, index: torch.Tensor, vocab: int):
         """seeds (B, 2); index (B, k+1): which token of its response each column samples; vocab: V."""
         self.sampling = sampling
         self.seeds = seeds
         self.index = index
-        self.noise = noise_for(sampling, seeds, index, vocab)  # (B, k+1, V): once, for drafter and policy
+        self.vocab = vocab
+        self.noise: torch.Tensor | None = None  # (B, k+1, V), of a small vocabulary
+        if sampling.temperature and index.numel() * vocab <= self.AT_ONCE:
+            self.noise = noise_for(sampling, seeds, index, all_words(vocab, seeds.device))
 
-    def at_depth(self, noise: torch.Tensor, depth: int) -> torch.Tensor:
-        """The noise of one column, (B, 1, V); greedy sampling has none."""
-        return noise[:, depth : depth + 1] if noise.ndim else noise
-
-    def guess(self, depth: int, logits: torch.Tensor) -> torch.Tensor:
-        """The drafter's logits (B, 1, V) -> its guess (B, 1), drawn with the policy's own noise."""
-        _, allowed = narrow(logits, self.sampling)
-        return (allowed + self.at_depth(self.noise, depth)).argmax(-1)
+    def guess(self, depth: int, logits: torch.Tensor, words: torch.Tensor | None = None) -> torch.Tensor:
+        """The drafter's logits (B, 1, N) -> its guess (B, 1), drawn with the policy's own noise. words: as `sample`."""
+        noise = self.noise[:, depth] if self.noise is not None and words is None else None
+        y, _ = sample(logits[:, 0], self.sampling, self.seeds, self.index[:, depth], words, noise)
+        return y[:, None]
 
     def columns(self, cur: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, Tree | None]:
         """What the policy reads: cur (B, 1), drafts (B, k) -> ids (B, T), and their shape (None: a chain)."""
         return torch.cat([cur, drafts], 1), None
 
-    def accept(self, engine: "Engine", ids: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor) -> Verdict:
-        """ids (B, T), hidden (B, T, D), logits (B, T, V)."""
-        y, logprobs = sample(logits, self.sampling, self.noise)
-        accepted = (y[:, :-1] == ids[:, 1:]).long().cumprod(1).sum(1)
-        return Verdict(y, logprobs, hidden, accepted)
+    def accept(self, engine: "Engine", ids: torch.Tensor, hidden: torch.Tensor) -> Verdict:
+        """ids (B, T), hidden (B, T, D).
+
+        The head over V words and the noise are dear, so columns go through them in pieces, and a row whose guess was
+        wrong in one piece is left out of the next: what it would say there counts for nothing.
+        """
+        count, columns = ids.shape
+        tokens = torch.zeros_like(ids)
+        logprobs = torch.zeros(ids.shape, device=ids.device)
+        rows: slice | torch.Tensor = slice(None)
+        step = max(1, engine.logits_at_once // (count * self.vocab))
+        for first in range(0, columns, step):
+            part = slice(first, first + step)
+            noise = None if self.noise is None else self.noise[rows, part]
+            logits = engine.head(hidden[rows, part])
+            y, logp = sample_columns(logits, self.sampling, self.seeds[rows], self.index[rows, part], noise)
+            tokens[rows, part] = y
+            logprobs[rows, part] = logp
+            if first + step >= columns:
+                break
+            right = (tokens[:, : first + step] == ids[:, 1 : first + step + 1]).all(1)
+            rows = right.nonzero()[:, 0]
+            if not len(rows):
+                break
+        accepted = (tokens[:, :-1] == ids[:, 1:]).long().cumprod(1).sum(1)
+        return Verdict(tokens, logprobs, hidden, accepted)
 
 
 # ---------------------------------------------------------------- the engine
@@ -113,7 +137,7 @@ class GroupQueue:
 class Engine:
     """Generates responses for groups.
 
-    model           from modeling.load_model
+    model           from loading.load_model
     stop_tokens     ids that end a response
     slots           rows that run at once; fewer if the memory of a GPU does not hold them
     context         longest prompt + response, see `reserve`
@@ -160,6 +184,8 @@ class Engine:
         self.stats = Stats()
         self.fused_layers = fuse_model(model)
         self.fusable = self.fused_layers is not None and agrees(model, self.fused_layers)[0]
+        self.head = head_of(model)
+        self.logits_at_once = 1 << (21 if model.device.type == "cpu" else 25)
         self.weights_read = False
         self.stop_at(stop_tokens)
         self.reserve(context)
@@ -201,20 +227,11 @@ class Engine:
         if free is None:
             return self.slots
         config, dtype = self.model.config, self.model.dtype
-        layers = config.num_hidden_layers + len(self.drafters)
-        row_bytes = SlotCache(config, 1, room, dtype, "meta", layers).data.nbytes
+        row_bytes = SlotCache(config, 1, room, dtype, "meta", config.num_hidden_layers + len(self.drafters)).data.nbytes
         row_bytes += self.keep_hidden * room * config.hidden_size * dtype.itemsize
-        row_bytes += (MAX_DRAFTS + 1) * config.vocab_size * 4 * 4  # of a round, float32: logits, noise, sum, hash
-        fits = int((free * 0.8 - self.reserve_bytes) / row_bytes)
-        sizes = f"{row_bytes / 1e9:.3f} GB each, {free / 1e9:.1f} GB are free"
-        if fits < 1 and self.reserve_bytes:
-            taken = f"{self.reserve_bytes / 1e9:.1f} GB are for the update"
-            raise UserError(f"no row of {room} tokens fits ({sizes}, {taken}): lower --micro-tokens or --max-new")
-        if fits < 1:
-            raise UserError(f"no row of {room} tokens fits ({sizes}): lower --max-new")
-        if fits < self.slots:
-            print(f"memory holds {fits} rows of {room} tokens, not {self.slots} ({sizes})", file=sys.stderr)
-        return min(self.slots, fits)
+        # in float32: logits, noise, sum, hash
+        logits_bytes = 16 * min(self.logits_at_once, self.slots * (MAX_DRAFTS + 1) * config.vocab_size)
+        return rows_that_fit(self.slots, room, row_bytes, free - logits_bytes, self.reserve_bytes)
 
     @torch.inference_mode()
     def generate(
@@ -251,6 +268,7 @@ class Engine:
         if self.frozen and self.weights_read:
             return
         self.fused_layers = fuse_model(self.model) if self.fusable else None
+        self.head = fast_head(self.model)
         self.weights_read = True
         for drafter in self.drafters.values():
             drafter.begin()
@@ -290,9 +308,8 @@ class Engine:
         for group in batch:
             ends.append(ends[-1] + len(group.seeds))
             self.live += [Row(group, k) for k in range(len(group.seeds))]
-        for i in reversed(
-            range(len(batch))
-        ):  # group i sits in row first + i: from the back, nothing is overwritten early
+        # group i sits in row first + i: from the back, nothing is overwritten early
+        for i in reversed(range(len(batch))):
             rows = slice(ends[i], ends[i + 1])
             self.cache.move(first + i, rows, len(batch[i].prompt) - 1)
             self.tokens[rows, : longest + 1] = prompts[i]
@@ -333,7 +350,7 @@ class Engine:
         drafted = time.perf_counter()
         view = max(row.length for row in self.live) + ids.shape[1]
         hidden = self.forward(rows, ids, lens, view, tree)  # (B, T, D)
-        verdict = rule.accept(self, ids, hidden, self.model.get_output_embeddings()(hidden))
+        verdict = rule.accept(self, ids, hidden)
         emitted = self.commit(verdict, index, sampling)
         accepted, new_tokens = self.to_host(verdict, emitted)
         ended = self.extend_rows(new_tokens, sampling, ids.shape[1] - 1, on_token)
@@ -349,9 +366,8 @@ class Engine:
         before_stop = torch.where(torch.isin(verdict.tokens, self.stop), steps, columns).amin(1)
         emitted = torch.minimum(verdict.accepted, before_stop) + 1
         emitted = torch.minimum(emitted, sampling.max_new - index[:, 0])
-        places = (
-            self.lens[rows, None] + steps
-        )  # (B, k+1), of cur and the drafts; the sample of a place stands one later
+        # (B, k+1), of cur and the drafts; the sample of a place stands one later
+        places = self.lens[rows, None] + steps
         self.tokens[rows].scatter_(1, places + 1, verdict.tokens)
         self.logprobs[rows].scatter_(1, places + 1, verdict.logprobs)
         if self.keep_hidden:

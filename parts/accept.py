@@ -8,6 +8,8 @@ Tree    each draft has width - 1 siblings, the next best tokens of the drafter u
         chain. If the policy leaves the chain for a sibling, that sibling is accepted too, and its keys and values move
         into the chain's place. Tokens are those of plain decoding. Slower than the chain at every batch size measured.
 
+Both keep logits and noise of all columns in whole (B, T, V) tensors: they are for study, at small vocabularies.
+
 Left out: deeper trees than chain-and-siblings.
 """
 
@@ -18,7 +20,7 @@ import torch
 from parts.common import UserError
 from parts.interfaces import MAX_DRAFTS
 from parts.modeling import Tree as TreeShape
-from parts.sampling import logprob_of, narrow, noise_for
+from parts.sampling import all_words, logprob_of, narrow, noise_for
 from rollout import Coupled, Verdict
 
 
@@ -32,12 +34,13 @@ def verify_ratio(logits, q_logits, drafts, sampling, seeds, index):
     p = allowed.softmax(-1)
     q = narrow(q_logits, sampling)[1].softmax(-1)
     chosen = drafts[..., None]
-    gumbel = noise_for(sampling, seeds, index[:, :-1], 1, stream=2)
+    all_ids = all_words(p.shape[-1], p.device)
+    gumbel = noise_for(sampling, seeds, index[:, :-1], all_ids[:1], stream=2)
     u = torch.exp(-torch.exp(-gumbel))  # the Gumbel's own uniform; (B, k, 1)
     kept = u * q.gather(-1, chosen) < p[:, :-1].gather(-1, chosen)
     accepted = kept[..., 0].long().cumprod(1).sum(1)
     residual = torch.cat([(p[:, :-1] - q).clamp(min=0), p[:, -1:]], 1)  # after the last draft nothing is subtracted
-    y = (residual.log() + noise_for(sampling, seeds, index, p.shape[-1])).argmax(-1)
+    y = (residual.log() + noise_for(sampling, seeds, index, all_ids)).argmax(-1)
     is_draft = torch.arange(drafts.shape[1], device=drafts.device) < accepted[:, None]
     y = torch.cat([torch.where(is_draft, drafts, y[:, :-1]), y[:, -1:]], 1)
     return y, logprob_of(scaled, y), accepted
@@ -50,21 +53,30 @@ class Ratio(Coupled):
         super().__init__(sampling, seeds, index, vocab)
         self.q_logits: list[torch.Tensor] = []  # (B, 1, V) of each depth
         # drafts and residual must be drawn from different noise, or the emitted token does not follow p
-        self.draft_noise = noise_for(sampling, seeds, index, vocab, stream=1)
+        self.draft_noise = noise_for(sampling, seeds, index, all_words(vocab, seeds.device), stream=1)
 
-    def guess(self, depth, logits):
+    def guess(self, depth, logits, words=None):
         """As Coupled.guess, with noise of its own."""
+        if words is not None:  # a word that the drafter does not know has no probability
+            never = logits.new_full((*logits.shape[:2], self.vocab), -torch.inf)
+            logits = never.index_copy(2, words.long(), logits)
         self.q_logits.append(logits)
         _, allowed = narrow(logits, self.sampling)
-        return (allowed + self.at_depth(self.draft_noise, depth)).argmax(-1)
+        return (allowed + at_depth(self.draft_noise, depth)).argmax(-1)
 
-    def accept(self, engine, ids, hidden, logits):
+    def accept(self, engine, ids, hidden):
         """As Coupled.accept."""
         if not self.q_logits or self.sampling.temperature == 0:
-            return super().accept(engine, ids, hidden, logits)
+            return super().accept(engine, ids, hidden)
         q_logits = torch.cat(self.q_logits, 1)
+        logits = engine.head(hidden)
         y, logprobs, accepted = verify_ratio(logits, q_logits, ids[:, 1:], self.sampling, self.seeds, self.index)
         return Verdict(y, logprobs, hidden, accepted)
+
+
+def at_depth(noise: torch.Tensor, depth: int) -> torch.Tensor:
+    """The noise of one column, (B, 1, V); greedy sampling has none."""
+    return noise[:, depth : depth + 1] if noise.ndim else noise
 
 
 @functools.lru_cache
@@ -84,6 +96,7 @@ class Tree(Coupled):
 
     def __init__(self, sampling, seeds, index, vocab, width: int = 2):
         super().__init__(sampling, seeds, index, vocab)
+        self.all_noise = noise_for(sampling, seeds, index, all_words(vocab, seeds.device))
         self.width = width
         self.k = index.shape[1] - 1
         self.siblings: list[torch.Tensor] = []  # (B, 1, width - 1) of each depth
@@ -91,10 +104,15 @@ class Tree(Coupled):
         if self.k * width > MAX_DRAFTS:
             raise UserError(f"draft length {self.k} x width {width}: 0 to {MAX_DRAFTS} drafts fit a round")
 
-    def guess(self, depth, logits):
+    def guess(self, depth, logits, words=None):
         """The best goes on in the chain, the next best are kept as its siblings."""
         _, allowed = narrow(logits, self.sampling)
-        best = (allowed + self.at_depth(self.noise, depth)).topk(self.width).indices  # (B, 1, width)
+        noise = at_depth(self.all_noise, depth)
+        if words is not None and noise.ndim:
+            noise = noise[..., words.long()]
+        best = (allowed + noise).topk(self.width).indices  # (B, 1, width)
+        if words is not None:
+            best = words.long()[best]
         self.siblings.append(best[..., 1:])
         return best[..., 0]
 
@@ -105,12 +123,12 @@ class Tree(Coupled):
         self.shape = caterpillar(self.k, self.width, cur.device)
         return torch.cat([cur, drafts, torch.cat(self.siblings, 1).flatten(1)], 1), self.shape
 
-    def accept(self, engine, ids, hidden, logits):
+    def accept(self, engine, ids, hidden):
         """As Coupled.accept; did the policy leave the chain for a sibling?"""
         if self.shape is None:
-            return super().accept(engine, ids, hidden, logits)
-        noise = self.noise[:, self.shape.depth] if self.noise.ndim else self.noise
-        scaled, allowed = narrow(logits, self.sampling)
+            return super().accept(engine, ids, hidden)
+        noise = self.all_noise[:, self.shape.depth] if self.all_noise.ndim else self.all_noise
+        scaled, allowed = narrow(engine.head(hidden), self.sampling)
         y = (allowed + noise).argmax(-1)  # (B, T)
         logprobs = logprob_of(scaled, y)
         accepted = (y[:, : self.k] == ids[:, 1 : self.k + 1]).long().cumprod(1).sum(1)

@@ -1,4 +1,4 @@
-"""How a Hugging Face causal LM runs in the engine: its cache, its attention, faster layers, and loading with a check.
+"""How a Hugging Face causal LM runs in the engine: its cache, its attention, and faster layers.
 
 The model is the stock module. Three small things make it serve many rows of different lengths, and fast:
 
@@ -11,28 +11,24 @@ One forward feeds row b the T tokens ids[b], whose keys and values go behind the
     slots = lens[:, None] + arange(T)            where the new entries go          (B, T)
     mask  = arange(view) <= slots[..., None]     what they see, view = max(lens)+T (B, T, view)
 
-Which models? Those whose cache is plain attention and whose logits are lm_head(last hidden state). The list is not
-kept in code: five tokens are tried through the engine's path and through the model's own, and a model that differs is
-refused.
+Which models can is found out when they are loaded (loading.py).
 
 Legend: B rows, T new tokens per row, D model width, w head width, `groups` query heads per key head.
 Left out: paged memory (a slot holds a whole sequence), sliding windows, linear attention.
 """
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache
-from transformers.utils import logging
+from transformers import AttentionInterface, Cache
 
-from parts.common import UserError, find_folder, reason
+from parts.common import UserError
 
-FUSE_BELOW = 100_000_000  # weights; in larger models the overhead does not show, and a second copy of the weights would
-
-logging.disable_progress_bar()  # "Loading weights" for each of N workers says nothing
+FUSE_BELOW = 100_000_000  # weights; in larger models the overhead does not show: on a CPU they are packed instead
+PACK_FROM = 1_000_000  # weights of a head
 
 
 def kv_heads(config) -> int:
@@ -159,7 +155,7 @@ def attend(cache: SlotCache, rows: slice, lens, view: int, columns: int, tree: T
 def forward(model, cache: SlotCache, rows: slice, ids, lens, view: int, tree=None, fused_layers=None) -> torch.Tensor:
     """Feed ids (B, T) to the rows, whose first lens (B,) cache entries are valid -> last hidden states (B, T, D).
 
-    `model.get_output_embeddings()` makes logits of them. fused_layers: from `fuse`; None: the model's own modules.
+    `head_of(model)` makes logits of them. fused_layers: from `fuse`; None: the model's own modules.
     """
     positions, mask = attend(cache, rows, lens, view, ids.shape[1], tree)
     decoder = model.get_decoder()
@@ -173,15 +169,69 @@ def forward(model, cache: SlotCache, rows: slice, ids, lens, view: int, tree=Non
     return decoder.norm(x)
 
 
+def logit_scale(config) -> float:
+    """What the logits of a model are multiplied by: Granite divides by a number, Cohere multiplies by one."""
+    if getattr(config, "logits_scaling", None):
+        return 1 / config.logits_scaling
+    return getattr(config, "logit_scale", None) or 1.0
+
+
+def head_of(model) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Last hidden states (..., D) -> logits (..., V), through the model's own modules."""
+    return scaled(model.get_output_embeddings(), logit_scale(model.config))
+
+
+def scaled(head, factor: float):
+    """The head, its logits multiplied."""
+    return head if factor == 1 else lambda hidden: head(hidden) * factor
+
+
 # ---------------------------------------------------------------- layers without overhead
 
 
-def joined(*linears):
-    """(weight, bias or None) of several linear layers that read the same input, as one."""
-    weight = torch.cat([x.weight for x in linears])
-    if all(x.bias is None for x in linears):
-        return weight, None
-    return weight, torch.cat([torch.zeros_like(x.weight[:, 0]) if x.bias is None else x.bias for x in linears])
+class Linear:
+    """Linear layers that read the same input, as one: x (..., in) -> (..., out of all of them together).
+
+    In a small model the weights are joined, which saves calls. In a large one on a CPU they are laid out anew, in the
+    blocks that oneDNN multiplies best (`pack`): for 4 to 128 rows, which is what drafts and batches feed, that takes
+    a third less time than the usual product, which lays out the weights at every call. One to three rows only read the
+    weights, and many rows hide it, so there the layers' own weights are used. The price is a second copy.
+    """
+
+    FEWEST, MOST = 4, 128  # rows for which the packed weights are used
+
+    def __init__(self, parts: list[tuple], pack: bool = False):
+        """parts: (weight (out, in), bias (out,) or None) of each layer, see `weights_of`."""
+        self.bias = None
+        if any(bias is not None for _, bias in parts):
+            self.bias = torch.cat([torch.zeros_like(weight[:, 0]) if bias is None else bias for weight, bias in parts])
+        weight = torch.cat([weight for weight, _ in parts])
+        self.packed = packed(weight) if pack else None
+        self.parts = [(weight, self.bias)] if self.packed is None else parts
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed is not None and self.FEWEST <= x.numel() // x.shape[-1] <= self.MOST:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        outputs = [F.linear(x, weight, bias) for weight, bias in self.parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def weights_of(*linears) -> list[tuple]:
+    """(weight, bias) of linear modules, as Linear wants them."""
+    return [(x.weight, x.bias) for x in linears]
+
+
+def packed(weight: torch.Tensor) -> torch.Tensor | None:
+    """The weight (out, in) in oneDNN's layout; None where it does not pay (fewer outputs than inputs), or does not
+    exist.
+    """
+    wide = weight.shape[0] > weight.shape[1]
+    if not wide or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    try:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
+    except (AttributeError, RuntimeError):  # a torch without oneDNN
+        return None
 
 
 def norm_of(module):
@@ -192,7 +242,7 @@ def norm_of(module):
 class FusedLayer:
     """A decoder layer of the Llama kind, for inference: the same numbers with joined projections and few operations."""
 
-    def __init__(self, layer, config):
+    def __init__(self, layer, config, pack: bool = False):
         attention = layer.self_attn
         self.module = attention
         self.heads = config.num_attention_heads
@@ -200,24 +250,24 @@ class FusedLayer:
         self.width = attention.head_dim
         self.first_norm = norm_of(layer.input_layernorm)
         self.second_norm = norm_of(layer.post_attention_layernorm)
-        self.qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = joined(attention.o_proj)
-        self.up = joined(layer.mlp.gate_proj, layer.mlp.up_proj)
-        self.down = joined(layer.mlp.down_proj)
+        self.qkv = Linear(weights_of(attention.q_proj, attention.k_proj, attention.v_proj), pack)
+        self.out = Linear(weights_of(attention.o_proj), pack)
+        self.up = Linear(weights_of(layer.mlp.gate_proj, layer.mlp.up_proj), pack)
+        self.down = Linear(weights_of(layer.mlp.down_proj), pack)
 
     def __call__(self, x, mask, cache: SlotCache, angles, index: int):
         """x (B, T, D) -> (B, T, D). angles: see `signed`; index: the layer's place in the cache."""
         rotated_heads = self.heads + self.kv_heads  # queries and keys rotate together
         normed = F.rms_norm(x, x.shape[-1:], *self.first_norm) if self.first_norm else x
-        qkv = F.linear(normed, *self.qkv).view(*x.shape[:2], rotated_heads + self.kv_heads, self.width)
+        qkv = self.qkv(normed).view(*x.shape[:2], rotated_heads + self.kv_heads, self.width)
         qkv = qkv.transpose(1, 2)  # (B, heads, T, w)
         qk = qkv[:, :rotated_heads]
         qk = qk * angles[0] + qk.roll(self.width // 2, -1) * angles[1]
         key, value = cache.update(qk[:, self.heads :], qkv[:, rotated_heads:], index)
         seen, _ = slot_attention(self.module, qk[:, : self.heads], key, value, mask, scaling=self.width**-0.5)
-        x = x + F.linear(seen.reshape(*x.shape[:2], -1), *self.out)
-        gate, up = F.linear(F.rms_norm(x, x.shape[-1:], *self.second_norm), *self.up).chunk(2, -1)
-        return x + F.linear(F.silu(gate) * up, *self.down)
+        x = x + self.out(seen.reshape(*x.shape[:2], -1))
+        gate, up = self.up(F.rms_norm(x, x.shape[-1:], *self.second_norm)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
 
 
 def signed(angles):
@@ -232,23 +282,26 @@ def signed(angles):
 
 @torch.inference_mode()
 def fuse(layers, config, rotary) -> list[FusedLayer] | None:
-    """FusedLayers with the weights as they are now, or None where the modules should run: in large models, and in
-    layers of another kind, which is not looked up but tried, on random input.
+    """FusedLayers with the weights as they are now, or None where the modules should run: in large models on a GPU, and
+    in layers of another kind, which is not looked up but tried, on random input.
     """
-    if sum(p.numel() for layer in layers for p in layer.parameters()) > FUSE_BELOW:
+    device = next(layers[0].parameters()).device
+    large = sum(p.numel() for layer in layers for p in layer.parameters()) > FUSE_BELOW
+    if large and device.type != "cpu":
         return None
     layer = copy.deepcopy(layers[0]).float()  # in float32 another activation function shows
-    device = next(layers[0].parameters()).device
     x = torch.randn(2, 3, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
     cache = SlotCache(config, 2, 4, x.dtype, device, layers=1)
     positions, mask = attend(cache, slice(0, 2), torch.zeros(2, dtype=torch.long, device=device), 3, 3)
-    angles = rotary(x, positions)
     try:
+        angles = rotary(x, positions)
         own = layer(x, attention_mask=mask, past_key_values=cache, use_cache=True, position_embeddings=angles)
-        fused = FusedLayer(layer, config)(x, mask, cache, signed(angles), 0)
+        fused = FusedLayer(layer, config, large)(x, mask, cache, signed(angles), 0)
     except (AttributeError, TypeError, RuntimeError):
         return None
-    return [FusedLayer(layer, config) for layer in layers] if torch.allclose(own, fused, atol=1e-4) else None
+    if not torch.allclose(own, fused, atol=1e-4):
+        return None
+    return [FusedLayer(layer, config, large) for layer in layers]
 
 
 def fuse_model(model) -> list[FusedLayer] | None:
@@ -259,109 +312,11 @@ def fuse_model(model) -> list[FusedLayer] | None:
     return fuse(decoder.layers, model.config, decoder.rotary_emb)
 
 
-# ---------------------------------------------------------------- loading and checking
-
-
 @torch.inference_mode()
-def agrees(model, fused_layers) -> tuple[bool, float]:
-    """Whether five tokens through the engine's path give the logits of the model's own -> (bool, largest gap)."""
-    ids = torch.arange(1, 6, device=model.device)[None] % model.config.vocab_size
-    cache = SlotCache(model.config, 1, 8, model.dtype, model.device)
-    parts = []
-    for start, end in ((0, 3), (3, 5)):
-        lens = torch.tensor([start], device=ids.device)
-        parts.append(forward(model, cache, slice(0, 1), ids[:, start:end], lens, end, fused_layers=fused_layers))
-    logits = model.get_output_embeddings()(torch.cat(parts, 1))
-    gap = (logits - model(input_ids=ids, use_cache=False).logits).abs().max().item()
-    return gap < (1e-3 if model.dtype == torch.float32 else 0.5), gap
-
-
-def load_tokenizer(name: str):
-    """The tokenizer of a folder or a hub name. Raises UserError."""
-    try:
-        return AutoTokenizer.from_pretrained(find_folder(name))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model {name}: cannot load its tokenizer: {reason(error)}") from error
-
-
-def check_context(name: str, tokens: int) -> None:
-    """Raises UserError if the model of that name has no room for a prompt and response of so many tokens."""
-    try:
-        limit = getattr(AutoConfig.from_pretrained(find_folder(name)), "max_position_embeddings", None)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model {name}: cannot read its config.json: {reason(error)}") from error
-    if limit and tokens > limit:
-        raise UserError(too_long(tokens, limit))
-
-
-def too_long(tokens: int, limit: int) -> str:
-    """What to say when prompt and response do not fit the model."""
-    sizes = f"prompt + response of {tokens} tokens is longer than the model's context of {limit}"
-    return f"{sizes}: lower --max-new or shorten the prompt"
-
-
-def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """(model, tokenizer) from a folder or a hub name. Raises UserError naming what is missing or not supported."""
-    tokenizer = load_tokenizer(name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(find_folder(name), dtype=dtype, attn_implementation="slots")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"--model {name}: cannot load it: {reason(error)}") from error
-    check_supported(model)
-    return model.to(device).eval(), tokenizer
-
-
-def check_supported(model) -> None:
-    """Refuse models whose cache is not plain attention, or whose logits are not lm_head(last hidden state).
-
-    Layer types are read from the config; the rest is tried: five tokens through both paths. Raises UserError.
-    """
-    config = model.config
-    name = type(model).__name__
-    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rotary in ("dynamic", "longrope"):
-        raise UserError(
-            f"{name}: its rotary angles ({rotary}) depend on the longest row of a batch, "
-            "so a response would depend on its company"
-        )
-    odd = sorted({*(getattr(config, "layer_types", None) or [])} - {"full_attention"})
-    if odd or getattr(config, "sliding_window", None):
-        raise UserError(
-            f"{name}: its cache is not plain attention ({', '.join(odd) or 'sliding_window'}); "
-            "Llama, Qwen2, Qwen3, Mistral without a window and the like work"
-        )
-    try:
-        good, gap = agrees(model, None)
-    except (AttributeError, TypeError, RuntimeError, IndexError) as error:
-        raise UserError(f"{name}: the engine cannot run it ({type(error).__name__}: {error})") from error
-    if not good:
-        raise UserError(f"{name}: the engine's logits differ from the model's own by {gap:.2g}, so it is not supported")
-
-
-def stop_tokens(model, tokenizer) -> set[int]:
-    """Ids that end a response: the tokenizer's eos and what the generation config adds. Raises UserError if none."""
-    ids = model.generation_config.eos_token_id
-    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
-    ids -= {None}
-    if not ids:
-        raise UserError(f"{tokenizer.name_or_path} has no end-of-sequence token, so responses could not end")
-    return ids
-
-
-def bfloat16(model):
-    """The model with its weights in bfloat16, in place.
-
-    Not `model.bfloat16()`: that rounds the buffers, too, and rotary frequencies rounded to 8 bits are other angles far
-    from the start.
-    """
-    for p in model.parameters():
-        p.data = p.data.bfloat16()
-    return model
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes of GPU memory that torch can still hand out; None on a CPU, where memory is taken as it is touched."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+def fast_head(model) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Hidden states (..., D) -> logits (..., V), with the weights as they are now."""
+    head = model.get_output_embeddings()
+    if head.weight.numel() < PACK_FROM:
+        return head_of(model)
+    packed_head = Linear(weights_of(head), pack=True)
+    return head_of(model) if packed_head.packed is None else scaled(packed_head, logit_scale(model.config))

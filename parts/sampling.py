@@ -12,15 +12,24 @@ samples, not only likely tokens, at any temperature; and it is why a guess can b
 Up to ties: fp32 kernels round differently at different shapes, which parts two runs at about one token in a million.
 That is a change of sample, never of distribution.
 
-Legend: B rows, T tokens per row, V vocabulary.
+With V = 50,000 to 150,000 the noise is dear: some 35 elementwise steps for every logit, each a pass over memory if the
+tensors are large. So one function, `sample`, makes noise, token and log-probability of a few positions at a time: on a
+CPU in pieces that stay in a core's cache, on a GPU in one compiled kernel. Nothing of the size (positions, V) is kept.
+
+Legend: P positions, B rows, T tokens per row, V vocabulary, N words that are drawn from: all V, or a drafter's choice.
 """
 
+import functools
 import hashlib
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from parts.common import UserError, flag, flag_name
+from parts.common import UserError, flag, flag_name, reason
+
+IN_CACHE = 150_000  # logits that are worked on at once on a CPU: three such tensors fit the 2 MB next to a core
 
 
 def sequence_seed(*parts) -> int:
@@ -35,24 +44,40 @@ def seed_words(seeds: torch.Tensor) -> torch.Tensor:
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijective hash of int32 (C. Wellons' lowbias32).
+    """A bijective hash of int32 (C. Wellons' lowbias32), in place.
 
-    int32 products wrap; `& mask` turns the arithmetic shift into a logical one.
+    int32 products wrap; the masks turn the arithmetic shifts into logical ones.
     """
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
-    return x ^ ((x >> 16) & 0xFFFF)
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
 
 
-def gumbel(seeds: torch.Tensor, index: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Gumbel noise of token `index` of each sequence. seeds (B, 2) int32, index (B, T) int -> (B, T, V) float32."""
-    key = mix(index.int() * 0x1E3779B9 + seeds[:, :1])  # (B, T)
-    v = torch.arange(vocab, dtype=torch.int32, device=seeds.device)
-    second = key * 0x5851F42D + seeds[:, 1:]  # (B, T)
-    bits = mix(mix(key[..., None] + v) ^ second[..., None])  # (B, T, V)
+def gumbel(seeds: torch.Tensor, index: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise of token `index` of each sequence. It belongs to a word's id: who draws from few of the words finds
+    the noise that they have among all.
+
+    seeds (..., 2) int32, index (...) int, words (N,) int32: ids -> (..., N) float32.
+    """
+    key = mix(index.int() * 0x1E3779B9 + seeds[..., 0])
+    second = key * 0x5851F42D + seeds[..., 1]
+    bits = mix(key[..., None] + words)  # (..., N)
+    bits ^= second[..., None]
+    mix(bits)
     # u in (0, 1): tiny u, which makes the LARGE noise that wins, keeps 31 bits of resolution; 1 - u would have only 24
-    u = (((bits >> 1) & 0x7FFFFFFF).float() + 0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    bits >>= 1
+    bits &= 0x7FFFFFFF
+    u = bits.float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
     return u.neg_().log1p_().neg_().log_().neg_()  # -log(-log(1 - u))
+
+
+@functools.lru_cache(maxsize=4)
+def all_words(vocab: int, device: torch.device) -> torch.Tensor:
+    """The ids 0 .. V-1, (V,) int32."""
+    return torch.arange(vocab, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -97,11 +122,14 @@ def narrow(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torc
     return logits, allowed
 
 
-def noise_for(sampling: Sampling, seeds, index, vocab: int, stream: int = 0) -> torch.Tensor:
-    """Gumbel noise (B, T, V), or a zero () when greedy. Streams are independent: the ratio rule needs three."""
+def noise_for(sampling: Sampling, seeds, index, words: torch.Tensor, stream: int = 0) -> torch.Tensor:
+    """Gumbel noise of all columns of a round in one tensor, or a zero () when greedy.
+
+    seeds (B, 2), index (B, T), words (N,) -> (B, T, N). Streams are independent: the ratio rule needs three.
+    """
     if sampling.temperature == 0:
         return torch.zeros((), device=seeds.device)
-    return gumbel(seeds, index + (stream << 20), vocab)
+    return gumbel(seeds[:, None], index + (stream << 20), words)
 
 
 def logprob_of(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -112,8 +140,79 @@ def logprob_of(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return logits.gather(-1, y[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (B, T) and their log-probabilities (B, T). logits (B, T, V) of any float type, noise from `noise_for`."""
+def draw(logits, sampling: Sampling, seeds, index, words, noise=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sample`, of all positions at once. Returns columns of the logits, not ids."""
     scaled, allowed = narrow(logits, sampling)
-    y = (allowed + noise).argmax(-1)
-    return y, logprob_of(scaled, y)
+    if noise is None and sampling.temperature:
+        noise = gumbel(seeds, index, words)
+    if noise is not None:
+        allowed = allowed + noise
+    column = allowed.max(-1).indices
+    return column, logprob_of(scaled, column)
+
+
+class Compiled:
+    """`draw` as one kernel for GPUs. Where compiling fails, the plain function does it, after one line on stderr."""
+
+    def __init__(self, function: Callable):
+        self.plain = function
+        self.function: Callable | None = None  # compiled at the first call
+
+    def __call__(self, *args):
+        """As the function."""
+        if self.function is None:
+            self.function = torch.compile(self.plain, dynamic=True)
+            try:
+                return self.function(*args)
+            except Exception as error:  # no compiler, no Triton, an old card: each has its own type
+                print(f"sampling is not compiled, and slower for it: {reason(error)}", file=sys.stderr)
+                self.function = self.plain
+        return self.function(*args)
+
+
+compiled_draw = Compiled(draw)
+
+
+def sample(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    seeds: torch.Tensor,
+    index: torch.Tensor,
+    words: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and their log-probabilities, both (P,). The one sampler: plain decoding, verification and drafting use it.
+
+    logits (P, N) of any float type; seeds (P, 2) and index (P,): whose noise, and which; words (N,) int32: the ids that
+    the logits belong to, None: all; noise (P, N): if it is made already.
+    """
+    ids = all_words(logits.shape[1], logits.device) if words is None else words
+    if logits.is_cuda and noise is None and not sampling.top_k and sampling.top_p == 1:
+        column, logprob = compiled_draw(logits, sampling, seeds, index, ids)
+    elif noise is not None or logits.is_cuda or logits.numel() <= IN_CACHE:
+        column, logprob = draw(logits, sampling, seeds, index, ids, noise)
+    else:
+        column, logprob = draw_in_cache(logits, sampling, seeds, index, ids)
+    return column if words is None else words.long()[column], logprob
+
+
+def draw_in_cache(logits, sampling: Sampling, seeds, index, words) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw`, a few positions after the other."""
+    count = len(logits)
+    column = torch.empty(count, dtype=torch.long)
+    logprob = torch.empty(count)
+    step = max(1, IN_CACHE // logits.shape[1])
+    for first in range(0, count, step):
+        part = slice(first, first + step)
+        column[part], logprob[part] = draw(logits[part], sampling, seeds[part], index[part], words)
+    return column, logprob
+
+
+def sample_columns(logits, sampling: Sampling, seeds, index, noise=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sample` for rows of several tokens: logits (B, T, V), seeds (B, 2), index (B, T), noise (B, T, V) or None
+    -> tokens and log-probabilities, both (B, T).
+    """
+    column_seeds = seeds[:, None].expand(*index.shape, 2).flatten(0, 1)
+    noise = None if noise is None else noise.flatten(0, 1)
+    y, logprob = sample(logits.flatten(0, 1), sampling, column_seeds, index.flatten(), noise=noise)
+    return y.view(index.shape), logprob.view(index.shape)

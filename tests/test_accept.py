@@ -29,12 +29,13 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+import rollout
 from drafter import Drafter, LearnedDrafts
 from parts import accept, modeling
 from parts.accept import Ratio, Tree
 from parts.common import UserError
 from parts.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Strategy
-from parts.sampling import Sampling, narrow, noise_for, sequence_seed
+from parts.sampling import Sampling, all_words, narrow, noise_for, sequence_seed
 from rollout import Coupled, Engine
 
 
@@ -95,7 +96,7 @@ def test_sharing_the_noise_is_what_makes_guesses_right(monkeypatch):
     model = tiny()
     drafter = trained_drafter(model)
     coupled = accepted_per_round(model, drafter)
-    monkeypatch.setattr(Coupled, "guess", lambda self, depth, logits: logits.argmax(-1))
+    monkeypatch.setattr(Coupled, "guess", lambda self, depth, logits, words=None: logits.argmax(-1))
     assert accepted_per_round(model, drafter) < coupled
 
 
@@ -154,6 +155,63 @@ def test_an_accepted_path_that_is_not_compacted_is_caught(monkeypatch):
     caught(check_tree)
 
 
+# ---------------------------------------------------------------- large vocabularies
+
+
+def check_pieces(way: str, sampling: Sampling, logits_at_once: int, drafter: Drafter | None = None):
+    """Columns in pieces, where rows drop out; guesses from some words only."""
+    rule, make_strategy = WAYS[way]
+    model = tiny()
+    engine = make_engine(model, drafter or trained_drafter(model), rule=rule)
+    engine.logits_at_once = logits_at_once
+    responses = engine.generate(groups_of(12, random.Random(1)), sampling, make_strategy())
+    check_equal(by_name(responses), plain_responses(sampling))
+    return engine.stats
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("logits_at_once", [1, 118 * 10, 118 * 25])
+def test_columns_in_pieces_change_no_token(sampling, logits_at_once, monkeypatch):
+    monkeypatch.setattr(Coupled, "AT_ONCE", 0)  # nor is noise shared
+    accepted = check_pieces("chain 5", sampling, logits_at_once).accepted
+    assert accepted == check_pieces("chain 5", sampling, 1 << 21).accepted
+    assert accepted[1] > 0
+
+
+def test_rows_that_drop_out_wrongly_are_caught(monkeypatch):
+    """A later piece that is sampled with the noise of the first rows, whoever is left."""
+    right = rollout.sample_columns
+
+    def first_rows(logits, sampling, seeds, index, noise=None):
+        return right(logits, sampling, first_rows.seeds[: len(seeds)], index, noise)
+
+    def first_piece(self, sampling, seeds, *rest):
+        first_rows.seeds = seeds
+        init(self, sampling, seeds, *rest)
+
+    init = Coupled.__init__
+    monkeypatch.setattr(Coupled, "__init__", first_piece)
+    monkeypatch.setattr(Coupled, "AT_ONCE", 0)
+    monkeypatch.setattr(rollout, "sample_columns", first_rows)
+    caught(check_pieces, "chain 5", SAMPLINGS[0], 1)
+
+
+WORDS = torch.arange(0, 118, 2).int()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("way", ["chain 1", "chain 4", "tree 4x3", "changing"])
+def test_a_drafter_with_few_words_changes_no_token(way, sampling):
+    drafter = trained_drafter(tiny())
+    drafter.words = WORDS
+    accepted = check_pieces(way, sampling, 1 << 21, drafter).accepted
+    assert accepted[0] > 0
+
+
+def test_a_drafter_with_few_words_follows_the_ratio_rule_too():
+    check_distribution(Ratio, words=torch.tensor([0, 2, 3]).int())
+
+
 # ---------------------------------------------------------------- distribution
 
 
@@ -187,7 +245,7 @@ def wild_drafter(model) -> Drafter:
     return drafter
 
 
-def check_distribution(rule, k=3, count=8_000) -> Engine:
+def check_distribution(rule, k=3, count=8_000, words=None) -> Engine:
     """The engine's responses of 3 tokens over a vocabulary of 4 against exact enumeration: chi-square with 63 degrees
     of freedom at p = 1e-4.
     """
@@ -196,7 +254,9 @@ def check_distribution(rule, k=3, count=8_000) -> Engine:
         model.lm_head.weight.mul_(0.5)
     sampling = Sampling(temperature=0.8, max_new=3)
     prompt = [1, 2, 3]
-    engine = Engine(model, {99}, 400, 16, drafters={"learned": LearnedDrafts(wild_drafter(model))}, rule=rule)
+    drafter = wild_drafter(model)
+    drafter.words = words
+    engine = Engine(model, {99}, 400, 16, drafters={"learned": LearnedDrafts(drafter)}, rule=rule)
     groups = [Group(i, prompt, [sequence_seed("d", i, j) for j in range(400)]) for i in range(count // 400)]
     counts = Counter(tuple(r.tokens) for r in engine.generate(groups, sampling, fixed("learned", k)))
     expected = enumerate_exactly(model, prompt, 3, sampling)
@@ -214,7 +274,7 @@ def test_responses_follow_the_exact_distribution(rule, k):
 class Argmax(Ratio):
     """Drafts that are no samples of q."""
 
-    def guess(self, depth, logits):
+    def guess(self, depth, logits, words=None):
         super().guess(depth, logits)
         return logits.argmax(-1)
 
@@ -240,7 +300,7 @@ def positions_off_by_one(verify, logits, q_logits, *rest):
 def no_residual(verify, logits, q_logits, drafts, sampling, seeds, index):
     """After a rejected draft the policy's own sample, as if q had not been tried."""
     y, logprobs, accepted = verify(logits, q_logits, drafts, sampling, seeds, index)
-    noise = noise_for(sampling, seeds, index, logits.shape[-1])
+    noise = noise_for(sampling, seeds, index, all_words(logits.shape[-1], logits.device))
     own = (narrow(logits, sampling)[1] + noise).argmax(-1)
     kept = torch.arange(y.shape[1]) < accepted[:, None]
     return torch.where(kept, y, own), logprobs, accepted
@@ -276,7 +336,7 @@ def check_ratio_noise(stream):
     q = torch.tensor([0.5, 0.1, 0.38, 0.02])
     seeds = torch.randint(-(2**31), 2**31, (n, 2), generator=torch.Generator().manual_seed(0)).int()
     index = torch.arange(2).expand(n, 2)
-    noise = noise_for(SAMPLINGS[0], seeds, index, 4, stream)
+    noise = noise_for(SAMPLINGS[0], seeds, index, all_words(4, seeds.device), stream)
     drafts = (q.log() + noise[:, :1]).argmax(-1)
     logits = p.log().expand(n, 2, 4)
     y, _, _ = accept.verify_ratio(logits, q.log().expand(n, 1, 4), drafts, SAMPLINGS[0], seeds, index)

@@ -2,10 +2,15 @@
 
 import pytest
 import torch
-from conftest import caught
+from conftest import cases, caught
+from hypothesis import given
+from hypothesis import strategies as st
 
+from parts import sampling as sampling_module
 from parts.common import UserError
-from parts.sampling import Sampling, gumbel, noise_for, sample, seed_words, sequence_seed
+from parts.sampling import Compiled, Sampling, all_words, draw, gumbel, noise_for, sample, seed_words, sequence_seed
+
+CPU = torch.device("cpu")
 
 
 def chi_square(counts, expected) -> float:
@@ -17,8 +22,9 @@ def check_distribution(temperature_of_truth=1.0, index_of=lambda i: i):
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
     n = 10_000
     seeds = seed_words(torch.tensor([sequence_seed("chi", i) for i in range(n)]))
-    noise = noise_for(Sampling(), seeds, index_of(torch.arange(2)).expand(n, 2), 6)
-    y, _ = sample(logits.expand(n, 2, 6), Sampling(), noise)
+    index = index_of(torch.arange(2)).expand(n, 2)
+    columns = [sample(logits.expand(n, 6), Sampling(), seeds, index[:, t])[0] for t in range(2)]
+    y = torch.stack(columns, 1)
     p = (logits / temperature_of_truth).softmax(-1).double()
     for column in y.T:
         counts = torch.bincount(column, minlength=6)
@@ -36,8 +42,10 @@ def test_samples_follow_the_softmax_and_broken_noise_is_caught():
 
 def test_noise_is_a_function_of_its_key_alone():
     seeds = seed_words(torch.tensor([sequence_seed("a", i) for i in range(50)]))
-    g = gumbel(seeds, torch.arange(20).expand(50, 20), 300)
-    assert torch.equal(g[7:9, 3:4], gumbel(seeds[7:9], torch.full((2, 1), 3), 300))
+    words = all_words(300, CPU)
+    g = gumbel(seeds[:, None], torch.arange(20).expand(50, 20), words)
+    assert torch.equal(g[7:9, 3], gumbel(seeds[7:9], torch.full((2,), 3), words))
+    assert torch.equal(g[:, :, 40:60], gumbel(seeds[:, None], torch.arange(20).expand(50, 20), words[40:60]))
     assert torch.isfinite(g).all()
     assert len(g.unique()) > 0.99 * g.numel()
     assert abs(g.mean() - 0.5772) < 0.01  # Gumbel: Euler's constant
@@ -47,13 +55,11 @@ def test_noise_is_a_function_of_its_key_alone():
 
 
 def test_top_k_top_p_and_temperature_narrow_what_is_drawn():
-    logits = torch.tensor([3.0, 2.0, 1.0, 0.0]).expand(2000, 1, 4)
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.0]).expand(2000, 4)
     seeds = seed_words(torch.tensor([sequence_seed(i) for i in range(2000)]))
 
     def drawn(**settings) -> set[int]:
-        sampling = Sampling(**settings)
-        noise = noise_for(sampling, seeds, torch.zeros(2000, 1).long(), 4)
-        return set(sample(logits, sampling, noise)[0].flatten().tolist())
+        return set(sample(logits, Sampling(**settings), seeds, torch.zeros(2000).long())[0].tolist())
 
     assert drawn() == {0, 1, 2, 3}
     assert drawn(top_k=2) == {0, 1}
@@ -63,9 +69,94 @@ def test_top_k_top_p_and_temperature_narrow_what_is_drawn():
 
 
 def test_log_probabilities_are_those_at_the_temperature():
-    logits = torch.tensor([[[3.0, 2.0, 1.0, 0.0]]])
-    y, logp = sample(logits, Sampling(temperature=0.5), torch.zeros(()))
-    assert torch.isclose(logp[0, 0], (logits[0, 0] / 0.5).log_softmax(-1)[y[0, 0]])
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    y, logp = sample(logits, Sampling(temperature=0.5), seed_words(torch.tensor([5])), torch.tensor([0]))
+    assert torch.isclose(logp[0], (logits[0] / 0.5).log_softmax(-1)[y[0]])
+
+
+# ---------------------------------------------------------------- one sampler, however it is worked through
+
+
+def check_ways(seed: int, positions: int, vocab: int, sampling: Sampling):
+    """Whole (P, V) noise, noise made before, in pieces, and from some words only: the same tokens."""
+    torch.manual_seed(seed)
+    logits = torch.randn(positions, vocab) * 3
+    seeds = torch.randint(-(2**31), 2**31, (positions, 2)).int()
+    index = torch.randint(0, 500, (positions,))
+    noise = noise_for(sampling, seeds, index[:, None], all_words(vocab, CPU))
+    whole, logprobs = draw(logits, sampling, seeds, index, all_words(vocab, CPU))
+    ways = [
+        sample(logits, sampling, seeds, index),
+        sample(logits, sampling, seeds, index, noise=noise[:, 0] if noise.ndim else None),
+        sample(logits, sampling, seeds, index, words=all_words(vocab, CPU)),
+    ]
+    for y, logp in ways:
+        assert torch.equal(y, whole)
+        assert torch.allclose(logp, logprobs, atol=1e-5)
+    chosen = torch.randperm(vocab)[: max(1, vocab // 2)].sort().values.int()
+    fewer, _ = sample(logits[:, chosen], sampling, seeds, index, chosen)
+    held = torch.isin(whole, chosen)
+    if not sampling.top_k and sampling.top_p == 1:  # these narrow another set
+        assert torch.equal(fewer[held], whole[held])  # the noise belongs to the word, not to the column
+    assert torch.isin(fewer, chosen).all()
+
+
+@cases(30)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 30),
+    st.integers(1, 400),
+    st.sampled_from([Sampling(), Sampling(0.0), Sampling(0.6), Sampling(0.8, top_k=5), Sampling(1.2, top_p=0.8)]),
+)
+def test_pieces_and_words_change_no_token(seed, positions, vocab, sampling):
+    right = sampling_module.IN_CACHE
+    sampling_module.IN_CACHE = 500  # so that there are pieces
+    try:
+        check_ways(seed, positions, vocab, sampling)
+    finally:
+        sampling_module.IN_CACHE = right
+
+
+def test_broken_pieces_and_words_are_caught(monkeypatch):
+    monkeypatch.setattr(sampling_module, "IN_CACHE", 500)
+    right = gumbel
+
+    def by_column(seeds, index, words):
+        return right(seeds, index, all_words(len(words), CPU))
+
+    def by_piece(seeds, index, words):
+        return right(seeds[:1].expand_as(seeds), index, words)
+
+    for wrong in (by_column, by_piece):
+        monkeypatch.setattr(sampling_module, "gumbel", wrong)
+        caught(check_ways, 1, 20, 300, Sampling())
+    monkeypatch.setattr(sampling_module, "gumbel", right)
+    check_ways(1, 20, 300, Sampling())
+
+
+def test_a_gpu_without_a_compiler_samples_with_the_plain_function(monkeypatch, capsys):
+    def broken(function, dynamic):
+        def fail(*args):
+            raise RuntimeError("no compiler here")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    double = Compiled(lambda x: 2 * x)
+    assert [double(3), double(4)] == [6, 8]
+    assert capsys.readouterr().err.count("no compiler here") == 1
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda x: function(x) + 1)
+    assert Compiled(lambda x: 2 * x)(3) == 7
+
+
+def test_the_compiled_function_draws_what_the_plain_one_draws():
+    """Traced as for a GPU, without making code for one: nothing in it leaves the graph."""
+    torch.manual_seed(0)
+    compiled = torch.compile(draw, backend="eager", dynamic=True, fullgraph=True)
+    for positions in (3, 5):
+        seeds = torch.randint(-(2**31), 2**31, (positions, 2)).int()
+        args = (torch.randn(positions, 50), Sampling(0.7), seeds, torch.arange(positions), all_words(50, CPU))
+        assert torch.equal(compiled(*args)[0], draw(*args)[0])
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new": 0}])
