@@ -37,8 +37,10 @@ from tqdm import tqdm
 from parts.common import UserError, check_at_least, flag, load_weights, parse_flags, pick_device, run, save_weights
 from parts.features import FeatureBuffer, Packed
 from parts.interfaces import Draft, Drafts, Group, Strategy, describe_stats
-from parts.modeling import SlotCache, attend, fuse, kv_heads, load_model, signed, stop_tokens
+from parts.loading import load_model, stop_tokens
+from parts.modeling import PACK_FROM, Linear, SlotCache, attend, fuse, kv_heads, logit_scale, signed
 from parts.sampling import Sampling, sequence_seed
+from parts.vocabulary import WordCounts
 from rollout import Engine
 from tasks import encode_prompt, make_task
 
@@ -65,6 +67,7 @@ class Drafter(torch.nn.Module):
         config = policy.config
         width = config.hidden_size
         dtype = dtype or policy.dtype
+        self.words: torch.Tensor | None = None  # (N,) int32: ids that it may guess, see parts/vocabulary.py; None: all
         # in a tuple, the policy's modules do not become submodules
         self.policy = PolicyParts(decoder.embed_tokens, decoder.rotary_emb, policy.get_output_embeddings(), config)
         self.fc = torch.nn.Linear(2 * width, width, bias=False, device=policy.device, dtype=dtype)
@@ -95,17 +98,27 @@ class Drafter(torch.nn.Module):
         """Rotary cosines and sines of positions (B, T)."""
         return self.policy.rotary(self.fc.weight, positions)
 
-    def logits(self, features) -> torch.Tensor:
-        """The live policy's head on features (..., D) -> (..., V)."""
-        return self.policy.head(features)
+    def head_rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight (N, D), bias (N,) or None) of the live policy's head, of the drafter's words."""
+        head = self.policy.head
+        words = slice(None) if self.words is None else self.words.to(head.weight.device)
+        weight = head.weight[words]
+        bias = None if head.bias is None else head.bias[words]
+        factor = logit_scale(self.policy.config)
+        if factor == 1:
+            return weight, bias
+        return weight * factor, None if bias is None else bias * factor
 
     def save(self, folder) -> None:
         """Write folder/drafter.safetensors. Raises UserError."""
-        save_weights(self.state_dict(), folder)
+        words = {} if self.words is None else {"words": self.words}
+        save_weights({**self.state_dict(), **words}, folder)
 
     def load(self, folder) -> None:
         """Read folder/drafter.safetensors. Raises UserError."""
-        load_weights(self, Path(folder) / "drafter.safetensors", "a drafter (`make drafter` trains one)")
+        path = Path(folder) / "drafter.safetensors"
+        extras = load_weights(self, path, "a drafter (`make drafter` trains one)", ("words",))
+        self.words = extras.get("words")
 
 
 # ---------------------------------------------------------------- guessing, inside the engine
@@ -125,6 +138,8 @@ class LearnedDrafts(Drafts):
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
         self.fused_layer = None  # a FusedLayer, or None: the module itself
+        self.head: Linear | None = None  # features (B, T, D) -> logits (B, T, N)
+        self.words: torch.Tensor | None = None  # as Drafter.words
         self.cache: SlotCache | None = None
         self.true_entries: list[int] = []  # of each slot: entries that were made from true features
 
@@ -132,6 +147,9 @@ class LearnedDrafts(Drafts):
         """Take the drafter's weights as they are now."""
         fused_layers = fuse([self.drafter.layer], self.drafter.policy.config, self.drafter.policy.rotary)
         self.fused_layer = fused_layers[0] if fused_layers else None
+        rows = self.drafter.head_rows()
+        self.head = Linear([rows], pack=rows[0].numel() >= PACK_FROM)
+        self.words = None if self.drafter.words is None else self.drafter.words.to(rows[0].device)
 
     def reserve(self, engine, slots, room):
         """As Drafts.reserve."""
@@ -171,7 +189,7 @@ class LearnedDrafts(Drafts):
         slots = self.cache.flat.view(n, -1, k).movedim(-1, 0).flatten(1)  # (k, B * kv heads)
         drafts = []
         for depth in range(k):
-            drafts.append(guess(depth, self.drafter.logits(feature)))  # (B, 1)
+            drafts.append(guess(depth, self.head(feature), self.words))  # (B, 1)
             if depth + 1 < k:
                 self.cache.flat = slots[depth]
                 feature = self.forward(drafts[-1], feature, angles[depth], masks[depth])
@@ -228,16 +246,24 @@ def drafter_loss(drafter: Drafter, batch: Packed, feature_weight: float = 0.5, o
         mask = block_mask(owner, positions, groups, features.dtype)
         angles = drafter.angles(positions)
         with torch.no_grad():
-            p = drafter.logits(wanted).float().softmax(-1)
+            weight, bias = drafter.head_rows()
+            p = F.linear(wanted, weight, bias).float().softmax(-1)
             if own:
                 guess = drafter(ids, features, angles, mask).roll(1, dims=1)  # entry t - 1 guesses h_t
                 swap = (torch.rand(ids.shape, device=ids.device) < own) & (positions > 0)
                 features = torch.where(swap[..., None], guess.to(features.dtype), features)
         guessed = drafter(ids, features, angles, mask)[0][counted]
-        logits = drafter.logits(guessed).float()
+        logits = F.linear(guessed, weight, bias).float()
     cross_entropy = -(p * logits.log_softmax(-1)).sum(-1).mean()
     loss = cross_entropy + feature_weight * F.smooth_l1_loss(guessed.float(), wanted.float())
     return loss, (logits.argmax(-1) == p.argmax(-1)).float().mean()
+
+
+def rate_for(width: int, at_128: float = 3e-3) -> float:
+    """Learning rate of a drafter of that width: in inverse proportion to it, from the rate that is best at 128. At 576
+    that is 7e-4, where 2e-3 learns worse and 3e-4 slower.
+    """
+    return at_128 * min(1.0, 128 / width)
 
 
 class Trainer:
@@ -249,15 +275,15 @@ class Trainer:
 
     WARMUP = 20  # steps
 
-    def __init__(self, drafter: Drafter, lr: float = 3e-3, tokens: int = 512, seed: int = 0, keep: float = 0.99):
+    def __init__(self, drafter: Drafter, tokens: int = 512, seed: int = 0, keep: float = 0.99):
         self.drafter = drafter
-        self.lr = lr
+        self.lr = rate_for(drafter.policy.config.hidden_size)
         self.tokens = tokens  # of a batch
         self.keep = keep  # of the average in a step
         self.rng = random.Random(seed)
         self.steps = 0
         parameters = list(drafter.parameters())
-        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.average = [p.detach().clone() for p in parameters]
 
     def step(self, buffer: FeatureBuffer) -> tuple[float, float]:
@@ -304,15 +330,22 @@ def fit(trainer: Trainer, buffer: FeatureBuffer, seconds: float, progress: bool 
     return sum(losses) / len(recent), sum(agreements) / len(recent)
 
 
-def warm_start(drafter: Drafter, engine: Engine, groups: list[Group], sampling: Sampling, seconds: float, seed: int):
-    """Roll out the groups plainly, train the drafter on the features, say how it went. engine: keeps hidden states."""
-    buffer = FeatureBuffer()
-    trainer = Trainer(drafter, seed=seed)
+def collect(engine: Engine, groups: list[Group], sampling: Sampling, buffer: FeatureBuffer, words: WordCounts) -> None:
+    """Roll out the groups plainly: features go into the buffer, tokens are counted. engine: keeps hidden states."""
     total = sum(len(group.seeds) for group in groups)
-    for response in tqdm(
-        engine.generate(groups, sampling), total=total, desc="rollout", unit="response", mininterval=1
-    ):
+    responses = engine.generate(groups, sampling)
+    for response in tqdm(responses, total=total, desc="rollout", unit="response", mininterval=1):
         buffer.add(response)
+        words.add(response.tokens)
+
+
+def warm_start(drafter: Drafter, engine: Engine, groups: list[Group], sampling: Sampling, seconds: float, seed: int):
+    """Roll out the groups, train the drafter on the features, say how it went. engine: keeps hidden states."""
+    buffer = FeatureBuffer(limit=4 << 30)
+    words = WordCounts(engine.model.config.vocab_size, engine.stop_set)
+    collect(engine, groups, sampling, buffer, words)
+    drafter.words = words.choose()
+    trainer = Trainer(drafter, seed=seed)
     loss, agreement = fit(trainer, buffer, seconds)
     trainer.publish(drafter)
     how = f"{trainer.steps} steps in {seconds:.0f} s, {torch.get_num_threads()} threads"

@@ -3,8 +3,10 @@
     python export.py --model runs/demo/policy --out runs/export
 
 writes runs/export/sglang and runs/export/vllm (config.json and model.safetensors; embedding and head the server takes
-from the policy), and prints the two commands that serve them. For stock transformers nothing has to be exported: the
-folder of a policy that tlt.py has trained is complete, see custom_generate/generate.py.
+from the policy), and prints the two commands that serve them. A drafter that may guess only some of the words
+(parts/vocabulary.py) brings their ids for SGLang, in sglang/words.pt; vLLM drafts from all words. For stock
+transformers nothing has to be exported: the folder of a policy that tlt.py has trained is complete, see
+custom_generate/generate.py.
 
 Names, shapes and settings follow the loaders in SGLang 0.5.23 (models/llama_eagle.py, qwen2_eagle.py) and vLLM 0.33
 (models/llama_eagle.py, which vLLM names Eagle + architecture; Qwen2 runs there as a Llama with biases on q, k, v).
@@ -12,19 +14,21 @@ Neither server was started on them: a test computes their layer from the exporte
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from drafter import Drafter
-from parts.common import UserError, find_folder, flag, parse_flags, run, save_weights, write_atomically
-from parts.modeling import load_model
+from parts.common import UserError, cannot_write, find_folder, flag, parse_flags, run, save_weights, write_atomically
+from parts.loading import load_model
 
 ARCHITECTURES = {
     "sglang": {"llama": "LlamaForCausalLMEagle", "qwen2": "Qwen2ForCausalLMEagle"},
     "vllm": {"llama": "LlamaForCausalLM", "qwen2": "LlamaForCausalLM"},
 }
+WORDS = "words.pt"
 NOT_OF_ONE_LAYER = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window", "dtype")
 
 
@@ -45,6 +49,8 @@ def export(drafter: Drafter, folder, server: str) -> None:
     weights = {name.replace("layer.", "layers.0.", 1): w.cpu() for name, w in drafter.state_dict().items()}
     if server == "sglang":  # its fc has a bias, which would stay random; vLLM's has none, and refuses it
         weights["fc.bias"] = torch.zeros_like(weights["fc.weight"][:, 0])
+        if drafter.words is not None:
+            write_words(folder / WORDS, drafter.words.tolist())
     elif kind == "qwen2":
         settings.update(model_type="llama", attention_bias=False, qkv_bias=True)
     save_weights(weights, folder, "model.safetensors")
@@ -61,10 +67,21 @@ class Command:
     out: str = flag("runs/export", "folder for sglang/ and vllm/")
 
 
+def write_words(path: Path, ids: list[int]) -> None:
+    """A list of ids as SGLang's --speculative-token-map wants it. Raises UserError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(ids, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        raise cannot_write(path, error) from error
+
+
 SERVE = """wrote {out}/sglang and {out}/vllm; as the draft model of {model}:
   python -m sglang.launch_server --model {model} --speculative-algorithm EAGLE \\
     --speculative-draft-model-path {out}/sglang --speculative-num-steps 5 \\
-    --speculative-eagle-topk 1 --speculative-num-draft-tokens 6
+    --speculative-eagle-topk 1 --speculative-num-draft-tokens 6{words}
   vllm serve {model} --speculative-config '{{"method": "eagle", "model": "{out}/vllm", "num_speculative_tokens": 5}}'"""
 
 
@@ -76,7 +93,8 @@ def main() -> None:
     drafter.load(command.drafter or Path(find_folder(command.model)) / "drafter")
     for server in ARCHITECTURES:
         export(drafter, Path(command.out) / server, server)
-    print(SERVE.format(out=command.out, model=command.model))
+    words = "" if drafter.words is None else f" \\\n    --speculative-token-map {command.out}/sglang/{WORDS}"
+    print(SERVE.format(out=command.out, model=command.model, words=words))
 
 
 if __name__ == "__main__":

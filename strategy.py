@@ -33,6 +33,7 @@ import numpy as np
 
 from parts.common import UserError
 from parts.interfaces import MAX_DRAFTS, Draft, RoundReport, Row, Strategy
+from report import Clock
 
 LENGTHS = {"learned": (1, 2, 3, 4, 6, 8, 12), "n-gram": (2, 4)}  # draft lengths to choose from
 
@@ -204,6 +205,38 @@ class Bandit(Strategy):
     def observe(self, report: RoundReport) -> None:
         reward = (report.rows + sum(report.right)) / report.seconds
         self.rewards[bucket(report.rows)][report.draft].append(reward)
+
+
+class Watched(Strategy):
+    """Passes another strategy's choices on, tells the clock whether a round drafts, counts the learned drafter's
+    guesses.
+    """
+
+    def __init__(self, inner: Strategy, clock: Clock):
+        super().__init__()
+        self.inner = inner
+        self.clock = clock
+        self.forget()
+
+    def forget(self) -> None:
+        """Start to count anew."""
+        self.tried = [0] * MAX_DRAFTS  # by depth
+        self.right = [0] * MAX_DRAFTS
+
+    def begin(self, changed):
+        self.inner.begin(changed)
+
+    def choose(self, live: list[Row]) -> Draft:
+        draft = self.inner.choose(live)
+        self.clock.enter("speculative" if draft.k else "rollout")
+        return draft
+
+    def observe(self, report: RoundReport) -> None:
+        if report.draft.kind == "learned":
+            for depth, (tried, right) in enumerate(zip(report.tried, report.right)):
+                self.tried[depth] += tried
+                self.right[depth] += right
+        self.inner.observe(report)
 
 
 def make_strategy(name: str, kinds: list[str]) -> Strategy:

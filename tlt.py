@@ -51,15 +51,16 @@ from drafter import LearnedDrafts
 from parts import checkpoints
 from parts.common import ROOT, UserError, check_at_least, flag, parse_flags, run
 from parts.demo import demo_flags
-from parts.interfaces import MAX_DRAFTS, Draft, Group, Response, RoundReport, Row, Strategy
+from parts.interfaces import Group, Response
 from parts.ngram import NGramDrafts
 from parts.shard import Sharded
 from parts.spot import Spot, train_until
+from parts.sums import sum_up
 from parts.supervise import spawn
 from parts.workers import Alone
-from report import Clock, WorkerNotes
+from report import WorkerNotes
 from rollout import Engine
-from strategy import make_strategy
+from strategy import Watched, make_strategy
 from train_grpo import Config, check, train
 
 
@@ -71,7 +72,10 @@ class TLTConfig(Config):
     drafter: str = flag("adaptive", "static: frozen; adaptive: trained by idle workers", ("off", "static", "adaptive"))
     ngram: bool = flag(False, "let the strategy also choose n-gram drafts, for responses that repeat themselves")
     strategy: str = flag("goodput", "how far to draft: off, goodput, beg-mab, or a fixed length such as 4")
-    warm_start: float = flag(20.0, "without a drafter: seconds that all workers train one after the first rollout")
+    warm_start: float = flag(120.0, "without a drafter: seconds of training after the first rollout, or until it pays")
+    draft_vocab: int = flag(
+        0, "words that the drafter may guess; 0: all, but of a large vocabulary those that are used"
+    )
     drafter_from: str = flag("", "folder of a drafter to start from; empty: the policy's own subfolder drafter/")
     workers: int = flag(0, "worker processes; 0: one per GPU, or one per CPU core without GPUs")
     shard: bool = flag(False, "spread the policy over the workers (FSDP2), if it does not fit a GPU whole")
@@ -84,7 +88,7 @@ class TLTConfig(Config):
         if self.drafter_from and not (Path(self.drafter_from) / "drafter.safetensors").exists():
             folder = f"--drafter-from {self.drafter_from}"
             raise UserError(f"{folder}: no drafter.safetensors there; `make drafter` writes one")
-        check_at_least(self, 0, "warm_start", "workers")
+        check_at_least(self, 0, "warm_start", "workers", "draft_vocab")
         if not self.warm_start < float("inf"):
             raise UserError(f"--warm-start {self.warm_start}: must be finite")
         if not self.patience > 0:  # nor nan
@@ -117,38 +121,6 @@ class Board:
 # ---------------------------------------------------------------- the workers
 
 
-class Watched(Strategy):
-    """Passes another strategy's choices on, tells the clock whether a round drafts, counts the learned drafter's
-    guesses.
-    """
-
-    def __init__(self, inner: Strategy, clock: Clock):
-        super().__init__()
-        self.inner = inner
-        self.clock = clock
-        self.forget()
-
-    def forget(self) -> None:
-        """Start to count anew."""
-        self.tried = [0] * MAX_DRAFTS  # by depth
-        self.right = [0] * MAX_DRAFTS
-
-    def begin(self, changed):
-        self.inner.begin(changed)
-
-    def choose(self, live: list[Row]) -> Draft:
-        draft = self.inner.choose(live)
-        self.clock.enter("speculative" if draft.k else "rollout")
-        return draft
-
-    def observe(self, report: RoundReport) -> None:
-        if report.draft.kind == "learned":
-            for depth, (tried, right) in enumerate(zip(report.tried, report.right)):
-                self.tried[depth] += tried
-                self.right[depth] += right
-        self.inner.observe(report)
-
-
 def fair_share(sizes: list[int], workers: int, slots: int) -> int:
     """Rows that a worker may hold at once, of groups of these sizes: with slots for more than its share of the groups,
     the first to come would leave nothing for the others.
@@ -160,7 +132,6 @@ class Team(Alone):
     """All workers, as the training loop sees them."""
 
     ONE_WORKER_SHARE = 0.05  # drafter training as a share of the rollout's time, for one worker, who is never idle
-    AVERAGE_EVERY = 2.0  # seconds of the warm start, lest the workers' drafters drift apart
 
     def __init__(self, config: TLTConfig, tell: Callable[[str], None] | None = None):
         from accelerate import Accelerator
@@ -188,7 +159,7 @@ class Team(Alone):
         """An engine with its drafters; with them come the spot trainer and the strategy."""
         drafters = {}
         if self.config.drafter != "off":
-            self.spot = Spot(actor, self.config, self.rank)
+            self.spot = Spot(actor, self.config, self.rank, stop)
             drafters["learned"] = LearnedDrafts(self.spot.served)
         if self.config.ngram:
             drafters["n-gram"] = NGramDrafts()
@@ -220,6 +191,7 @@ class Team(Alone):
         train_until(all_done, self.clock, self.spot if follows else None)
         responses = [r for part in self.gather(my_responses) for r in part]
         if learn and self.spot:
+            self.spot.count_words(responses)
             self.train_together(time.time() - started)
         return sorted(responses, key=lambda r: (r.group, r.sample))
 
@@ -243,16 +215,11 @@ class Team(Alone):
     def train_together(self, rollout_seconds: float) -> None:
         """After a rollout: the warm start, or one worker's share of training; then the drafters are averaged."""
         if self.spot.needs_warm_start:
-            self.spot.needs_warm_start = False
-            parts = max(1, round(self.config.warm_start / self.AVERAGE_EVERY))
-            pauses = [self.config.warm_start / parts] * parts
-        elif self.config.drafter != "adaptive":
-            return
-        else:
-            pauses = [self.ONE_WORKER_SHARE * rollout_seconds if self.size == 1 else 0.0]
-        for seconds in pauses:
+            self.spot.warm_start(self.config.warm_start, self.clock, self.all_reduce)
+        elif self.config.drafter == "adaptive":
+            seconds = self.ONE_WORKER_SHARE * rollout_seconds if self.size == 1 else 0.0
             end = time.time() + seconds
-            train_until(lambda end=end: time.time() >= end, self.clock, self.spot)
+            train_until(lambda: time.time() >= end, self.clock, self.spot)
             self.spot.average(self.all_reduce)
 
     def notes(self):
@@ -284,12 +251,8 @@ class Team(Alone):
 
     def all_reduce(self, tensors):
         """As Alone.all_reduce."""
-        if self.size == 1:
-            return
-        flat = torch.cat([t.flatten() for t in tensors])  # one message instead of hundreds
-        flat = self.accelerator.reduce(flat, "sum")
-        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(part.view_as(t))
+        if self.size > 1:
+            sum_up(tensors)
 
     def gather(self, value):
         """As Alone.gather."""

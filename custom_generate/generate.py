@@ -32,17 +32,29 @@ DRAFTERS = WeakKeyDictionary()  # model -> its drafter, read once
 
 
 def drafter_of(model):
-    """(fc weight (D, 2D), decoder layer) of the drafter in the model's folder."""
+    """Of the drafter in the model's folder: fc weight (D, 2D), decoder layer, and the ids (N,) that it may guess or
+    None: all.
+    """
     if model not in DRAFTERS:
         path = cached_file(model.name_or_path, "drafter/drafter.safetensors")
-        weights = {name: w.to(model.device, model.dtype) for name, w in load_file(path).items()}
+        weights = load_file(path)
+        words = weights.pop("words", None)
+        if words is not None:
+            words = words.to(model.device).long()
+        weights = {name: w.to(model.device, model.dtype) for name, w in weights.items()}
         fc = weights.pop("fc.weight")
         layer = type(model.get_decoder().layers[0])(model.config, 0)
         if hasattr(layer, "input_layernorm"):
             layer.input_layernorm = torch.nn.Identity()  # as in EAGLE
         layer.load_state_dict({name.removeprefix("layer."): w for name, w in weights.items()})
-        DRAFTERS[model] = fc, layer.to(model.device, model.dtype).eval()
+        DRAFTERS[model] = fc, layer.to(model.device, model.dtype).eval(), words
     return DRAFTERS[model]
+
+
+def logit_factor(model) -> float:
+    """What the head's output is multiplied by: Granite divides by a number, Cohere multiplies by one."""
+    divisor = getattr(model.config, "logits_scaling", None)
+    return 1 / divisor if divisor else getattr(model.config, "logit_scale", None) or 1.0
 
 
 def shorten(cache, length: int) -> None:
@@ -57,8 +69,12 @@ class Guesser:
 
     def __init__(self, model):
         self.decoder = model.get_decoder()
-        self.head = model.get_output_embeddings()
-        self.fc, self.layer = drafter_of(model)
+        head = model.get_output_embeddings()
+        self.fc, self.layer, self.words = drafter_of(model)
+        self.factor = logit_factor(model)
+        self.vocab = len(head.weight)
+        self.weight = head.weight if self.words is None else head.weight[self.words]
+        self.bias = head.bias if self.words is None or head.bias is None else head.bias[self.words]
         self.cache = DynamicCache()
         self.true_entries = 0  # made from the policy's own features
 
@@ -79,6 +95,13 @@ class Guesser:
             position_embeddings=self.decoder.rotary_emb(x, positions),
         )
 
+    def logits(self, feature):
+        """feature (1, 1, D) -> (1, V); what it may not guess has -inf."""
+        logits = torch.nn.functional.linear(feature, self.weight, self.bias)[0] * self.factor
+        if self.words is None:
+            return logits
+        return logits.new_full((1, self.vocab), -torch.inf).index_copy(1, self.words, logits)
+
     def propose(self, ids, features, k: int, pick, first: int) -> list:
         """k guesses, each (1, 1). ids (1, n+1); features (1, T, D): of the tokens since the last round."""
         n = ids.shape[1] - 1
@@ -86,7 +109,7 @@ class Guesser:
         if k:
             feature = self.forward(ids[:, self.true_entries + 1 :], features, self.true_entries)[:, -1:]
         for depth in range(k):
-            drafts.append(pick(self.head(feature)[0], first + depth)[None])
+            drafts.append(pick(self.logits(feature), first + depth)[None])
             if depth + 1 < k:
                 feature = self.forward(drafts[-1], feature, n + depth)
         self.true_entries = n
@@ -97,6 +120,7 @@ def respond(model, prompt, limit: int, stops: set, pick, k: int) -> list[int]:
     """A response to the prompt (1, L): at most `limit` ids. pick(logits (T, V), index of the first) -> tokens (T,)."""
     decoder = model.get_decoder()
     head = model.get_output_embeddings()
+    factor = logit_factor(model)
     cache = DynamicCache(config=model.config)
     guesser = Guesser(model)
     ids = prompt
@@ -112,7 +136,7 @@ def respond(model, prompt, limit: int, stops: set, pick, k: int) -> list[int]:
             drafts = guesser.propose(ids, features, length, pick, len(response))
         new = torch.cat([ids[:, -1:], *drafts], 1)
         hidden = decoder(input_ids=new, past_key_values=cache, use_cache=True).last_hidden_state
-        y = pick(head(hidden)[0], len(response))  # (k + 1,)
+        y = pick(head(hidden)[0] * factor, len(response))  # (k + 1,)
         accepted = (y[:-1] == new[0, 1:]).long().cumprod(0).sum().item()
         tokens = y[: accepted + 1].tolist()
         end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))

@@ -170,9 +170,14 @@ def save_weights(weights: dict[str, torch.Tensor], folder, name: str = "drafter.
         raise cannot_write(folder / name, error) from error
 
 
-def load_weights(module: torch.nn.Module, path, what: str) -> None:
-    """Fill a module from a safetensors file. Raises UserError naming the path and the reason. what: "a drafter"."""
+def load_weights(module: torch.nn.Module, path, what: str, extras: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """Fill a module from a safetensors file -> the tensors named in `extras` that the file has, which are not the
+    module's. Raises UserError naming the path and the reason. what: "a drafter".
+    """
     try:
-        module.load_state_dict(load_file(path))
+        weights = load_file(path)
+        others = {name: weights.pop(name) for name in extras if name in weights}
+        module.load_state_dict(weights)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load {what} for this policy from {path}: {reason(error)}") from error
+    return others

@@ -70,6 +70,18 @@ class FeatureBuffer:
         while self.bytes > self.limit and len(self.rows) > 1:
             self.bytes -= self.rows.popleft().hidden.nbytes
 
+    def hold_out(self, tokens: int = 2048) -> list[Features]:
+        """Take out every eighth row, together at most so many tokens: to be tried on, not learned from."""
+        taken = []
+        kept: deque[Features] = deque()
+        for i, row in enumerate(self.rows):
+            if i % 8 == 7 and sum(len(other.ids) for other in taken) + len(row.ids) <= tokens:
+                taken.append(row)
+            else:
+                kept.append(row)
+        self.rows = kept
+        return taken
+
     def pack(self, tokens: int, rng: random.Random) -> Packed:
         """Random sequences, together about `tokens` long. Of very long ones a random stretch."""
         picked = []

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from drafter import Drafter, LearnedDrafts
 from export import export
 from parts.common import UserError
 from parts.interfaces import Draft, Group, Strategy
-from parts.modeling import load_model
+from parts.loading import load_model
 from parts.sampling import Sampling
 from rollout import Engine
 
@@ -105,9 +106,14 @@ def test_sampling_depends_on_the_seed_alone_and_follows_the_policy(folders):
     assert (torch.bincount(first, minlength=118) / 2000 - wanted).abs().max() < 0.04
 
 
-def test_guesses_are_those_of_the_engine(folders):
+@pytest.mark.parametrize("words", [None, torch.arange(1, 118, 2).int()], ids=["all words", "some words"])
+def test_guesses_are_those_of_the_engine(words, folders, tmp_path):
     """A round's drafts here and in the engine are the same numbers: so acceptance carries over."""
-    folder = folders["llama"]
+    folder = shutil.copytree(folders["llama"], tmp_path / "policy")
+    with_words = Drafter(load(folder))
+    with_words.load(folder / "drafter")
+    with_words.words = words
+    with_words.save(folder / "drafter")
     model = load(folder)
     forwards = []
     model.get_decoder().register_forward_hook(lambda *args: forwards.append(1))
@@ -117,6 +123,7 @@ def test_guesses_are_those_of_the_engine(folders):
     policy, _ = load_model(str(folder))
     drafter = Drafter(policy)
     drafter.load(folder / "drafter")
+    assert words is None or torch.equal(drafter.words, words)
     engine = Engine(policy, {1}, 1, 60, drafters={"learned": LearnedDrafts(drafter)})
     chain = Strategy(Draft("learned", 4))
     (response,) = engine.generate([Group(0, prompt, [0])], Sampling(0.0, max_new=40), chain)
@@ -224,7 +231,10 @@ def test_servers_compute_what_we_compute(kind, changes, server, tmp_path, monkey
     with torch.no_grad():
         for p in drafter.parameters():
             p.add_(torch.randn_like(p) * 0.1)  # norms and biases too
+    drafter.words = torch.tensor([1, 5, 90]).int()
     check_export(policy, drafter, tmp_path, server)
+    if server == "sglang":
+        assert torch.load(tmp_path / export_module.WORDS, weights_only=True) == [1, 5, 90]
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert "layer_types" not in config

@@ -15,9 +15,10 @@ import bench.scale
 import tlt
 import train_grpo
 from drafter import Drafter
-from parts import checkpoints, spot, supervise
+from parts import checkpoints, logprobs, spot, supervise
 from parts.common import UserError
 from parts.interfaces import Draft, Group, RoundReport, Strategy
+from parts.logprobs import checkpoint_layers
 from parts.sampling import Sampling
 from parts.spot import Spot, train_until
 from parts.supervise import free_port
@@ -223,7 +224,7 @@ def test_without_work_it_waits(drafter, monkeypatch):
 
 
 def make_spot(rank: int = 0, **changes) -> Spot:
-    return Spot(tiny(), TLTConfig(**{"out": "nowhere", "model": "base/chain/refit", **changes}), rank)
+    return Spot(tiny(), TLTConfig(**{"out": "nowhere", "model": "base/chain/refit", **changes}), rank, {1})
 
 
 def check_averages_by_steps(average):
@@ -428,6 +429,8 @@ def updates(team, config, folder):
     states = None
     for step in range(2):
         learner, _ = team.layout.place(model, "cpu")
+        if config.gradient_checkpointing:
+            checkpoint_layers(learner)
         optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2, fused=True)
         if step:
             checkpoints.set_optimizer_state_dict(learner, optimizer, states[1], options=checkpoints.WHOLE)
@@ -447,7 +450,9 @@ def sharded(rank: int, port: int, folder: Path, broken: bool) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    config = TLTConfig(device="cpu", minibatches=2, micro_tokens=150, shard=True)
+    # with layers that are computed twice, and the head in slices
+    config = TLTConfig(device="cpu", minibatches=2, micro_tokens=150, shard=True, gradient_checkpointing=True)
+    logprobs.SLICE = 118 * 7
     team = tlt.Team(config)
     if broken:  # means instead of sums
         from torch.distributed.fsdp import FSDPModule
