@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from bench.harness import Result, Settings, groups_for, room, rounds_flag, take_turns, threads_flag
 from custom_generate.generate import generate
 from parts.common import check_at_least, find_folder, flag
-from parts.modeling import load_model, stop_tokens
-from parts.sampling import Sampling
+from parts.interfaces import Group
+from parts.loading import load_model, stop_tokens
+from parts.sampling import Sampling, sequence_seed
 from rollout import Engine
 
 RIVALS = ("generate", "continuous", "prompt lookup")
@@ -71,9 +72,9 @@ class Contest:
         self.batch = batch
         self.turn = turns_before
         self.our_engine = Engine(models.ours, models.stop, slots=batch)
+        self.groups: list[Group] = []
         self.prompts: list[list[int]] = []  # one for each response
-        for group in groups_for(models.tokenizer, batch, 0):
-            self.prompts += [group.prompt] * len(group.seeds)
+        self.use(groups_for(models.tokenizer, batch, 0))
         self.settings = {
             "do_sample": True,
             "temperature": 1.0,
@@ -83,6 +84,13 @@ class Contest:
             "eos_token_id": sorted(models.stop),
             "pad_token_id": models.tokenizer.pad_token_id,
         }
+
+    def use(self, groups: list[Group]) -> None:
+        """These are the prompts."""
+        self.groups = groups
+        self.prompts = []
+        for group in groups:
+            self.prompts += [group.prompt] * len(group.seeds)
 
     def parties(self) -> dict:
         """Name -> turn. The engine is first: it counts the turns."""
@@ -98,7 +106,10 @@ class Contest:
     def engine(self) -> int:
         """Ours."""
         self.turn += 1
-        groups = groups_for(self.models.tokenizer, self.batch, (self.config.seed, self.turn))
+        groups = []
+        for i, group in enumerate(self.groups):
+            seeds = [sequence_seed((self.config.seed, self.turn), i, k) for k in range(len(group.seeds))]
+            groups.append(Group(i, group.prompt, seeds))
         self.our_engine.reserve(room(groups, self.config.max_new))
         responses = self.our_engine.generate(groups, Sampling(max_new=self.config.max_new))
         return sum(len(response.tokens) for response in responses)

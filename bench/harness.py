@@ -19,7 +19,7 @@ from tqdm import tqdm
 from drafter import Drafter, LearnedDrafts, warm_start
 from parts.common import ROOT, UserError, find_folder, flag
 from parts.interfaces import Draft, Group, RoundReport, Row, Strategy
-from parts.modeling import load_model, stop_tokens
+from parts.loading import load_model, stop_tokens
 from parts.ngram import NGramDrafts
 from parts.sampling import Sampling, sequence_seed
 from report import Span

@@ -19,10 +19,11 @@ from parts import common
 # a file may import files of the lines above its own, nothing else of the project
 ORDER = """
 parts.common custom_generate
-tasks parts.sampling parts.modeling parts.interfaces report
-base rollout parts.features
+tasks parts.sampling parts.modeling parts.interfaces parts.memory parts.vocabulary report
+parts.loading parts.logprobs parts.features parts.sums
+rollout
 parts.accept parts.ngram drafter strategy parts.checkpoints parts.journal parts.workers
-parts.batches parts.shard parts.spot parts.supervise parts.demo export generate
+base parts.batches parts.shard parts.spot parts.supervise parts.demo export generate
 train_grpo
 tlt
 bench test_time

@@ -1,0 +1,74 @@
+"""Peak memory of one update of 4,096 tokens, in a process of its own: `python -m bench.memory` prints a line of JSON.
+
+8 responses of 412 random tokens to prompts of 100, in one micro-batch. What is counted is what the update takes beside
+weights, gradients and Adam's moments.
+"""
+
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from parts import logprobs
+from parts.common import UserError, flag, parse_flags, run
+from parts.interfaces import Response
+from parts.loading import load_model
+from parts.workers import Alone
+from train_grpo import Config, update
+
+
+@dataclass(frozen=True)
+class Command:
+    """Settings, each a command-line flag."""
+
+    model: str = flag("runs/smollm2", "the policy: a folder or a hub name")
+    whole: bool = flag(False, "all logits at once, not in slices")
+    gradient_checkpointing: bool = flag(False, "as train_grpo.py's")
+
+
+def megabytes(name: str) -> float:
+    """VmRSS (memory in use) or VmHWM (its peak) of this process. Raises UserError where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError as error:
+        raise UserError("memory is measured on Linux only") from error
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
+def responses_of(vocab: int) -> list[Response]:
+    """Random ones."""
+    rng = random.Random(0)
+    result = []
+    for k in range(8):
+        ids = [rng.randrange(3, vocab) for _ in range(512)]
+        result.append(Response(("train", 0), k, ids[:100], ids[100:], torch.full((412,), -3.0), stopped=True))
+    return result
+
+
+def main() -> None:
+    """See above."""
+    command = parse_flags(Command, __doc__)
+    if command.whole:
+        logprobs.SLICE = sys.maxsize
+    model, _ = load_model(command.model)
+    if command.gradient_checkpointing:
+        logprobs.checkpoint_layers(model)
+    config = Config(device="cpu", prompts=1, samples=8, max_new=412, micro_tokens=4096)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # Adam's moments are there
+    responses = responses_of(model.config.vocab_size)
+    before = megabytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    started = time.time()
+    update(model, None, optimizer, responses, [1.0, -1.0] * 4, 0, config, Alone(config))
+    print(json.dumps({"megabytes": megabytes("VmHWM") - before, "seconds": time.time() - started}))
+
+
+if __name__ == "__main__":
+    run(main)

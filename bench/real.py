@@ -1,0 +1,406 @@
+"""A real language model in the engine: whether it is right, what a round costs, and what speculation gains.
+
+    greedy        20 prompts x 80 tokens against model.generate
+    identity      128 responses x 100 tokens: chains of 2, 4, 8 and goodput against plain decoding
+    generate      the plain engine against model.generate and its continuous batching, tokens per second
+    training      a drafter from random weights: tokens per round on held-out prompts by seconds of training
+    round         milliseconds of a round by part, for rows and draft lengths; a draft step over a plain round
+    speculation   fixed lengths and goodput against plain rollout by batch size, and batch 1 at temperature 0.6
+    update        peak memory of an update of 4,096 tokens, with and without --gradient-checkpointing
+    step          one GRPO step, plain and TLT, phase by phase
+
+`make smollm2` makes the model (runs/smollm2). Where two ways part at a token whose scores differ by less than 0.001,
+which is what float32 kernels of other shapes round to, that is counted as a tie; any other parting is an error.
+
+Ratio: speculative over plain rollout at batch 1, the best fixed length.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import rollout
+from bench.engine import Contest
+from bench.engine import load_models as load_both
+from bench.harness import Result, Settings, rounds_flag, take_turns, threads_flag, train
+from bench.step import PHASES
+from drafter import Drafter, LearnedDrafts, Trainer, collect, fit
+from parts.common import ROOT, UserError, check_at_least, flag
+from parts.features import FeatureBuffer
+from parts.interfaces import Draft, Group, Strategy
+from parts.loading import load_model, stop_tokens
+from parts.sampling import Sampling, all_words, noise_for, seed_words, sequence_seed
+from parts.vocabulary import WordCounts
+from rollout import Engine
+from strategy import Goodput, arms
+from tasks import encode_prompt, make_task
+
+PARTS = ("greedy", "identity", "generate", "training", "round", "speculation", "update", "step")
+TIE = 1e-3  # of two scores
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Settings of this table."""
+
+    model: str = flag("runs/smollm2", "the policy: a folder or a hub name")
+    parts: tuple[str, ...] = flag(PARTS, "what is measured", PARTS)
+    task: str = flag("countdown-hard", "whose prompts: countdown-hard, gsm8k")
+    data: str = flag("", "gsm8k: a local folder with train.jsonl and test.jsonl instead of the hub")
+    max_new: int = flag(200, "longest response in tokens")
+    batches: tuple[int, ...] = flag((1, 8, 32), "responses at once")
+    drafter: str = flag("", "folder of a trained drafter; without it one is trained here")
+    out: str = flag("runs/real", "folder for the drafter that is trained")
+    prompts: int = flag(600, "prompts rolled out to train it, one response each")
+    train: tuple[float, ...] = flag((110.0, 600.0), "seconds of training after which it is measured")
+    rounds: int = rounds_flag()
+    threads: int = threads_flag()
+
+    def __post_init__(self):
+        """Raises UserError."""
+        check_at_least(self, 1, "rounds", "threads", "max_new", "prompts")
+        if list(self.train) != sorted(self.train) or not self.train[0] > 0:
+            raise UserError(f"--train {self.train}: seconds above 0, in ascending order")
+
+
+class Bench:
+    """The model and what every part needs of it."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.task = make_task(config.task, config.data)
+        started = time.time()
+        self.model, self.tokenizer = load_model(config.model)
+        self.load_seconds = time.time() - started
+        self.stop = stop_tokens(self.model, self.tokenizer)
+        torch.manual_seed(config.seed)
+        self.drafter = Drafter(self.model)
+        if config.drafter:
+            self.drafter.load(config.drafter)
+        self.trained = bool(config.drafter)
+
+    def groups(self, split: str, prompts: int, samples: int = 1) -> list[Group]:
+        """The first prompts of a split."""
+        result = []
+        for i in range(prompts):
+            seeds = [sequence_seed(self.config.seed, split, i, k) for k in range(samples)]
+            result.append(Group(i, encode_prompt(self.task.problem(split, i), self.tokenizer), seeds))
+        return result
+
+    def engine(self, slots: int, groups: list[Group], max_new: int, **settings) -> Engine:
+        """An engine with the drafter, with room for the groups."""
+        drafters = {"learned": LearnedDrafts(self.drafter)}
+        engine = Engine(self.model, self.stop, slots, drafters=drafters, frozen=True, **settings)
+        engine.reserve(max(len(group.prompt) for group in groups) + max_new)
+        return engine
+
+    @torch.no_grad()
+    def margin(self, prompt: list[int], ours: list[int], theirs: list[int], sampling: Sampling, seed: int) -> float:
+        """Where two responses part: how far apart the scores of the two tokens are there, by an ordinary forward."""
+        pairs = zip(ours + [None], theirs + [None])
+        place = next(i for i, (a, b) in enumerate(pairs) if a != b)
+        if place >= min(len(ours), len(theirs)):
+            return torch.inf  # one is just longer
+        ids = torch.tensor([prompt + ours[:place]], device=self.model.device)
+        scores = self.model(input_ids=ids, use_cache=False).logits[:, -1].float() / (sampling.temperature or 1)
+        seeds = seed_words(torch.tensor([seed], device=ids.device))
+        words = all_words(scores.shape[1], ids.device)
+        scores = scores + noise_for(sampling, seeds, torch.full_like(ids[:, :1], place), words).view(-1, 1).T
+        return (scores[0, ours[place]] - scores[0, theirs[place]]).abs().item()
+
+    def compare(self, groups: list[Group], ours: dict, theirs: dict, sampling: Sampling) -> dict:
+        """Responses by (group, sample) -> how many are equal, parted at a tie, or wrong."""
+        counts = {"of": len(ours), "same": 0, "ties": 0, "wrong": 0}
+        for group in groups:
+            for sample, seed in enumerate(group.seeds):
+                a, b = ours[group.key, sample], theirs[group.key, sample]
+                if a == b:
+                    counts["same"] += 1
+                    continue
+                tie = self.margin(group.prompt, a, b, sampling, seed) < TIE
+                counts["ties" if tie else "wrong"] += 1
+        return counts
+
+
+def tokens_of(engine: Engine, groups: list[Group], sampling: Sampling, strategy: Strategy | None = None) -> dict:
+    """(group, sample) -> tokens of the response."""
+    return {(r.group, r.sample): r.tokens for r in engine.generate(groups, sampling, strategy)}
+
+
+def of_length(k: int) -> Strategy:
+    """Always so many drafts."""
+    return Strategy(Draft("learned", k)) if k else Strategy()
+
+
+# ---------------------------------------------------------------- right?
+
+
+def greedy(bench: Bench) -> list[dict]:
+    """20 prompts x 80 tokens against `generate`, one by one."""
+    groups = bench.groups("test", 20)
+    sampling = Sampling(temperature=0.0, max_new=80)
+    ours = tokens_of(bench.engine(20, groups, 80), groups, sampling)
+    theirs = {}
+    for group in tqdm(groups, desc="generate", unit="prompt"):
+        ids = torch.tensor([group.prompt], device=bench.model.device)
+        settings = {"do_sample": False, "max_new_tokens": 80, "pad_token_id": 0, "eos_token_id": sorted(bench.stop)}
+        out = bench.model.generate(ids, attention_mask=torch.ones_like(ids), repetition_penalty=1.0, **settings)
+        theirs[group.key, 0] = out[0, len(group.prompt) :].tolist()
+    row = {"name": "equal to generate", **bench.compare(groups, ours, theirs, sampling)}
+    return [{"name": "accepted", "load_seconds": bench.load_seconds}, row]
+
+
+def identity(bench: Bench) -> list[dict]:
+    """Speculative against plain tokens."""
+    groups = bench.groups("test", 32, samples=4)
+    sampling = Sampling(max_new=100)
+    engine = bench.engine(32, groups, 100)
+    plain = tokens_of(engine, groups, sampling)
+    strategies = {f"chain {k}": of_length(k) for k in (2, 4, 8)}
+    strategies["goodput"] = Goodput(arms(["learned"]))
+    rows = []
+    for name, strategy in tqdm(strategies.items(), desc="identity", unit="way"):
+        tokens = tokens_of(engine, groups, sampling, strategy)
+        rows.append({"name": name, **bench.compare(groups, tokens, plain, sampling)})
+    return rows
+
+
+# ---------------------------------------------------------------- fast?
+
+
+def against_generate(bench: Bench) -> list[dict]:
+    """Tokens per second, the engine's over those of the best of Hugging Face's."""
+    config = bench.config
+    models = load_both(config.model)
+    rows = []
+    for i, batch in enumerate(config.batches):
+        contest = Contest(config, models, batch, turns_before=i * config.rounds)
+        contest.use(bench.groups("test", 8 if batch == 1 else batch))
+        parties = contest.parties()
+        parties.pop("prompt lookup", None)
+        speeds = take_turns(parties, config.rounds, f"generate, batch {batch}")
+        row = {"name": f"batch {batch}"}
+        row.update({name: speed.tokens_per_second for name, speed in speeds.items()})
+        best = max(speed.tokens_per_second for name, speed in speeds.items() if name != "engine")
+        rows.append({**row, "ratio": row["engine"] / best, "over_generate": row["engine"] / row["generate"]})
+    return rows
+
+
+def training(bench: Bench) -> list[dict]:
+    """A drafter from random weights."""
+    config = bench.config
+    groups = bench.groups("train", config.prompts)
+    held_out = bench.groups("test", 32)
+    engine = bench.engine(64, groups + held_out, config.max_new, keep_hidden=True)
+    engine.frozen = False
+    buffer = FeatureBuffer(limit=4 << 30)
+    words = WordCounts(bench.model.config.vocab_size, bench.stop)
+    started = time.time()
+    collect(engine, groups, Sampling(max_new=config.max_new), buffer, words)
+    tokens = sum(len(row.ids) - row.start for row in buffer.rows)
+    rows = [{"name": "data", "tokens": tokens, "seconds": time.time() - started}]
+    bench.drafter.words = words.choose()
+    for seconds in config.train:
+        torch.manual_seed(config.seed)
+        learner = Drafter(bench.model)
+        learner.words = bench.drafter.words
+        trainer = Trainer(learner, seed=config.seed)
+        loss, agreement = fit(trainer, buffer, seconds)
+        trainer.publish(bench.drafter)
+        list(engine.generate(held_out, Sampling(max_new=100), of_length(4)))
+        stats = engine.stats
+        row = {"name": f"{seconds:.0f} s", "steps": trainer.steps, "loss": loss, "likeliest_right": agreement}
+        row["tokens_per_round"] = stats.spec_tokens / stats.spec_row_rounds
+        rows.append({**row, "by_depth": [round(right / tried, 2) for right, tried in counted(stats)]})
+    bench.drafter.save(config.out)
+    bench.trained = True
+    count = bench.model.config.vocab_size if bench.drafter.words is None else len(bench.drafter.words)
+    return [*rows, {"name": "words", "count": count, "of": bench.model.config.vocab_size}]
+
+
+def counted(stats) -> list[tuple[int, int]]:
+    """(right, tried) by depth."""
+    return [(right, tried) for right, tried in zip(stats.accepted, stats.drafted) if tried]
+
+
+class Stopwatch:
+    """Stands in for a function and adds up the seconds that its calls take."""
+
+    def __init__(self, function):
+        self.function = function
+        self.seconds = 0.0
+
+    def __call__(self, *args, **settings):
+        started = time.perf_counter()
+        result = self.function(*args, **settings)
+        self.seconds += time.perf_counter() - started
+        return result
+
+
+def rounds(bench: Bench) -> list[dict]:
+    """Milliseconds of a round, and of its parts."""
+    rows = []
+    plain = {}
+    for batch in sorted({*bench.config.batches, 16}):
+        for k in (0, 4, 8):
+            groups = bench.groups("test", batch)
+            engine = bench.engine(batch, groups, 60)
+            engine.stop_at({-1})  # all rows live to the end
+            sampling = Sampling(max_new=60)
+            list(engine.generate(groups, Sampling(max_new=10), of_length(k)))  # memory is touched
+            sampler, rollout.sample = rollout.sample, Stopwatch(rollout.sample)
+            list(engine.generate(groups, sampling, of_length(k)))
+            watch, rollout.sample = rollout.sample, sampler
+            stats = engine.stats
+            whole = (stats.draft_seconds + stats.verify_seconds) / stats.rounds
+            row = {"name": f"{batch} rows, k = {k}", "ms": whole * 1e3}
+            row["sampling"] = watch.seconds / stats.rounds / whole
+            if k:
+                row["draft_ms"] = stats.draft_seconds / stats.rounds * 1e3
+                row["draft_step_over_plain"] = row["draft_ms"] / k / plain[batch]
+            else:
+                plain[batch] = row["ms"]
+            rows.append(row)
+    return rows
+
+
+class Turns:
+    """A party: one strategy on the same groups."""
+
+    def __init__(self, engine: Engine, groups: list[Group], sampling: Sampling, strategy: Strategy):
+        self.engine = engine
+        self.groups = groups
+        self.sampling = sampling
+        self.strategy = strategy
+        self.tokens_per_round = 1.0
+
+    def __call__(self) -> int:
+        tokens = sum(len(r.tokens) for r in self.engine.generate(self.groups, self.sampling, self.strategy))
+        stats = self.engine.stats
+        self.tokens_per_round = stats.spec_tokens / max(1, stats.spec_row_rounds)
+        return tokens
+
+
+def speculation(bench: Bench) -> list[dict]:
+    """Fixed lengths and goodput over plain rollout."""
+    config = bench.config
+    rows = []
+    for batch, temperature in [*((batch, 1.0) for batch in config.batches), (1, 0.6)]:
+        groups = bench.groups("test", 4 if batch == 1 else batch)
+        sampling = Sampling(temperature, max_new=config.max_new)
+        engine = bench.engine(batch, groups, config.max_new)
+        strategies = {"plain": Strategy(), **{f"chain {k}": of_length(k) for k in (1, 2, 3, 4, 6)}}
+        strategies["goodput"] = Goodput(arms(["learned"]))
+        parties = {name: Turns(engine, groups, sampling, strategy) for name, strategy in strategies.items()}
+        for party in parties.values():
+            party()  # the turn that does not count
+        speeds = take_turns(parties, config.rounds, f"speculation, batch {batch}, temperature {temperature}")
+        plain = speeds["plain"].tokens_per_second
+        best = max(speed.tokens_per_second for name, speed in speeds.items() if name != "goodput")
+        for name, speed in speeds.items():
+            row = {"name": f"batch {batch}, T {temperature}: {name}", "batch": batch, "temperature": temperature}
+            row.update(mode=name, tokens_per_second=speed.tokens_per_second, ratio=speed.tokens_per_second / plain)
+            row["tokens_per_round"] = parties[name].tokens_per_round
+            if name == "goodput":
+                row["over_the_best"] = speed.tokens_per_second / best
+            rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- learning
+
+
+def update(bench: Bench) -> list[dict]:
+    """Each way in a process of its own."""
+    rows = []
+    ways = {
+        "all logits at once": ["--whole"],
+        "in slices": [],
+        "in slices, --gradient-checkpointing": ["--gradient-checkpointing"],
+    }
+    for name, flags in tqdm(ways.items(), desc="update", unit="way"):
+        command = [sys.executable, "-m", "bench.memory", "--model", bench.config.model, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise UserError(f"{' '.join(command[1:])} failed: {done.stderr[-500:]}")
+        rows.append({"name": name, **json.loads(done.stdout.splitlines()[-1])})
+    for row in rows:
+        row["ratio"] = row["megabytes"] / rows[0]["megabytes"]
+    return rows
+
+
+def step(bench: Bench) -> list[dict]:
+    """The second step of a run with 4 prompts x 8 samples and 2 workers, seconds by phase."""
+    config = bench.config
+    flags = ["--model", config.model, "--task", config.task, "--data", config.data, "--device", "cpu"]
+    flags += ["--workers", 2, "--prompts", 4, "--samples", 8, "--max-new", config.max_new, "--steps", 3]
+    flags += ["--lr", 1e-6, "--seed", config.seed]
+    parties = {
+        "plain": ["--drafter", "off", "--strategy", "off"],
+        "TLT": ["--drafter-from", config.drafter or config.out],
+    }
+    rows = []
+    for name, more in tqdm(parties.items(), desc="step", unit="party"):
+        with tempfile.TemporaryDirectory() as out:
+            steps = train([*flags, *more], out).steps
+        row = {"name": name, "digests": [steps[i]["digest"] for i in (2, 3)]}
+        for phase, states in PHASES.items():
+            row[phase] = statistics.mean(sum(steps[i]["seconds"][state] for state in states) for i in (2, 3))
+        rows.append(row)
+    return [*rows, {"name": "plain / TLT", "rollout": share(rows, "rollout"), "step": share(rows, "step")}]
+
+
+def share(rows: list[dict], phase: str) -> float:
+    """Of plain over TLT; the last to finish decides, so time that is waited counts with the rollout."""
+    plain, tlt = rows
+    waits = ("rollout", "drafter", "idle") if phase == "rollout" else (phase,)
+    return sum(plain[name] for name in waits) / sum(tlt[name] for name in waits)
+
+
+MEASURES = {
+    "greedy": greedy,
+    "identity": identity,
+    "generate": against_generate,
+    "training": training,
+    "round": rounds,
+    "speculation": speculation,
+    "update": update,
+    "step": step,
+}
+
+
+def measure(config: Config) -> Result:
+    """One or more rows for each part."""
+    torch.set_num_threads(config.threads)
+    bench = Bench(config)
+    rows = []
+    # drafts of a random drafter would say nothing, so it learns first
+    order = sorted(config.parts, key=lambda part: (part not in ("greedy", "generate", "training"), PARTS.index(part)))
+    if not bench.trained and "training" not in order:
+        raise UserError("--parts: without `training` a --drafter is needed")
+    for part in order:
+        if part == "training" and config.drafter:
+            continue
+        rows += [{"part": part, **row} for row in MEASURES[part](bench)]
+        print(f"\n{table([row for row in rows if row['part'] == part])}", flush=True)
+    ratios = [row["ratio"] for row in rows if row.get("mode", "").startswith("chain") and row["batch"] == 1]
+    return Result(max(ratios, default=1.0), rows)
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text."""
+    lines = []
+    for row in rows:
+        cells = []
+        for key, value in row.items():
+            if key not in ("part", "name", "batch", "temperature", "mode"):
+                cells.append(f"{key.replace('_', ' ')} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
+        lines.append(f"{row['part']:>11}  {row['name']:<34} " + "   ".join(cells))
+    return "\n".join(lines)
