@@ -23,6 +23,7 @@ Legend: B live rows, T entries per row, N entries of a packed batch (parts/featu
 Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a draft vocabulary, a separate draft head.
 """
 
+import math
 import random
 import time
 from collections import deque
@@ -65,8 +66,9 @@ class Drafter(torch.nn.Module):
         super().__init__()
         decoder = policy.get_decoder()
         config = policy.config
-        width = config.hidden_size
+        width = self.width = config.hidden_size
         dtype = dtype or policy.dtype
+        self.embed_scale = scale_of(decoder.embed_tokens.weight)
         self.words: torch.Tensor | None = None  # (N,) int32: ids that it may guess, see parts/vocabulary.py; None: all
         # in a tuple, the policy's modules do not become submodules
         self.policy = PolicyParts(decoder.embed_tokens, decoder.rotary_emb, policy.get_output_embeddings(), config)
@@ -92,7 +94,7 @@ class Drafter(torch.nn.Module):
 
     def enter(self, ids, features) -> torch.Tensor:
         """The layer's input, (B, T, D)."""
-        return self.fc(torch.cat([self.policy.embed(ids).detach(), features], -1))
+        return self.fc(torch.cat([self.policy.embed(ids).detach() * self.embed_scale, features], -1))
 
     def angles(self, positions):
         """Rotary cosines and sines of positions (B, T)."""
@@ -112,13 +114,33 @@ class Drafter(torch.nn.Module):
     def save(self, folder) -> None:
         """Write folder/drafter.safetensors. Raises UserError."""
         words = {} if self.words is None else {"words": self.words}
-        save_weights({**self.state_dict(), **words}, folder)
+        save_weights({**self.plain_weights(), **words}, folder)
 
+    def plain_weights(self) -> dict[str, torch.Tensor]:
+        """The weights for embeddings that are not scaled, as files and servers want them."""
+        weights = dict(self.state_dict())
+        weights["fc.weight"] = weights["fc.weight"].clone()
+        weights["fc.weight"][:, : self.width] *= self.embed_scale
+        return weights
+
+    @torch.no_grad()
     def load(self, folder) -> None:
         """Read folder/drafter.safetensors. Raises UserError."""
         path = Path(folder) / "drafter.safetensors"
         extras = load_weights(self, path, "a drafter (`make drafter` trains one)", ("words",))
+        self.fc.weight[:, : self.width] /= self.embed_scale
         self.words = extras.get("words")
+
+
+def scale_of(embedding: torch.Tensor) -> float:
+    """What brings embeddings (V, D) to the size of features: a power of two, by which weights are multiplied without
+    rounding.
+
+    SmolLM2's embeddings are 0.1 and its features 2; unscaled, the drafter hardly hears what was written last, and takes
+    a third more steps to learn as much.
+    """
+    size = embedding.detach().float().pow(2).mean().sqrt().item()
+    return 2.0 ** -round(math.log2(size)) if size > 0 else 1.0
 
 
 # ---------------------------------------------------------------- guessing, inside the engine

@@ -46,7 +46,7 @@ def export(drafter: Drafter, folder, server: str) -> None:
     settings["architectures"] = [ARCHITECTURES[server][kind]]
     settings["num_hidden_layers"] = 1
     settings["torch_dtype"] = str(drafter.fc.weight.dtype).removeprefix("torch.")
-    weights = {name.replace("layer.", "layers.0.", 1): w.cpu() for name, w in drafter.state_dict().items()}
+    weights = {name.replace("layer.", "layers.0.", 1): w.cpu() for name, w in drafter.plain_weights().items()}
     if server == "sglang":  # its fc has a bias, which would stay random; vLLM's has none, and refuses it
         weights["fc.bias"] = torch.zeros_like(weights["fc.weight"][:, 0])
         if drafter.words is not None:
