@@ -23,7 +23,6 @@ Legend: B live rows, T entries per row, N entries of a packed batch (parts/featu
 Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a draft vocabulary, a separate draft head.
 """
 
-import math
 import random
 import time
 from collections import deque
@@ -36,7 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from parts.common import UserError, check_at_least, flag, load_weights, parse_flags, pick_device, run, save_weights
-from parts.features import FeatureBuffer, Packed
+from parts.features import FeatureBuffer, Packed, scale_of
 from parts.interfaces import Draft, Drafts, Group, Strategy, describe_stats
 from parts.loading import load_model, stop_tokens
 from parts.modeling import PACK_FROM, Linear, SlotCache, attend, fuse, kv_heads, logit_scale, signed
@@ -84,13 +83,12 @@ class Drafter(torch.nn.Module):
 
     def forward(self, ids, features, angles, mask, cache: SlotCache | None = None) -> torch.Tensor:
         """ids (B, T): x_{t+1}; features (B, T, D): h_t; angles: of positions t -> guesses of h_{t+1}, (B, T, D)."""
-        return self.layer(
-            self.enter(ids, features),
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            position_embeddings=angles,
-        )
+        return self.through_layer(self.enter(ids, features), angles, mask, cache)
+
+    def through_layer(self, x, angles, mask, cache: SlotCache | None) -> torch.Tensor:
+        """x (B, T, D) -> (B, T, D)."""
+        cached = {"past_key_values": cache, "use_cache": cache is not None}
+        return self.layer(x, attention_mask=mask, position_embeddings=angles, **cached)
 
     def enter(self, ids, features) -> torch.Tensor:
         """The layer's input, (B, T, D)."""
@@ -132,17 +130,6 @@ class Drafter(torch.nn.Module):
         self.words = extras.get("words")
 
 
-def scale_of(embedding: torch.Tensor) -> float:
-    """What brings embeddings (V, D) to the size of features: a power of two, by which weights are multiplied without
-    rounding.
-
-    SmolLM2's embeddings are 0.1 and its features 2; unscaled, the drafter hardly hears what was written last, and takes
-    a third more steps to learn as much.
-    """
-    size = embedding.detach().float().pow(2).mean().sqrt().item()
-    return 2.0 ** -round(math.log2(size)) if size > 0 else 1.0
-
-
 # ---------------------------------------------------------------- guessing, inside the engine
 
 
@@ -160,6 +147,7 @@ class LearnedDrafts(Drafts):
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
         self.fused_layer = None  # a FusedLayer, or None: the module itself
+        self.fc: torch.Tensor | None = None  # (D, 2D), for embeddings as they are
         self.head: Linear | None = None  # features (B, T, D) -> logits (B, T, N)
         self.words: torch.Tensor | None = None  # as Drafter.words
         self.cache: SlotCache | None = None
@@ -169,6 +157,7 @@ class LearnedDrafts(Drafts):
         """Take the drafter's weights as they are now."""
         fused_layers = fuse([self.drafter.layer], self.drafter.policy.config, self.drafter.policy.rotary)
         self.fused_layer = fused_layers[0] if fused_layers else None
+        self.fc = self.drafter.plain_weights()["fc.weight"]
         rows = self.drafter.head_rows()
         self.head = Linear([rows], pack=rows[0].numel() >= PACK_FROM)
         self.words = None if self.drafter.words is None else self.drafter.words.to(rows[0].device)
@@ -195,9 +184,10 @@ class LearnedDrafts(Drafts):
 
     def forward(self, ids, features, angles, mask) -> torch.Tensor:
         """As Drafter.forward, on the cache's next entries, which `attend` has placed."""
+        x = F.linear(torch.cat([self.drafter.policy.embed(ids), features], -1), self.fc)
         if self.fused_layer is None:
-            return self.drafter(ids, features, angles, mask, self.cache)
-        return self.fused_layer(self.drafter.enter(ids, features), mask, self.cache, angles, 0)
+            return self.drafter.through_layer(x, angles, mask, self.cache)
+        return self.fused_layer(x, mask, self.cache, angles, 0)
 
     def propose(self, engine, k, guess):
         """As Drafts.propose: catch up, then k - 1 single steps."""

@@ -37,7 +37,7 @@ from parts.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Response, RoundRe
 from parts.loading import agrees, too_long
 from parts.memory import free_memory, rows_that_fit
 from parts.modeling import SlotCache, Tree, fast_head, forward, fuse_model, head_of
-from parts.sampling import Sampling, all_words, noise_for, sample, sample_columns, seed_words
+from parts.sampling import Sampling, sample, sample_columns, seed_words, shared_noise
 
 # ---------------------------------------------------------------- the accept rule
 
@@ -54,22 +54,18 @@ class Verdict(NamedTuple):
 class Coupled:
     """The accept rule, made anew for each round: a draft is accepted if it is what the policy itself samples there."""
 
-    AT_ONCE = 1 << 17  # noise of so many logits is made once, for drafter and policy
-
     def __init__(self, sampling: Sampling, seeds: torch.Tensor, index: torch.Tensor, vocab: int):
         """seeds (B, 2); index (B, k+1): which token of its response each column samples; vocab: V."""
         self.sampling = sampling
         self.seeds = seeds
         self.index = index
         self.vocab = vocab
-        self.noise: torch.Tensor | None = None  # (B, k+1, V), of a small vocabulary
-        if sampling.temperature and index.numel() * vocab <= self.AT_ONCE:
-            self.noise = noise_for(sampling, seeds, index, all_words(vocab, seeds.device))
+        self.noise = shared_noise(sampling, seeds, index, vocab)  # (B, k+1, V), or None
 
     def guess(self, depth: int, logits: torch.Tensor, words: torch.Tensor | None = None) -> torch.Tensor:
         """The drafter's logits (B, 1, N) -> its guess (B, 1), drawn with the policy's own noise. words: as `sample`."""
         noise = self.noise[:, depth] if self.noise is not None and words is None else None
-        y, _ = sample(logits[:, 0], self.sampling, self.seeds, self.index[:, depth], words, noise)
+        y, _ = sample(logits[:, 0], self.sampling, self.seeds, self.index[:, depth], words, noise, scored=False)
         return y[:, None]
 
     def columns(self, cur: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, Tree | None]:
@@ -82,26 +78,30 @@ class Coupled:
         The head over V words and the noise are dear, so columns go through them in pieces, and a row whose guess was
         wrong in one piece is left out of the next: what it would say there counts for nothing.
         """
-        count, columns = ids.shape
-        tokens = torch.zeros_like(ids)
-        logprobs = torch.zeros(ids.shape, device=ids.device)
-        rows: slice | torch.Tensor = slice(None)
-        step = max(1, engine.logits_at_once // (count * self.vocab))
-        for first in range(0, columns, step):
-            part = slice(first, first + step)
-            noise = None if self.noise is None else self.noise[rows, part]
-            logits = engine.head(hidden[rows, part])
-            y, logp = sample_columns(logits, self.sampling, self.seeds[rows], self.index[rows, part], noise)
-            tokens[rows, part] = y
-            logprobs[rows, part] = logp
-            if first + step >= columns:
-                break
-            right = (tokens[:, : first + step] == ids[:, 1 : first + step + 1]).all(1)
-            rows = right.nonzero()[:, 0]
-            if not len(rows):
-                break
+        step = max(1, engine.logits_at_once // (len(ids) * self.vocab))
+        if step >= ids.shape[1]:
+            tokens, logprobs = sample_columns(engine.head(hidden), self.sampling, self.seeds, self.index, self.noise)
+        else:
+            tokens, logprobs = self.sample_in_pieces(engine, ids, hidden, step)
         accepted = (tokens[:, :-1] == ids[:, 1:]).long().cumprod(1).sum(1)
         return Verdict(tokens, logprobs, hidden, accepted)
+
+    def sample_in_pieces(self, engine: "Engine", ids, hidden, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`step` columns at a time -> tokens and log-probabilities (B, T), 0 where a row has dropped out."""
+        tokens = torch.zeros_like(ids)
+        logprobs = torch.zeros(ids.shape, device=ids.device)
+        rows = torch.arange(len(ids), device=ids.device)
+        for first in range(0, ids.shape[1], step):
+            part = slice(first, first + step)
+            logits = engine.head(hidden[rows, part])
+            y, logp = sample_columns(logits, self.sampling, self.seeds[rows], self.index[rows, part])
+            tokens[rows, part] = y
+            logprobs[rows, part] = logp
+            drafts = ids[rows, 1 + first : 1 + first + step]  # one shorter in the last piece
+            rows = rows[(y[:, : drafts.shape[1]] == drafts).all(1)]
+            if not len(rows):
+                break
+        return tokens, logprobs
 
 
 # ---------------------------------------------------------------- the engine

@@ -7,6 +7,7 @@ mask keeps the sequences apart.
 Legend: N entries of a packed batch, L tokens of a sequence, D model width.
 """
 
+import math
 import random
 from collections import deque
 from typing import NamedTuple
@@ -114,3 +115,14 @@ def pack(rows: list[Features]) -> Packed:
         owner=torch.arange(len(rows)).repeat_interleave(lengths),
         counted=positions >= starts - 2,  # entry t guesses token t+2
     )
+
+
+def scale_of(embedding: torch.Tensor) -> float:
+    """What brings embeddings (V, D) to the size of features: a power of two, by which weights are multiplied without
+    rounding.
+
+    SmolLM2's embeddings are 0.1 and its features 2; unscaled, the drafter hardly hears what was written last, and takes
+    a third more steps to learn as much.
+    """
+    size = embedding.detach().float().pow(2).mean().sqrt().item()
+    return 2.0 ** -round(math.log2(size)) if size > 0 else 1.0

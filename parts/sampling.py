@@ -29,6 +29,7 @@ import torch
 
 from parts.common import UserError, flag, flag_name, reason
 
+SHARED = 1 << 17  # noise of so many logits is made once in a round
 IN_CACHE = 150_000  # logits that are worked on at once on a CPU: three such tensors fit the 2 MB next to a core
 
 
@@ -132,6 +133,13 @@ def noise_for(sampling: Sampling, seeds, index, words: torch.Tensor, stream: int
     return gumbel(seeds[:, None], index + (stream << 20), words)
 
 
+def shared_noise(sampling: Sampling, seeds, index, vocab: int) -> torch.Tensor | None:
+    """`noise_for`, once for drafter and policy, if the vocabulary is small; None: each makes what it needs."""
+    if sampling.temperature == 0 or index.numel() * vocab > SHARED:
+        return None
+    return noise_for(sampling, seeds, index, all_words(vocab, seeds.device))
+
+
 def logprob_of(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """log softmax(logits)[y]: logits (..., V), y (...) -> (...).
 
@@ -140,7 +148,7 @@ def logprob_of(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return logits.gather(-1, y[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def draw(logits, sampling: Sampling, seeds, index, words, noise=None) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(logits, sampling: Sampling, seeds, index, words, noise=None, scored=True) -> tuple:
     """`sample`, of all positions at once. Returns columns of the logits, not ids."""
     scaled, allowed = narrow(logits, sampling)
     if noise is None and sampling.temperature:
@@ -148,7 +156,7 @@ def draw(logits, sampling: Sampling, seeds, index, words, noise=None) -> tuple[t
     if noise is not None:
         allowed = allowed + noise
     column = allowed.max(-1).indices
-    return column, logprob_of(scaled, column)
+    return column, logprob_of(scaled, column) if scored else None
 
 
 class Compiled:
@@ -180,31 +188,37 @@ def sample(
     index: torch.Tensor,
     words: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scored: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Tokens and their log-probabilities, both (P,). The one sampler: plain decoding, verification and drafting use it.
 
     logits (P, N) of any float type; seeds (P, 2) and index (P,): whose noise, and which; words (N,) int32: the ids that
-    the logits belong to, None: all; noise (P, N): if it is made already.
+    the logits belong to, None: all; noise (P, N): if it is made already; scored: with log-probabilities, else None.
     """
+    if noise is not None:
+        column, logprob = draw(logits, sampling, seeds, index, words, noise, scored)
+        return column if words is None else words.long()[column], logprob
     ids = all_words(logits.shape[1], logits.device) if words is None else words
-    if logits.is_cuda and noise is None and not sampling.top_k and sampling.top_p == 1:
-        column, logprob = compiled_draw(logits, sampling, seeds, index, ids)
-    elif noise is not None or logits.is_cuda or logits.numel() <= IN_CACHE:
-        column, logprob = draw(logits, sampling, seeds, index, ids, noise)
+    if logits.is_cuda and not sampling.top_k and sampling.top_p == 1:
+        column, logprob = compiled_draw(logits, sampling, seeds, index, ids, None, scored)
+    elif logits.is_cuda or logits.numel() <= IN_CACHE:
+        column, logprob = draw(logits, sampling, seeds, index, ids, None, scored)
     else:
-        column, logprob = draw_in_cache(logits, sampling, seeds, index, ids)
+        column, logprob = draw_in_cache(logits, sampling, seeds, index, ids, scored)
     return column if words is None else words.long()[column], logprob
 
 
-def draw_in_cache(logits, sampling: Sampling, seeds, index, words) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_in_cache(logits, sampling: Sampling, seeds, index, words, scored: bool) -> tuple:
     """`draw`, a few positions after the other."""
     count = len(logits)
     column = torch.empty(count, dtype=torch.long)
-    logprob = torch.empty(count)
+    logprob = torch.empty(count) if scored else None
     step = max(1, IN_CACHE // logits.shape[1])
     for first in range(0, count, step):
         part = slice(first, first + step)
-        column[part], logprob[part] = draw(logits[part], sampling, seeds[part], index[part], words)
+        column[part], score = draw(logits[part], sampling, seeds[part], index[part], words, None, scored)
+        if scored:
+            logprob[part] = score
     return column, logprob
 
 
@@ -212,7 +226,8 @@ def sample_columns(logits, sampling: Sampling, seeds, index, noise=None) -> tupl
     """`sample` for rows of several tokens: logits (B, T, V), seeds (B, 2), index (B, T), noise (B, T, V) or None
     -> tokens and log-probabilities, both (B, T).
     """
+    if noise is not None:
+        return draw(logits, sampling, seeds, index, None, noise)
     column_seeds = seeds[:, None].expand(*index.shape, 2).flatten(0, 1)
-    noise = None if noise is None else noise.flatten(0, 1)
-    y, logprob = sample(logits.flatten(0, 1), sampling, column_seeds, index.flatten(), noise=noise)
+    y, logprob = sample(logits.flatten(0, 1), sampling, column_seeds, index.flatten())
     return y.view(index.shape), logprob.view(index.shape)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 
 ALL_UP_TO = 4096  # words: a vocabulary up to this size is used whole
-COVER = 0.99  # of what was written: so much the words shall hold, if --draft-vocab does not say how many
+COVER = 0.95  # of what was written: so much the words shall hold, if --draft-vocab does not say how many
 FEWEST, MOST = 4096, 16_384  # words, chosen so
 
 

@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 import rollout
 from drafter import Drafter, LearnedDrafts
 from parts import accept, modeling
+from parts import sampling as sampling_module
 from parts.accept import Ratio, Tree
 from parts.common import UserError
 from parts.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Strategy
@@ -172,7 +173,7 @@ def check_pieces(way: str, sampling: Sampling, logits_at_once: int, drafter: Dra
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("logits_at_once", [1, 118 * 10, 118 * 25])
 def test_columns_in_pieces_change_no_token(sampling, logits_at_once, monkeypatch):
-    monkeypatch.setattr(Coupled, "AT_ONCE", 0)  # nor is noise shared
+    monkeypatch.setattr(sampling_module, "SHARED", 0)  # nor is noise shared
     accepted = check_pieces("chain 5", sampling, logits_at_once).accepted
     assert accepted == check_pieces("chain 5", sampling, 1 << 21).accepted
     assert accepted[1] > 0
@@ -191,7 +192,7 @@ def test_rows_that_drop_out_wrongly_are_caught(monkeypatch):
 
     init = Coupled.__init__
     monkeypatch.setattr(Coupled, "__init__", first_piece)
-    monkeypatch.setattr(Coupled, "AT_ONCE", 0)
+    monkeypatch.setattr(sampling_module, "SHARED", 0)
     monkeypatch.setattr(rollout, "sample_columns", first_rows)
     caught(check_pieces, "chain 5", SAMPLINGS[0], 1)
 
