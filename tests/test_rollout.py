@@ -157,12 +157,12 @@ def check_batch_independence(model):
 
 def test_tokens_do_not_depend_on_slot_batch_or_order(monkeypatch):
     check_batch_independence(tiny())
-    right = rollout.noise_for
+    right = rollout.shared_noise
 
     def by_slot(sampling, seeds, index, vocab):
         return right(sampling, seeds * 0 + torch.arange(len(seeds))[:, None].int(), index, vocab)
 
-    monkeypatch.setattr(rollout, "noise_for", by_slot)
+    monkeypatch.setattr(rollout, "shared_noise", by_slot)
     caught(check_batch_independence, tiny())
 
 
