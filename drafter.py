@@ -351,12 +351,14 @@ def collect(engine: Engine, groups: list[Group], sampling: Sampling, buffer: Fea
         words.add(response.tokens)
 
 
-def warm_start(drafter: Drafter, engine: Engine, groups: list[Group], sampling: Sampling, seconds: float, seed: int):
-    """Roll out the groups, train the drafter on the features, say how it went. engine: keeps hidden states."""
+def warm_start(drafter, engine: Engine, groups, sampling: Sampling, seconds: float, seed: int, draft_vocab: int = 0):
+    """Roll out the groups, train the drafter on the features, say how it went. engine: keeps hidden states;
+    draft_vocab: as WordCounts.choose.
+    """
     buffer = FeatureBuffer(limit=4 << 30)
     words = WordCounts(engine.model.config.vocab_size, engine.stop_set)
     collect(engine, groups, sampling, buffer, words)
-    drafter.words = words.choose()
+    drafter.words = words.choose(draft_vocab)
     trainer = Trainer(drafter, seed=seed)
     loss, agreement = fit(trainer, buffer, seconds)
     trainer.publish(drafter)
@@ -379,6 +381,7 @@ class Command:
     prompt_style: str = flag("auto", "how problems become prompts", ("auto", "trace", "chat", "base"))
     prompts: int = flag(64, "prompts to roll out, 16 samples each")
     seconds: float = flag(60.0, "training time")
+    draft_vocab: int = flag(0, "words that the drafter may guess; 0: all, of a large vocabulary those that are used")
     k: int = flag(4, "draft length of the measurement before and after")
     max_new: int = flag(512, "longest response in tokens")
     threads: int = flag(0, "threads of torch; 0: torch's own choice")
@@ -387,7 +390,7 @@ class Command:
     def __post_init__(self):
         """Raises UserError."""
         check_at_least(self, 1, "prompts", "max_new", "k")
-        check_at_least(self, 0, "threads")
+        check_at_least(self, 0, "threads", "draft_vocab")
         if not self.seconds > 0:
             raise UserError(f"--seconds {self.seconds}: must be above 0")
 
@@ -426,7 +429,8 @@ def main() -> None:
         print(f"{when}: {describe_stats(engine.stats)}")
 
     measure("before")
-    warm_start(drafter, engine, groups("train", command.prompts, 16), sampling, command.seconds, command.seed)
+    responses = groups("train", command.prompts, 16)
+    warm_start(drafter, engine, responses, sampling, command.seconds, command.seed, command.draft_vocab)
     measure("after")
     drafter.save(command.out)
     print(f"wrote {command.out}/drafter.safetensors")

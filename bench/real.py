@@ -223,8 +223,23 @@ def training(bench: Bench) -> list[dict]:
         rows.append({**row, "by_depth": [round(right / tried, 2) for right, tried in counted(stats)]})
     bench.drafter.save(config.out)
     bench.trained = True
-    count = bench.model.config.vocab_size if bench.drafter.words is None else len(bench.drafter.words)
-    return [*rows, {"name": "words", "count": count, "of": bench.model.config.vocab_size}]
+    return [*rows, *with_and_without(bench, engine, held_out)]
+
+
+def with_and_without(bench: Bench, engine: Engine, groups: list[Group]) -> list[dict]:
+    """The same drafter with its words and with all of them."""
+    rows = []
+    words = bench.drafter.words
+    for name, chosen in (("its words", words), ("all words", None)):
+        bench.drafter.words = chosen
+        list(engine.generate(groups[:1], Sampling(max_new=100), of_length(4)))
+        row = {"name": name, "words": bench.model.config.vocab_size if chosen is None else len(chosen)}
+        row["draft_ms_at_batch_1"] = engine.stats.draft_seconds / engine.stats.rounds * 1e3
+        list(engine.generate(groups, Sampling(max_new=100), of_length(4)))
+        row["tokens_per_round"] = engine.stats.spec_tokens / engine.stats.spec_row_rounds
+        rows.append(row)
+    bench.drafter.words = words
+    return rows
 
 
 def counted(stats) -> list[tuple[int, int]]:
