@@ -12,7 +12,7 @@ SECONDS ?= 60
 SEEDS ?= 0 1 2
 
 help:  ## what can be made
-	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -178,13 +178,15 @@ def identity(bench: Bench) -> list[dict]:
 
 
 def against_generate(bench: Bench) -> list[dict]:
-    """Tokens per second, the engine's over those of the best of Hugging Face's."""
+    """Tokens per second, the engine's over those of the best of Hugging Face's. As in training, up to 16 samples to a
+    prompt; batch 1 is eight prompts one after the other.
+    """
     config = bench.config
     models = load_both(config.model)
     rows = []
     for i, batch in enumerate(config.batches):
         contest = Contest(config, models, batch, turns_before=i * config.rounds)
-        contest.use(bench.groups("test", 8 if batch == 1 else batch))
+        contest.use(bench.groups("test", 8 if batch == 1 else -(-batch // 16), samples=min(16, batch)))
         parties = contest.parties()
         parties.pop("prompt lookup", None)
         speeds = take_turns(parties, config.rounds, f"generate, batch {batch}")

@@ -70,7 +70,7 @@ def test_what_the_pages_name_exists(page):
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (page.parent / target).exists(), target
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE):
+    for target in re.findall(r"(?:`|^    )make ([a-z0-9-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for name in re.findall(r"`((?:tests/|bench/|test_time/|base/|parts/)?[a-z_]+\.py)`", text):
         assert (ROOT / name).exists() or (ROOT / "test_time" / name).exists(), name
