@@ -73,9 +73,7 @@ class TLTConfig(Config):
     ngram: bool = flag(False, "let the strategy also choose n-gram drafts, for responses that repeat themselves")
     strategy: str = flag("goodput", "how far to draft: off, goodput, beg-mab, or a fixed length such as 4")
     warm_start: float = flag(120.0, "without a drafter: seconds of training after the first rollout, or until it pays")
-    draft_vocab: int = flag(
-        0, "words that the drafter may guess; 0: all, of a large vocabulary those that are used"
-    )
+    draft_vocab: int = flag(0, "words that the drafter may guess; 0: all, of a large vocabulary those that are used")
     drafter_from: str = flag("", "folder of a drafter to start from; empty: the policy's own subfolder drafter/")
     workers: int = flag(0, "worker processes; 0: one per GPU, or one per CPU core without GPUs")
     shard: bool = flag(False, "spread the policy over the workers (FSDP2), if it does not fit a GPU whole")

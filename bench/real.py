@@ -410,7 +410,8 @@ def measure(config: Config) -> Result:
             continue
         rows += [{"part": part, **row} for row in MEASURES[part](bench)]
         print(f"\n{table([row for row in rows if row['part'] == part])}", flush=True)
-    ratios = [row["ratio"] for row in rows if row.get("mode", "").startswith("chain") and row["batch"] == 1]
+    alone = [row for row in rows if row.get("batch") == 1 and row["temperature"] == 1]
+    ratios = [row["ratio"] for row in alone if row["mode"].startswith("chain")]
     return Result(max(ratios, default=1.0), rows)
 
 
