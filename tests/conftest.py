@@ -33,23 +33,25 @@ def cases(n: int):
     return settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+TINY_SHAPE = {
+    "vocab_size": 118,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+
+
 def tiny(config_class=Qwen2Config, **changes):
     """A random model with sharp, varied predictions (weights scaled up), so that a wrong position or mask shows."""
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": 118,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 48,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-    }
-    model = AutoModelForCausalLM.from_config(config_class(**{**shape, **changes}), attn_implementation="slots")
+    model = AutoModelForCausalLM.from_config(config_class(**{**TINY_SHAPE, **changes}), attn_implementation="slots")
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(4 if p.ndim > 1 else 1)

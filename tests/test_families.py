@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import tiny
+from conftest import TINY_SHAPE, tiny
 from helpers import fixed, groups_of, make_engine, tokens_of
 from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
@@ -106,19 +106,8 @@ REFUSED = {
     "falcon": ("Falcon", {}, "a list of its own"),
     "gpt-j": ("GPTJ", {**OLD_NAMES, "rotary_dim": 8}, "a list of its own"),
 }
-SHAPE = {
-    "vocab_size": 128,  # more than the tokenizer has words, to which AutoTokenizer adds some in a few families
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
+# more words than the tokenizer has, to which AutoTokenizer adds some in a few families
+SHAPE = {**TINY_SHAPE, "vocab_size": 128}
 
 
 def family(name: str):
