@@ -14,14 +14,13 @@ Neither server was started on them: a test computes their layer from the exporte
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from drafter import Drafter
-from parts.common import UserError, cannot_write, find_folder, flag, parse_flags, run, save_weights, write_atomically
+from parts.common import UserError, find_folder, flag, parse_flags, replacing, run, save_weights, write_atomically
 from parts.loading import load_model
 
 ARCHITECTURES = {
@@ -50,7 +49,8 @@ def export(drafter: Drafter, folder, server: str) -> None:
     if server == "sglang":  # its fc has a bias, which would stay random; vLLM's has none, and refuses it
         weights["fc.bias"] = torch.zeros_like(weights["fc.weight"][:, 0])
         if drafter.words is not None:
-            write_words(folder / WORDS, drafter.words.tolist())
+            with replacing(folder / WORDS) as part:  # a list of ids, as its --speculative-token-map wants it
+                torch.save(drafter.words.tolist(), part)
     elif kind == "qwen2":
         settings.update(model_type="llama", attention_bias=False, qkv_bias=True)
     save_weights(weights, folder, "model.safetensors")
@@ -65,17 +65,6 @@ class Command:
     model: str = flag("runs/demo/policy", "the policy's folder")
     drafter: str = flag("", "folder of the drafter; empty: the policy's subfolder drafter/")
     out: str = flag("runs/export", "folder for sglang/ and vllm/")
-
-
-def write_words(path: Path, ids: list[int]) -> None:
-    """A list of ids as SGLang's --speculative-token-map wants it. Raises UserError."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(ids, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        raise cannot_write(path, error) from error
 
 
 SERVE = """wrote {out}/sglang and {out}/vllm; as the draft model of {model}:

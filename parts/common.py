@@ -1,10 +1,12 @@
 """What the scripts share: mistakes told in one line, flags from a dataclass, folders found, files whole or absent."""
 
 import argparse
+import contextlib
 import errno
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -144,30 +146,33 @@ def cannot_write(path, error: BaseException) -> UserError:
     return UserError(f"cannot write {path}: {why}")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file, whole or not at all; its folder is made. Raises UserError."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file is written, whole or not at all: `with replacing(path) as part` and write to part. The folder is made.
+
+    Raises UserError.
+    """
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield part
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have types of their own
         raise cannot_write(path, error) from error
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all. Raises UserError."""
+    with replacing(path) as part, open(part, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def save_weights(weights: dict[str, torch.Tensor], folder, name: str = "drafter.safetensors") -> None:
-    """Write tensors to folder/name, whole or not at all; the folder is made. Raises UserError."""
-    folder = Path(folder)
-    part = folder / f"{name}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    """Write tensors to folder/name, whole or not at all. Raises UserError."""
+    with replacing(Path(folder) / name) as part:
         save_file({key: w.contiguous() for key, w in weights.items()}, part, metadata={"format": "pt"})
-        os.replace(part, folder / name)
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(folder / name, error) from error
 
 
 def load_weights(module: torch.nn.Module, path, what: str, extras: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
