@@ -16,7 +16,6 @@ Ratio: speculative over plain rollout at batch 1, the best fixed length.
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,8 +28,9 @@ from tqdm import tqdm
 import rollout
 from bench.engine import Contest
 from bench.engine import load_models as load_both
-from bench.harness import Result, Settings, rounds_flag, take_turns, threads_flag, train
-from bench.step import PHASES
+from bench.harness import Result, Settings, room, rounds_flag, take_turns, threads_flag, train
+from bench.speculation import Rollout
+from bench.step import Party, Steps, row_of
 from drafter import Drafter, LearnedDrafts, Trainer, collect, fit
 from parts.common import ROOT, UserError, check_at_least, flag
 from parts.features import FeatureBuffer
@@ -98,7 +98,7 @@ class Bench:
         """An engine with the drafter, with room for the groups."""
         drafters = {"learned": LearnedDrafts(self.drafter)}
         engine = Engine(self.model, self.stop, slots, drafters=drafters, frozen=True, **settings)
-        engine.reserve(max(len(group.prompt) for group in groups) + max_new)
+        engine.reserve(room(groups, max_new))
         return engine
 
     @torch.no_grad()
@@ -291,23 +291,6 @@ def rounds(bench: Bench) -> list[dict]:
     return rows
 
 
-class Turns:
-    """A party: one strategy on the same groups."""
-
-    def __init__(self, engine: Engine, groups: list[Group], sampling: Sampling, strategy: Strategy):
-        self.engine = engine
-        self.groups = groups
-        self.sampling = sampling
-        self.strategy = strategy
-        self.tokens_per_round = 1.0
-
-    def __call__(self) -> int:
-        tokens = sum(len(r.tokens) for r in self.engine.generate(self.groups, self.sampling, self.strategy))
-        stats = self.engine.stats
-        self.tokens_per_round = stats.spec_tokens / max(1, stats.spec_row_rounds)
-        return tokens
-
-
 def speculation(bench: Bench) -> list[dict]:
     """Fixed lengths and goodput over plain rollout."""
     config = bench.config
@@ -318,7 +301,7 @@ def speculation(bench: Bench) -> list[dict]:
         engine = bench.engine(batch, groups, config.max_new)
         strategies = {"plain": Strategy(), **{f"chain {k}": of_length(k) for k in (1, 2, 3, 4, 6)}}
         strategies["goodput"] = Goodput(arms(["learned"]))
-        parties = {name: Turns(engine, groups, sampling, strategy) for name, strategy in strategies.items()}
+        parties = {name: Rollout(engine, strategy, groups, sampling) for name, strategy in strategies.items()}
         for party in parties.values():
             party()  # the turn that does not count
         speeds = take_turns(parties, config.rounds, f"speculation, batch {batch}, temperature {temperature}")
@@ -327,7 +310,8 @@ def speculation(bench: Bench) -> list[dict]:
         for name, speed in speeds.items():
             row = {"name": f"batch {batch}, T {temperature}: {name}", "batch": batch, "temperature": temperature}
             row.update(mode=name, tokens_per_second=speed.tokens_per_second, ratio=speed.tokens_per_second / plain)
-            row["tokens_per_round"] = parties[name].tokens_per_round
+            stats = parties[name].stats
+            row["tokens_per_round"] = stats.spec_tokens / max(1, stats.spec_row_rounds)
             if name == "goodput":
                 row["over_the_best"] = speed.tokens_per_second / best
             rows.append(row)
@@ -357,7 +341,7 @@ def update(bench: Bench) -> list[dict]:
 
 
 def step(bench: Bench) -> list[dict]:
-    """The second step of a run with 4 prompts x 8 samples and 2 workers, seconds by phase."""
+    """The second and third step of a run with 4 prompts x 8 samples and 2 workers, seconds by phase."""
     config = bench.config
     flags = ["--model", config.model, "--task", config.task, "--data", config.data, "--device", "cpu"]
     flags += ["--workers", 2, "--prompts", 4, "--samples", 8, "--max-new", config.max_new, "--steps", 3]
@@ -370,10 +354,8 @@ def step(bench: Bench) -> list[dict]:
     for name, more in tqdm(parties.items(), desc="step", unit="party"):
         with tempfile.TemporaryDirectory() as out:
             steps = train([*flags, *more], out).steps
-        row = {"name": name, "digests": [steps[i]["digest"] for i in (2, 3)]}
-        for phase, states in PHASES.items():
-            row[phase] = statistics.mean(sum(steps[i]["seconds"][state] for state in states) for i in (2, 3))
-        rows.append(row)
+        kept = Steps([steps[i]["seconds"] for i in (2, 3)], [steps[i]["digest"] for i in (2, 3)])
+        rows.append({"name": name, **row_of(Party(name, 2, tuple(more)), kept)})
     return [*rows, {"name": "plain / TLT", "rollout": share(rows, "rollout"), "step": share(rows, "step")}]
 
 
