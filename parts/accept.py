@@ -96,7 +96,9 @@ class Tree(Coupled):
 
     def __init__(self, sampling, seeds, index, vocab, width: int = 2):
         super().__init__(sampling, seeds, index, vocab)
-        self.all_noise = noise_for(sampling, seeds, index, all_words(vocab, seeds.device))
+        self.all_noise = self.noise
+        if self.all_noise is None:
+            self.all_noise = noise_for(sampling, seeds, index, all_words(vocab, seeds.device))
         self.width = width
         self.k = index.shape[1] - 1
         self.siblings: list[torch.Tensor] = []  # (B, 1, width - 1) of each depth
@@ -112,7 +114,7 @@ class Tree(Coupled):
             noise = noise[..., words.long()]
         best = (allowed + noise).topk(self.width).indices  # (B, 1, width)
         if words is not None:
-            best = words.long()[best]
+            best = words[best].long()
         self.siblings.append(best[..., 1:])
         return best[..., 0]
 

@@ -221,12 +221,16 @@ def weights_of(*linears) -> list[tuple]:
     return [(x.weight, x.bias) for x in linears]
 
 
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether oneDNN has a layout for weights of this type, on this device."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
 def packed(weight: torch.Tensor) -> torch.Tensor | None:
     """The weight (out, in) in oneDNN's layout; None where it does not pay (fewer outputs than inputs), or does not
     exist.
     """
-    wide = weight.shape[0] > weight.shape[1]
-    if not wide or weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if weight.shape[0] <= weight.shape[1] or not can_pack(weight):
         return None
     try:
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
@@ -282,12 +286,13 @@ def signed(angles):
 
 @torch.inference_mode()
 def fuse(layers, config, rotary) -> list[FusedLayer] | None:
-    """FusedLayers with the weights as they are now, or None where the modules should run: in large models on a GPU, and
-    in layers of another kind, which is not looked up but tried, on random input.
+    """FusedLayers with the weights as they are now, or None where the modules should run: in large models that cannot
+    be packed, and in layers of another kind, which is not looked up but tried, on random input.
     """
-    device = next(layers[0].parameters()).device
+    some_weight = next(layers[0].parameters())
+    device = some_weight.device
     large = sum(p.numel() for layer in layers for p in layer.parameters()) > FUSE_BELOW
-    if large and device.type != "cpu":
+    if large and not can_pack(some_weight):
         return None
     layer = copy.deepcopy(layers[0]).float()  # in float32 another activation function shows
     x = torch.randn(2, 3, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -316,7 +321,7 @@ def fuse_model(model) -> list[FusedLayer] | None:
 def fast_head(model) -> Callable[[torch.Tensor], torch.Tensor]:
     """Hidden states (..., D) -> logits (..., V), with the weights as they are now."""
     head = model.get_output_embeddings()
-    if head.weight.numel() < PACK_FROM:
+    if head.weight.numel() < PACK_FROM or not can_pack(head.weight):
         return head_of(model)
     packed_head = Linear(weights_of(head), pack=True)
     return head_of(model) if packed_head.packed is None else scaled(packed_head, logit_scale(model.config))

@@ -195,17 +195,14 @@ def sample(
     logits (P, N) of any float type; seeds (P, 2) and index (P,): whose noise, and which; words (N,) int32: the ids that
     the logits belong to, None: all; noise (P, N): if it is made already; scored: with log-probabilities, else None.
     """
-    if noise is not None:
-        column, logprob = draw(logits, sampling, seeds, index, words, noise, scored)
-        return column if words is None else words.long()[column], logprob
     ids = all_words(logits.shape[1], logits.device) if words is None else words
-    if logits.is_cuda and not sampling.top_k and sampling.top_p == 1:
+    if noise is None and logits.is_cuda and not sampling.top_k and sampling.top_p == 1:
         column, logprob = compiled_draw(logits, sampling, seeds, index, ids, None, scored)
-    elif logits.is_cuda or logits.numel() <= IN_CACHE:
-        column, logprob = draw(logits, sampling, seeds, index, ids, None, scored)
-    else:
+    elif noise is None and not logits.is_cuda and logits.numel() > IN_CACHE:
         column, logprob = draw_in_cache(logits, sampling, seeds, index, ids, scored)
-    return column if words is None else words.long()[column], logprob
+    else:
+        column, logprob = draw(logits, sampling, seeds, index, ids, noise, scored)
+    return column if words is None else words[column].long(), logprob
 
 
 def draw_in_cache(logits, sampling: Sampling, seeds, index, words, scored: bool) -> tuple:
