@@ -25,13 +25,13 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import rollout
 from bench.engine import Contest
 from bench.engine import load_models as load_both
 from bench.harness import Result, Settings, room, rounds_flag, take_turns, threads_flag, train
 from bench.speculation import Rollout
 from bench.step import Party, Steps, row_of
 from drafter import Drafter, LearnedDrafts, Trainer, collect, fit
+from parts import accept
 from parts.common import ROOT, UserError, check_at_least, flag
 from parts.features import FeatureBuffer
 from parts.interfaces import Draft, Group, Strategy
@@ -274,10 +274,10 @@ def rounds(bench: Bench) -> list[dict]:
             engine.stop_at({-1})  # all rows live to the end
             sampling = Sampling(max_new=60)
             list(engine.generate(groups, Sampling(max_new=10), of_length(k)))  # memory is touched
-            own = rollout.sample, rollout.sample_columns
-            watches = rollout.sample, rollout.sample_columns = Stopwatch(own[0]), Stopwatch(own[1])
+            own = accept.sample, accept.sample_columns
+            watches = accept.sample, accept.sample_columns = Stopwatch(own[0]), Stopwatch(own[1])
             list(engine.generate(groups, sampling, of_length(k)))
-            rollout.sample, rollout.sample_columns = own
+            accept.sample, accept.sample_columns = own
             stats = engine.stats
             whole = (stats.draft_seconds + stats.verify_seconds) / stats.rounds
             row = {"name": f"{batch} rows, k = {k}", "ms": whole * 1e3}
