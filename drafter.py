@@ -142,6 +142,7 @@ class LearnedDrafts(Drafts):
     """
 
     needs_hidden = True
+    asks_host = False
     PIECE = 256  # columns caught up with at once: the mask of 12,000 at once would take gigabytes
 
     def __init__(self, drafter: Drafter):

@@ -290,7 +290,8 @@ class Engine:
         shape = self.shape_of(draft, sampling)
         if self.bucketed:
             self.live_count.fill_(len(self.live))
-        outcome = self.graphs.run(shape) if self.graphs and self.rule is Coupled else self.compute(shape)
+        asks_host = self.rule is not Coupled or (draft.k and self.drafters[draft.kind].asks_host)
+        outcome = self.compute(shape) if asks_host or self.graphs is None else self.graphs.run(shape)
         accepted, new_tokens = self.to_host(outcome)
         ended = self.extend_rows(new_tokens, sampling, outcome.shape[1] - 3, on_token)
         strategy.observe(self.tell(draft, accepted, sum(map(len, new_tokens)), started))
@@ -299,7 +300,8 @@ class Engine:
     def shape_of(self, draft: Draft, sampling: Sampling) -> Shape:
         """All that the host decides about the next round."""
         gap = self.drafters[draft.kind].missing(self.live) if draft.k else 0
-        shape = Shape(len(self.live), max(row.length for row in self.live), gap, draft, sampling)
+        view = max(row.length for row in self.live) + draft.k + 1
+        shape = Shape(len(self.live), view, gap, draft, sampling)
         return rounded(shape, self.slots, self.tokens.shape[1]) if self.bucketed else shape
 
     def compute(self, shape: Shape) -> torch.Tensor:
@@ -329,7 +331,8 @@ class Engine:
             drafts = self.drafters[draft.kind].propose(self, shape, rule.guess)
             ids, tree = rule.columns(ids, drafts)
         self.marks.set(1)
-        hidden = self.forward(rows, ids, lens, shape.longest + ids.shape[1], tree)  # (B, T, D)
+        view = shape.view + ids.shape[1] - len(columns)  # a tree has more columns
+        hidden = self.forward(rows, ids, lens, view, tree)  # (B, T, D)
         return rule.accept(self, ids, hidden), index
 
     def commit(self, verdict: Verdict, index: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -42,15 +42,10 @@ class Shape(NamedTuple):
     """All that the host decides about a round."""
 
     rows: int  # B
-    longest: int  # valid cache entries of the longest row
+    view: int  # cache entries that anyone may look at: the valid ones of the longest row, `cur` and k drafts
     gap: int  # entries that the drafter of this round catches up with
     draft: Draft
     sampling: Sampling
-
-    @property
-    def view(self) -> int:
-        """Cache entries that anyone may look at: those that are valid, `cur` and the drafts."""
-        return self.longest + self.draft.k + 1
 
 
 def power_above(number: int) -> int:
@@ -65,8 +60,7 @@ def rounded(shape: Shape, slots: int, room: int) -> Shape:
     gap = shape.gap
     if 0 < gap <= LONGEST_GAP:
         gap = power_above(max(gap, shape.draft.k + 1))
-    longest = view - shape.draft.k - 1
-    return shape._replace(rows=min(slots, power_above(shape.rows)), longest=longest, gap=gap)
+    return shape._replace(rows=min(slots, power_above(shape.rows)), view=view, gap=gap)
 
 
 # ---------------------------------------------------------------- time
@@ -141,7 +135,7 @@ class Graphs:
 
     def run(self, shape: Shape) -> torch.Tensor:
         """A round of this shape, replayed if it can be."""
-        if self.broken or shape.gap > LONGEST_GAP or shape.draft.kind == "n-gram":
+        if self.broken or shape.gap > LONGEST_GAP:
             return self.compute(shape)
         if shape not in self.seen:
             self.seen.add(shape)

@@ -139,6 +139,7 @@ class Drafts:
     """
 
     needs_hidden = False  # whether it reads the policy's hidden states
+    asks_host = True  # whether `propose` looks at more than its shape and tensors, so that no graph can replay it
 
     def begin(self) -> bool:
         """A rollout begins: whatever was copied from weights is copied anew -> whether it lies elsewhere now."""

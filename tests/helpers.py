@@ -125,7 +125,7 @@ def accepted_per_round(model, drafter: Drafter, k: int = 4) -> float:
 
 def shape_of(live: list[Row], k: int, gap: int = 0) -> Shape:
     """Of a round of these rows, as Engine.shape_of."""
-    return Shape(len(live), max(row.length for row in live), gap, Draft("learned", k), SAMPLINGS[0])
+    return Shape(len(live), max(row.length for row in live) + k + 1, gap, Draft("learned", k), SAMPLINGS[0])
 
 
 # ---------------------------------------------------------------- what speculation must not change
