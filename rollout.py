@@ -174,12 +174,16 @@ class Engine:
         free = free_memory(self.model.device)
         if free is None:
             return self.slots
-        config, dtype = self.model.config, self.model.dtype
-        row_bytes = SlotCache(config, 1, room, dtype, "meta", config.num_hidden_layers + len(self.drafters)).data.nbytes
-        row_bytes += self.keep_hidden * room * config.hidden_size * dtype.itemsize
         # in float32: logits, noise, sum, hash
-        logits_bytes = 16 * min(self.logits_at_once, self.slots * (MAX_DRAFTS + 1) * config.vocab_size)
-        return rows_that_fit(self.slots, room, row_bytes, free - logits_bytes, self.reserve_bytes)
+        logits_bytes = 16 * min(self.logits_at_once, self.slots * (MAX_DRAFTS + 1) * self.model.config.vocab_size)
+        return rows_that_fit(self.slots, room, self.row_bytes(room), free - logits_bytes, self.reserve_bytes)
+
+    def row_bytes(self, room: int) -> int:
+        """Memory of a slot of so many tokens."""
+        config, dtype = self.model.config, self.model.dtype
+        layers = config.num_hidden_layers + len(self.drafters)
+        cache = SlotCache(config, 1, room, dtype, "meta", layers).data.nbytes
+        return cache + self.keep_hidden * room * config.hidden_size * dtype.itemsize
 
     @torch.inference_mode()
     def generate(
@@ -322,7 +326,7 @@ class Engine:
         draft = shape.draft
         rows = slice(0, shape.rows)
         lens = self.lens[rows]
-        columns = torch.arange(draft.k + 1, device=lens.device)
+        columns = self.cache.numbers[: draft.k + 1]
         index = (lens + 1 - self.start[rows])[:, None] + columns
         rule = self.rule(shape.sampling, self.seeds[rows], index, self.model.config.vocab_size)
         ids = self.tokens[rows].gather(1, lens[:, None])  # (B, 1): cur
@@ -339,14 +343,14 @@ class Engine:
         """Write a round's tokens, log-probabilities and features, and move the lengths -> tokens emitted (B,)."""
         n, columns = verdict.tokens.shape
         rows = slice(0, n)
-        steps = torch.arange(columns, device=self.lens.device)
+        steps = self.cache.numbers[:columns]
         # a stop token or the length limit may come inside the accepted run
         stops = (verdict.tokens[..., None] == self.stop).any(-1)
         before_stop = torch.where(stops, steps, columns).amin(1)
         emitted = torch.minimum(verdict.accepted, before_stop) + 1
         emitted = torch.minimum(emitted, sampling.max_new - index[:, 0])
         if self.bucketed:  # the rows beyond the live ones stay as they are
-            emitted = torch.where(torch.arange(n, device=emitted.device) < self.live_count, emitted, 0)
+            emitted = torch.where(self.cache.numbers[:n] < self.live_count, emitted, 0)
         # (B, k+1), of cur and the drafts; the sample of a place stands one later
         places = self.lens[rows, None] + steps
         self.tokens[rows].scatter_(1, places + 1, verdict.tokens)

@@ -55,6 +55,12 @@ class SlotCache(Cache):
         self.data = torch.zeros(shape, dtype=dtype, device=device)
         # views of each layer, made once, because at batch 1 making them shows: keys, values, and both flattened
         self.views = [(k, v, k.flatten(0, 2), v.flatten(0, 2)) for k, v in self.data]
+        self.never = torch.tensor(-torch.inf, dtype=dtype, device=device)  # what a mask adds
+        self.always = torch.tensor(0.0, dtype=dtype, device=device)
+        # of places, rows and columns (of a short slot there are more columns than places)
+        self.numbers = torch.arange(max(slots, length + 16), device=device)
+        first = torch.arange(slots * self.heads, device=device) * length
+        self.first = first.view(slots, self.heads, 1)  # of each slot and head, in the flattened views
         self.rows = slice(0, 0)  # these three: see `place`
         self.view = 0
         self.flat = torch.zeros(0, dtype=torch.long)
@@ -68,9 +74,7 @@ class SlotCache(Cache):
         """rows: those that take part; slots (B, T): positions of the new tokens; view: how many entries anyone sees."""
         self.rows = rows
         self.view = view
-        head = torch.arange(rows.start * self.heads, rows.stop * self.heads, device=slots.device)
-        head = head.view(-1, self.heads, 1)  # (B, heads, 1)
-        self.flat = (head * self.length + slots[:, None]).flatten()  # (B * heads * T,) into (slots * heads * length)
+        self.flat = (self.first[rows] + slots[:, None]).flatten()  # (B * heads * T,) into (slots * heads * length)
 
     def update(self, key, value, layer, *args, **kwargs):
         """key, value (B, heads, T, w) -> all that the rows may look at, (B, heads, view, w)."""
@@ -138,8 +142,8 @@ def attend(cache: SlotCache, rows: slice, lens, view: int, columns: int, tree: T
     view = min(view, cache.length)
     # when a drafter catches up over gaps of unequal length, a row's padding may reach beyond its slot; the slot's last
     # entry belongs to nobody
-    slots = (lens[:, None] + torch.arange(columns, device=lens.device)).clamp(max=cache.length - 1)  # (B, T)
-    place = torch.arange(view, device=lens.device)
+    slots = (lens[:, None] + cache.numbers[:columns]).clamp(max=cache.length - 1)  # (B, T)
+    place = cache.numbers[:view]
     if tree is None:
         positions = slots
         unseen = place > slots[..., None]  # (B, T, view)
@@ -148,7 +152,7 @@ def attend(cache: SlotCache, rows: slice, lens, view: int, columns: int, tree: T
         new = place - lens[:, None]  # (B, view): which of the new entries stands there; below 0: an old one
         sees = tree.sees[:, new.clamp(0, columns - 1)].transpose(0, 1)  # (B, T, view)
         unseen = ~((new < 0)[:, None] | (sees & (new < columns)[:, None]))
-    mask = torch.zeros(unseen.shape, dtype=cache.data.dtype, device=lens.device).masked_fill_(unseen, -torch.inf)
+    mask = torch.where(unseen, cache.never, cache.always)
     cache.place(rows, slots, view)
     return positions, mask.repeat(1, cache.groups, 1)[:, None]
 
@@ -167,6 +171,8 @@ def forward(model, cache: SlotCache, rows: slice, ids, lens, view: int, tree=Non
     angles = signed(decoder.rotary_emb(x, positions))
     for i, layer in enumerate(fused_layers):
         x = layer(x, mask, cache, angles, i)
+    if hasattr(decoder.norm, "variance_epsilon"):
+        return F.rms_norm(x, x.shape[-1:], *norm_of(decoder.norm))
     return decoder.norm(x)
 
 
@@ -315,7 +321,7 @@ class FusedLayer:
         qkv = self.qkv(normed).view(*x.shape[:2], rotated_heads + self.kv_heads, self.width)
         qkv = qkv.transpose(1, 2)  # (B, heads, T, w)
         qk = qkv[:, :rotated_heads]
-        qk = qk * angles[0] + qk.roll(self.width // 2, -1) * angles[1]
+        qk = torch.addcmul(qk * angles[0], qk.roll(self.width // 2, -1), angles[1])
         key, value = cache.update(qk[:, self.heads :], qkv[:, rotated_heads:], index)
         seen, _ = slot_attention(self.module, qk[:, : self.heads], key, value, mask, scaling=self.width**-0.5)
         x = x + self.out(seen.reshape(*x.shape[:2], -1))

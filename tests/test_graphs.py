@@ -344,7 +344,7 @@ def test_few_shapes_in_a_rollout():
     for group in groups:
         group.seeds[:] = [sequence_seed(0, group.key, k) for k in range(16)]
     list(engine.generate(groups, Sampling(max_new=200), Goodput(arms(["learned"]))))
-    assert engine.stats.rounds > 100
+    assert engine.stats.rounds > 40
     assert len(engine.graphs.replays) <= 40
     assert tape.count <= 40
 
