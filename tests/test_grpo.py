@@ -15,7 +15,7 @@ from parts.sampling import Sampling, sequence_seed
 from parts.workers import Alone
 from rollout import Engine
 from tasks import Grade
-from train_grpo import Config, advantages, policy_loss, token_logprobs, token_weights, update
+from train_grpo import Config, advantages, policy_loss, token_logprobs, token_scores, token_weights, update
 
 CONFIG = Config(prompts=4, samples=6, max_new=30, micro_tokens=200, device="cpu")
 
@@ -222,9 +222,9 @@ def test_gradient_equals_one_by_hand(loss, kl, monkeypatch):
     check_gradient_by_hand(loss, kl)
 
     def at_temperature_one(model, responses, temperature, *rest):
-        return token_logprobs(model, responses, 1.0, *rest)
+        return token_scores(model, responses, 1.0, *rest)
 
-    monkeypatch.setattr(train_grpo, "token_logprobs", at_temperature_one)
+    monkeypatch.setattr(train_grpo, "token_scores", at_temperature_one)
     caught(check_gradient_by_hand, loss, kl)
 
 
