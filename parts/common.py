@@ -73,10 +73,14 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None, b
     """
     parser = make_parser(config_class, description)
     values = parser.parse_args(argv)
-    if before or getattr(values, "config", ""):
+    file = getattr(values, "config", "")
+    if before or file:
         settings = parser.parse_args(before or [])
-        vars(settings).update(read_settings(values.config, config_class) if values.config else {})
+        if file:
+            vars(settings).update(read_settings(file, config_class))
         values = parser.parse_args(argv, settings)  # sets what is typed, and nothing else
+        if file:
+            values.config = ""  # all settings are here now
     return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in vars(values).items()})
 
 

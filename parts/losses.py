@@ -4,7 +4,7 @@ a penalty for length, the choice of groups that teach, a schedule of the learnin
 GSPO (arXiv 2507.18071). The ratio of a response y to its old policy is s = (p(y) / p_old(y)) ^ (1 / |y|), one number
 for all its tokens: exp(mean over its tokens of log p - log p_old). Each token's gradient is s * A * grad log p. That is
 grpo with another old policy, log p_old' = log p (without its gradient) - log s: then p / p_old' is s, and the gradient
-of a token's ratio is s * grad log p.
+of a token's ratio is s * grad log p (the paper's GSPO-token; with one advantage per response it is GSPO).
 
 Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
 training"). A rollout in bfloat16 samples from a policy that is not quite the trainer's. The policy term of each token

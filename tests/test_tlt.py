@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import train_grpo
 from drafter import Drafter
 from parts import checkpoints, logprobs, spot, supervise
 from parts.common import UserError
-from parts.interfaces import Draft, Group, RoundReport, Strategy
+from parts.interfaces import Draft, Group, RoundReport, Stats, Strategy
 from parts.logprobs import checkpoint_layers
 from parts.sampling import Sampling
 from parts.spot import Spot, train_until
@@ -64,6 +65,20 @@ def check_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
 @pytest.mark.parametrize("other", ["alone", "2", "3", "plain", "warm", "bandit", "sharded"])
 def test_every_door_number_of_workers_and_kind_of_drafting_gives_the_same_run(runs, other):
     check_same_run(runs / "1", runs / other, 0.0 if other in ("alone", "bandit") else 0.02)
+
+
+def check_further_prompts(a: Path, b: Path) -> None:
+    """Both ask as many."""
+    for x, y in zip(step_rows(a), step_rows(b), strict=True):
+        assert x["extra"]["groups"] == y["extra"]["groups"] > 0
+        assert abs(x["entropy"] - y["entropy"]) < 1e-3
+        assert abs(x["gap_mean"] - y["gap_mean"]) < 1e-5
+    check_same_run(a, b, 0.02)
+
+
+def test_two_workers_that_draft_replace_the_same_groups(runs):
+    check_further_prompts(runs / "dynamic-alone", runs / "dynamic")
+    caught(check_same_run, runs / "alone", runs / "dynamic", 0.02)
 
 
 def test_two_workers_resume_exactly(runs):
@@ -325,6 +340,31 @@ def test_what_is_counted_for_the_metrics():
     assert watched.right == [2 * n for n in range(15, -1, -1)]
     watched.forget()
     assert sum(watched.tried) == sum(watched.right) == 0
+
+
+def check_rounds(team: tlt.Team, held_out_learns: bool = False) -> None:
+    """Two rollouts of a step are counted together, the evaluation before it is not, and the next step begins anew."""
+    for rounds, learn in ((100, held_out_learns), (3, True), (5, True)):
+        engine = SimpleNamespace(slots=4, stats=Stats(rounds=rounds))
+        team.rollout(engine, [Group(0, [1], [])], Sampling(), None, lambda n: None, learn=learn)
+    assert team.notes().rounds == 8
+    assert team.notes().rounds == 0
+
+
+def test_the_rollouts_of_a_step_are_counted_together(monkeypatch):
+    monkeypatch.setattr(tlt.Team, "__init__", lambda self, config: Alone.__init__(self, config))
+    monkeypatch.setattr(tlt.Team, "generate", lambda *args: [])
+    for learns in (False, True):
+        team = tlt.Team(TLTConfig(device="cpu", drafter="off", ngram=True))
+        hosted = Board.host()
+        team.board = Board("", 0, hosted)
+        team.rollouts = 0
+        team.spot = None
+        team.engine(tiny(), {1}, 4, 0)
+        if learns:
+            caught(check_rounds, team, held_out_learns=True)
+        else:
+            check_rounds(team)
 
 
 @pytest.mark.parametrize(
