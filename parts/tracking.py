@@ -17,7 +17,8 @@ from parts.common import UserError, reason
 
 def check_tracker(track: str) -> None:
     """Raises UserError if the package of this --track is not installed."""
-    if track != "off" and find_spec(track) is None:
+    spec = None if track == "off" else find_spec(track)
+    if track != "off" and (spec is None or spec.origin is None):  # without an origin it is a folder of that name
         raise UserError(f"--track {track}: this needs the package {track}; install it with `pip install {track}`")
 
 
