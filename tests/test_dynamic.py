@@ -159,16 +159,16 @@ def figures(out) -> list[dict]:
     return rows
 
 
-def check_resumed(model_folder, out, monkeypatch):
-    """A run of three steps, stopped after the second, and one that was left alone."""
-    flags = [*DYNAMIC, "--steps", 3, "--schedule", "cosine", "--weight-decay", 0.1, "--epochs", 2, "--lr", 1e-2]
-    whole = out / "whole"
-    run_main(monkeypatch, "--model", model_folder, "--out", whole, *flags)
-    parts = shutil.copytree(whole, out / "parts")
+CHANGING = [*DYNAMIC, "--steps", 3, "--schedule", "cosine", "--weight-decay", 0.1, "--epochs", 2, "--lr", 1e-2]
+
+
+def check_resumed(whole, model_folder, parts, monkeypatch):
+    """A run of three steps that was left alone, and one that was stopped after the second."""
+    shutil.copytree(whole, parts)
     for name in ("checkpoint-000003", "policy"):
         shutil.rmtree(parts / name)
     assert checkpoints.newest(parts).name == "checkpoint-000002"
-    run_main(monkeypatch, "--model", model_folder, "--out", parts, *flags, "--resume")
+    run_main(monkeypatch, "--model", model_folder, "--out", parts, *CHANGING, "--resume")
     assert figures(whole) == figures(parts)
     wanted = load_file(whole / "policy/model.safetensors")
     got = load_file(parts / "policy/model.safetensors")
@@ -176,7 +176,9 @@ def check_resumed(model_folder, out, monkeypatch):
 
 
 def test_a_run_with_a_schedule_and_further_prompts_resumes_exactly(patchy, model_folder, tmp_path, monkeypatch):
-    check_resumed(model_folder, tmp_path / "good", monkeypatch)
+    whole = tmp_path / "whole"
+    run_main(monkeypatch, "--model", model_folder, "--out", whole, *CHANGING)
+    check_resumed(whole, model_folder, tmp_path / "good", monkeypatch)
     right_init = train_grpo.Training.__init__
     updates = []
 
@@ -191,7 +193,7 @@ def test_a_run_with_a_schedule_and_further_prompts_resumes_exactly(patchy, model
     with monkeypatch.context() as patch:
         patch.setattr(train_grpo.Training, "__init__", begin)
         patch.setattr(train_grpo, "set_rate", of_this_process)
-        caught(check_resumed, model_folder, tmp_path / "rate", monkeypatch)
+        caught(check_resumed, whole, model_folder, tmp_path / "rate", monkeypatch)
     right_ask = train_grpo.Training.ask
 
     def where_the_last_ended(self, split, indices, samples, *seed):
@@ -201,7 +203,7 @@ def test_a_run_with_a_schedule_and_further_prompts_resumes_exactly(patchy, model
         return right_ask(self, split, ours, samples, *seed)
 
     monkeypatch.setattr(train_grpo.Training, "ask", where_the_last_ended)
-    caught(check_resumed, model_folder, tmp_path / "prompts", monkeypatch)
+    caught(check_resumed, whole, model_folder, tmp_path / "prompts", monkeypatch)
 
 
 def test_a_resumed_run_takes_the_new_weight_decay(patchy, model_folder, tmp_path, monkeypatch):

@@ -485,13 +485,17 @@ def updates(team, config, folder):
     return stats, states
 
 
+# with the correction all responses are scored before the first update
+UPDATES = {"device": "cpu", "minibatches": 2, "micro_tokens": 150, "tis_cap": 2.0}
+
+
 def sharded(rank: int, port: int, folder: Path, broken: bool) -> None:
     """A worker process."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     # with layers that are computed twice, and the head in slices
-    config = TLTConfig(device="cpu", minibatches=2, micro_tokens=150, shard=True, gradient_checkpointing=True)
+    config = TLTConfig(**UPDATES, shard=True, gradient_checkpointing=True)
     logprobs.SLICE = 118 * 7
     team = tlt.Team(config)
     if broken:  # means instead of sums
@@ -506,7 +510,7 @@ def sharded(rank: int, port: int, folder: Path, broken: bool) -> None:
 
 def check_sharded(folder: Path, broken: bool) -> None:
     torch.multiprocessing.spawn(sharded, (free_port(), folder, broken), nprocs=2)
-    config = train_grpo.Config(device="cpu", minibatches=2, micro_tokens=150)
+    config = train_grpo.Config(**UPDATES)
     stats, (policy, moments) = updates(Alone(config), config, folder)
     their_stats, (theirs, their_moments) = torch.load(folder / f"broken {broken}", weights_only=True)
     assert policy.keys() == theirs.keys()
