@@ -220,6 +220,9 @@ class Table:
             started = min(worker[0].start for worker in spans)
             for rank, worker in enumerate(spans):
                 self.say(f"       worker {rank} |{gantt(worker, started, row['seconds']['step'])}|")
+        if "extra" in row:
+            extra = row["extra"]
+            self.say(f"       {extra['groups']} further prompts in the place of flat groups: {extra['seconds']:.2f} s")
         if row["skipped"]:
             self.say("       the gradient was not finite: the policy stays as it was")
         if "speculation" in row:

@@ -51,7 +51,7 @@ from drafter import LearnedDrafts
 from parts import checkpoints
 from parts.common import ROOT, UserError, check_at_least, flag, parse_flags, run
 from parts.demo import demo_flags
-from parts.interfaces import Group, Response
+from parts.interfaces import Group, Response, Stats
 from parts.ngram import NGramDrafts
 from parts.shard import Sharded
 from parts.spot import Spot, train_until
@@ -151,10 +151,11 @@ class Team(Alone):
         self.rollouts = 0  # so far
         self.spot: Spot | None = None  # these three come with the engine
         self.strategy: Watched | None = None
-        self.engine_stats = None
+        self.training: list[Stats] = []  # of the rollouts of this step, not of evaluations
 
     def engine(self, actor, stop, slots, reserve_bytes):
         """An engine with its drafters; with them come the spot trainer and the strategy."""
+        self.training = []
         drafters = {}
         if self.config.drafter != "off":
             self.spot = Spot(actor, self.config, self.rank, stop)
@@ -176,7 +177,8 @@ class Team(Alone):
             self.spot.begin(self.rollouts)
             self.strategy.begin(["learned"])  # the policy has moved, the drafter has learned
         my_responses = self.generate(engine, groups, sampling, grade, progress, name, learn)
-        self.engine_stats = engine.stats
+        if learn:
+            self.training.append(engine.stats)
 
         total = sum(len(g.seeds) for g in groups)
 
@@ -221,12 +223,14 @@ class Team(Alone):
             self.spot.average(self.all_reduce)
 
     def notes(self):
-        """As Alone.notes. The rounds are those of the last rollout, the guesses those since the last call."""
-        stats = self.engine_stats
+        """As Alone.notes. The rounds are those of the step's rollouts, the guesses those since the last call."""
+        training = self.training
+        self.training = []
         if self.spot is None and not self.config.ngram:
             return None
         notes = WorkerNotes(tried=self.strategy.tried, right=self.strategy.right)
-        notes.add_rollout(stats)
+        for stats in training:
+            notes.add_rollout(stats)
         self.strategy.forget()
         if self.spot:
             notes.drafter_steps = self.spot.steps
@@ -275,11 +279,12 @@ def worker(config: TLTConfig, tell: Callable[[str], None] | None = None) -> None
 def main() -> None:
     """See above."""
     argv = sys.argv[1:]
+    demo = []
     if "--demo" in argv:
         argv.remove("--demo")
-        argv = demo_flags() + argv  # what is given by hand comes later and wins
+        demo = demo_flags()
     description = __doc__ + "\n--demo: settings for a demonstration on this machine; other flags override them"
-    config = parse_flags(TLTConfig, description, argv)
+    config = parse_flags(TLTConfig, description, argv, demo)
     check(config)
     if "RANK" in os.environ:
         with checkpoints.claim(config.out) if os.environ["RANK"] == "0" else contextlib.nullcontext():

@@ -13,8 +13,14 @@ One step:
     grpo      1 / (number of responses * its length)          divided by std      DeepSeekMath, arXiv 2402.03300
     dr_grpo   1 / (number of responses * max_new)             not divided         Dr. GRPO, 2503.20783 (1)
     dapo      1 / (number of tokens)                          divided by std      DAPO, 2503.14476 (2)
+    gspo      as grpo                                         as grpo             GSPO, 2507.18071 (3)
+    cispo     as dapo                                         as grpo             MiniMax-M1, 2506.13585 (4)
 
     (1) no bias towards short right and long wrong answers   (2) every token counts the same
+    (3) rho is the response's, the geometric mean of its tokens' (parts/losses.py). Equals grpo in the first update of a
+        rollout, where rho = 1, so always with one update per rollout
+    (4) w * clip(rho) A log p instead of w * min(...), no gradient through clip(rho): no token is left out. Its gradient
+        equals dapo's in the first update of a rollout
 
     k3 = exp(d) - d - 1,  d = log p_ref - log p:  an unbiased, positive estimate of KL(policy || reference)
 
@@ -24,13 +30,14 @@ Rules that keep the sums right (each has a test):
 - Masks come from lengths, never from `!= pad`: the stop token is a decision and gets its gradient.
 - Scoring uses the sampling temperature. The first update of a rollout takes its own log-probabilities as the old ones,
   so rho is exactly 1; the rollout's are compared with them (`gap_max` in metrics.jsonl: the alarm that rollout and
-  trainer are the same policy) and serve as p_old in later updates.
+  trainer are the same policy) and serve as p_old in later updates. Where they are corrected (`--tis-cap`, see
+  parts/losses.py), p_old is the trainer's in all updates: it scores the responses once before the first.
 - A gradient that is not finite changes nothing: that update is skipped and counted, and after three such steps in a row
   training stops and names the last checkpoint.
 - Only token ids cross from rollout to update. Who made a response, when, in which batch, must not reach the sums, so
   mini- and micro-batches are cut by content.
 
-Left out: a critic, DAPO's dynamic sampling and overlong shaping, reward models, replay of old rollouts.
+Left out: a critic, reward models, replay of old rollouts.
 """
 
 import math
@@ -42,13 +49,15 @@ import torch
 from tqdm import tqdm
 
 from parts import checkpoints
-from parts.batches import Example, UpdateStats, combine, micro_batches, with_less_memory
-from parts.common import UserError, check_at_least, flag, flag_name, parse_flags, run
+from parts.batches import Example, UpdateStats, combine, micro_batches, per_token, precision, score, with_less_memory
+from parts.common import UserError, check_at_least, check_not_negative, flag, parse_flags, run
 from parts.interfaces import Group, Response
 from parts.journal import Journal
 from parts.loading import check_context, load_model, load_tokenizer, stop_tokens
-from parts.logprobs import checkpoint_layers, token_logprobs
+from parts.logprobs import checkpoint_layers, token_logprobs, token_scores
+from parts.losses import choose, missing_groups, sequence_old, set_rate, truncated_importance
 from parts.sampling import Sampling, sequence_seed
+from parts.tracking import check_tracker
 from parts.workers import Alone
 from report import evaluation, model_card, show_samples
 from tasks import Problem, encode_prompt, make_task
@@ -63,6 +72,7 @@ class Config:
     data: str = flag("", "gsm8k: a local folder with train.jsonl and test.jsonl instead of the hub")
     prompt_style: str = flag("auto", "how problems become prompts", ("auto", "trace", "chat", "base"))
     out: str = flag("runs/grpo", "folder for metrics, pictures, checkpoints and the final policy")
+    config: str = flag("", "a JSON file with settings, such as an earlier run's config.json; other flags override it")
     resume: bool = flag(False, "go on from the newest checkpoint in --out; without it an earlier run there is replaced")
     seed: int = flag(0, "seed of prompts and samples")
     device: str = flag("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
@@ -73,14 +83,19 @@ class Config:
     max_new: int = flag(512, "longest response in tokens")
     temperature: float = flag(1.0, "sampling temperature, also used in scoring")
     slots: int = flag(64, "rows that a worker generates at once")
+    dynamic_sampling: int = flag(0, "further prompts per step, at most, in the place of groups whose rewards are equal")
+    overlong_penalty: int = flag(0, "the reward falls by up to 1 over so many tokens before --max-new")
 
-    loss: str = flag("grpo", "which weights and advantages (see above)", ("grpo", "dr_grpo", "dapo"))
+    loss: str = flag("grpo", "weights, advantages, ratio: see above", ("grpo", "dr_grpo", "dapo", "gspo", "cispo"))
     clip_low: float = flag(0.2, "how far the ratio may fall below 1")
     clip_high: float = flag(0.2, "how far the ratio may rise above 1 (dapo's authors use 0.28)")
     kl: float = flag(0.0, "weight of the KL penalty to the starting policy; 0 keeps no reference model")
+    tis_cap: float = flag(-1.0, "cap of weights that correct rollouts; 0: none; -1: 2 where they are bfloat16, else 0")
     mask_truncated: bool = flag(False, "give no gradient to responses cut at max_new")
-    lr: float = flag(1e-4, "learning rate, constant after the warm-up")
+    lr: float = flag(1e-4, "learning rate after the warm-up")
     warmup: int = flag(3, "updates until the learning rate is reached")
+    schedule: str = flag("constant", "of the learning rate, over all --steps", ("constant", "linear", "cosine"))
+    weight_decay: float = flag(0.0, "AdamW's, on all weights")
     grad_clip: float = flag(1.0, "largest gradient norm")
     epochs: int = flag(1, "passes over each rollout")
     minibatches: int = flag(1, "updates per pass")
@@ -93,6 +108,7 @@ class Config:
     eval_samples: int = flag(4, "samples per held-out problem: pass@1 is their mean, pass@k for k up to this many")
     save_every: int = flag(10, "steps between checkpoints; the last two are kept")
     show_every: int = flag(10, "steps between printed samples; 0: never")
+    track: str = flag("off", "where metrics also go", ("off", "tensorboard", "wandb"))
 
     def __post_init__(self):
         """Raises UserError."""
@@ -102,9 +118,10 @@ class Config:
             raise UserError(
                 f"--temperature {self.temperature}: learning needs samples that differ, so it must be above 0"
             )
-        for name in ("lr", "kl", "clip_low", "clip_high", "grad_clip", "eval_every", "show_every", "warmup"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be a number that is not negative")
+        check_not_negative(self, "lr", "kl", "clip_low", "clip_high", "grad_clip", "warmup", "weight_decay")
+        check_not_negative(self, "eval_every", "show_every", "dynamic_sampling", "overlong_penalty")
+        if self.tis_cap != -1:
+            check_not_negative(self, "tis_cap")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
 
@@ -123,9 +140,9 @@ def advantages(rewards: torch.Tensor, loss: str) -> torch.Tensor:
 
 def token_weights(lengths: list[int], loss: str, max_new: int) -> list[float]:
     """lengths: of all responses of the mini-batch -> weight of a token of each, so that weighted sums are the loss."""
-    if loss == "grpo":
+    if loss in ("grpo", "gspo"):
         return [1 / (len(lengths) * n) for n in lengths]
-    weight = 1 / (len(lengths) * max_new) if loss == "dr_grpo" else 1 / sum(lengths)
+    weight = 1 / (len(lengths) * max_new) if loss == "dr_grpo" else 1 / sum(lengths)  # dapo, cispo
     return [weight] * len(lengths)
 
 
@@ -144,7 +161,10 @@ def k3(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def policy_loss(logp, old, reference, advantage, weight, config: Config) -> torch.Tensor:
     """Weighted sum over tokens, all arguments (N,) -> scalar. reference is None without KL."""
     ratio, clipped = clip_ratio(logp, old, config)
-    loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    if config.loss == "cispo":
+        loss = -clipped.detach() * advantage * logp
+    else:
+        loss = -torch.minimum(ratio * advantage, clipped * advantage)
     if reference is not None:
         loss = loss + config.kl * k3(logp, reference)
     return (weight * loss).sum()
@@ -159,32 +179,41 @@ def update(model, reference, optimizer, responses, advantage: list[float], step:
     responses: of all workers, in the same order everywhere; advantage: one number for each.
     """
     examples = [Example(r, a) for r, a in zip(responses, advantage) if r.stopped or not config.mask_truncated]
+    parts = mini_batches(examples, config)
+    updates = config.epochs * len(parts)
     totals = []
     norms = []
     model.train()
-    for epoch in range(config.epochs):
-        for part in range(config.minibatches):
-            batch = examples[part :: config.minibatches]  # strided: each mini-batch holds samples of every group
-            if not batch:
-                continue
-            weights = token_weights([len(x.response.tokens) for x in batch], config.loss, config.max_new)
-            for x, weight in zip(batch, weights):
-                x.weight = weight
-            useful = [x for x in batch if x.advantage or config.kl]  # else the gradient is exactly 0
-            totals.append(gradients(model, reference, optimizer, useful, epoch == part == 0, config, team))
-            norms.append(team.layout.sum_and_clip(model, config.grad_clip, team))
-            done = step * config.epochs * config.minibatches + len(norms)  # updates so far, this one included
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1.0, done / max(1, config.warmup))
-            if math.isfinite(norms[-1]):  # the same on all workers
-                optimizer.step()
-            optimizer.zero_grad()
+    if team.tis_cap and updates > 1:
+        for part in parts:
+            score(model, part, team)
+    for i in range(updates):
+        totals.append(gradients(model, reference, optimizer, parts[i % len(parts)], i == 0, config, team))
+        norms.append(team.layout.sum_and_clip(model, config.grad_clip, team))
+        done = step * config.epochs * config.minibatches + i + 1  # updates so far, this one included
+        set_rate(optimizer, done, config)
+        if math.isfinite(norms[-1]):  # the same on all workers
+            optimizer.step()
+        optimizer.zero_grad()
     model.eval()
     finite = [norm for norm in norms if math.isfinite(norm)]
     row = combine([stats for worker in team.gather(totals) for stats in worker])
     row["grad_norm"] = sum(finite) / max(1, len(finite))
     row["skipped"] = len(norms) - len(finite)
+    row["lr"] = optimizer.param_groups[0]["lr"]
     return row
+
+
+def mini_batches(examples: list[Example], config: Config) -> list[list[Example]]:
+    """Strided: each holds samples of every group. All count in the weights; those with a gradient of 0 are left out."""
+    parts = []
+    for part in range(min(config.minibatches, len(examples))):
+        batch = examples[part :: config.minibatches]
+        weights = token_weights([len(x.response.tokens) for x in batch], config.loss, config.max_new)
+        for x, weight in zip(batch, weights):
+            x.weight = weight
+        parts.append([x for x in batch if x.advantage or config.kl])
+    return parts
 
 
 def gradients(model, reference, optimizer, examples, on_policy: bool, config: Config, team: Alone) -> UpdateStats:
@@ -203,39 +232,31 @@ def accumulate(model, reference, batches, on_policy: bool, config: Config, team)
     on_policy: the first update of a rollout, whose old policy is the present one.
     """
     stats = UpdateStats()
-    bf16 = config.bf16 or team.device != "cpu"
     for batch in batches:
         team.clock.enter("update")
         responses = [x.response for x in batch]
-        # without its cache: there the gradients of several uses of a weight would be summed in bfloat16
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            logp = token_logprobs(model, responses, config.temperature, team.layout.logprobs_at)
+        with precision(team):
+            logp, entropy = token_scores(model, responses, config.temperature, team.layout.logprobs_at)
             ref = None
             if reference is not None:
                 with torch.no_grad():
                     ref = token_logprobs(reference, responses, config.temperature)
-        behaviour = torch.cat([r.logprobs for r in responses]).to(logp.device)
-        counts = torch.tensor([len(r.tokens) for r in responses], device=logp.device)
-        advantage = torch.tensor([x.advantage for x in batch], device=logp.device).repeat_interleave(counts)
-        weight = torch.tensor([x.weight for x in batch], device=logp.device).repeat_interleave(counts)
-        loss = policy_loss(logp, logp.detach() if on_policy else behaviour, ref, advantage, weight, config)
+        present = logp.detach()
+        behaviour, old, advantage, weight = per_token(batch, logp.device)
+        if on_policy:
+            old = present
+        gap = old - behaviour  # of trainer and rollout; 0 where p_old is the rollout's
+        if team.tis_cap:
+            advantage = advantage * truncated_importance(gap, team.tis_cap)
+        if config.loss == "gspo":
+            old = sequence_old(present, old, [len(r.tokens) for r in responses])
+        loss = policy_loss(logp, old, ref, advantage, weight, config)
         loss.backward()
-        if batch[0].weight:
-            add_up(stats, loss.detach(), logp.detach(), behaviour, ref, on_policy, config)
+        if batch[0].weight:  # else it only fills up a share
+            stats.add(loss, entropy, *clip_ratio(present, old, config), None if ref is None else k3(present, ref))
+            if on_policy or team.tis_cap:
+                stats.compare(gap, team.tis_cap)
     return stats
-
-
-def add_up(stats: UpdateStats, loss, logp, behaviour, ref, on_policy: bool, config: Config) -> None:
-    """Statistics of one micro-batch; all tensors but the loss (N,)."""
-    stats.loss += loss.item()
-    stats.tokens += len(logp)
-    if on_policy:
-        stats.gap_max = max(stats.gap_max, (logp - behaviour).abs().max().item())
-    else:
-        ratio, clipped = clip_ratio(logp, behaviour, config)
-        stats.clipped += (ratio != clipped).sum().item()
-    if ref is not None:
-        stats.kl += k3(logp, ref).sum().item()
 
 
 # ---------------------------------------------------------------- the loop
@@ -243,6 +264,7 @@ def add_up(stats: UpdateStats, loss, logp, behaviour, ref, on_policy: bool, conf
 
 def check(config: Config) -> None:
     """Everything that can be known to be wrong before anything is started or replaced. Raises UserError."""
+    check_tracker(config.track)
     task = make_task(config.task, config.data)
     tokenizer = load_tokenizer(config.model)
     for split in ("train", "test"):
@@ -270,10 +292,12 @@ class Training:
         if self.writes:
             checkpoints.prepare(self.out, config, start)
         self.model, self.actor = team.layout.place(model, team.device)
+        if config.tis_cap < 0 and self.actor.dtype != self.model.dtype:
+            team.tis_cap = 2.0
         if config.gradient_checkpointing:
             checkpoint_layers(self.model)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            self.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
         )
         self.first_step, metrics = checkpoints.load(start, self.model, self.optimizer)
         if len(set(team.gather(self.first_step))) > 1:
@@ -323,18 +347,36 @@ class Training:
         responses = self.ask("test", range(self.config.eval_problems), n, "eval")
         self.journal.evaluation(evaluation(step, responses, n, time.time() - started))
 
+    def sample(self, step: int) -> tuple[list[Response], torch.Tensor, dict]:
+        """A step's responses, their rewards (groups, G), and what dynamic sampling took: as long as groups are missing
+        whose rewards are not all equal, as many further prompts are asked.
+        """
+        config = self.config
+        limit = config.prompts + config.dynamic_sampling  # the prompts of a step follow from its number alone
+        responses: list[Response] = []
+        seconds: list[float] = []
+        wanted = config.prompts
+        while wanted:
+            started = time.time()
+            first = step * limit + len(responses) // config.samples
+            responses += self.ask("train", range(first, first + wanted), config.samples, step)
+            seconds.append(time.time() - started)
+            rewards = torch.tensor([float(r.grade.strict) for r in responses]).view(-1, config.samples)
+            wanted = min(missing_groups(rewards, config.prompts), limit - len(rewards))
+        extra = {"groups": len(rewards) - config.prompts, "seconds": sum(seconds[1:])}
+        return responses, rewards, {"extra": extra} if config.dynamic_sampling else {}
+
     def step(self, step: int) -> None:
         """One RL step: rollout, update, report; then an evaluation and a checkpoint where they are due. From 0."""
         config = self.config
         team = self.team
         team.clock.enter("rollout")
         started = time.time()
-        indices = range(step * config.prompts, (step + 1) * config.prompts)
-        responses = self.ask("train", indices, config.samples, step)
+        responses, rewards, extra = self.sample(step)
         team.clock.enter("update")
-        rewards = torch.tensor([float(r.grade.strict) for r in responses]).view(config.prompts, config.samples)
-        advantage = advantages(rewards, config.loss).flatten().tolist()
-        stats = update(self.model, self.reference, self.optimizer, responses, advantage, step, config, team)
+        batch, shaped = choose(responses, rewards, config)
+        advantage = advantages(shaped, config.loss).flatten().tolist()
+        stats = update(self.model, self.reference, self.optimizer, batch, advantage, step, config, team) | extra
         self.engine.reserve_bytes = self.update_bytes  # Adam has its moments now
         team.layout.refresh(self.actor, self.model)
         team.clock.enter("idle")

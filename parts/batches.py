@@ -1,5 +1,5 @@
-"""An update in pieces that fit the memory: micro-batches, cut by content, and cut finer when memory runs out. And the
-figures that are summed up over them.
+"""An update in pieces that fit the memory: micro-batches, cut by content, and cut finer when memory runs out. What the
+trainer knows of their tokens, and the figures that are summed up over them.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from parts.common import UserError
 from parts.interfaces import Response
+from parts.logprobs import token_scores
 from parts.workers import Alone
 
 
@@ -20,6 +21,7 @@ class Example:
     response: Response
     advantage: float
     weight: float = 0.0  # of each of its tokens, see train_grpo.token_weights
+    old: torch.Tensor | None = None  # (len(tokens),) log p_old, where that is not the rollout's
 
     @property
     def length(self) -> int:
@@ -75,23 +77,94 @@ def with_less_memory(accumulate: Callable[[list], object], share: list[list[Exam
         tqdm.write(f"worker {team.rank}: out of memory in the update; {again}")
 
 
+def precision(team: Alone) -> torch.autocast:
+    """What the trainer's forwards run in: bfloat16 on GPUs, and where it is asked for."""
+    bf16 = team.config.bf16 or team.device != "cpu"
+    # without its cache: there the gradients of several uses of a weight would be summed in bfloat16
+    return torch.autocast(torch.device(team.device).type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+def score(model, examples: list[Example], team: Alone) -> None:
+    """Before the first update of a rollout: fill in `old` of this worker's share of a mini-batch. Cut by content, the
+    share is the same in every update.
+    """
+    config = team.config
+
+    def work(batches: list[list[Example]]) -> None:
+        for batch in batches:
+            team.clock.enter("update")
+            with precision(team), torch.no_grad():
+                logp, _ = token_scores(model, [x.response for x in batch], config.temperature, team.layout.logprobs_at)
+            for x, old in zip(batch, logp.cpu().split([len(x.response.tokens) for x in batch])):
+                x.old = old
+
+    share = team.layout.my_share(micro_batches(examples, config.micro_tokens, team.size), team.rank)
+    with_less_memory(work, share, lambda: None, team)
+
+
+def per_token(batch: list[Example], device) -> tuple[torch.Tensor, ...]:
+    """-> what the rollout and the old policy say, advantage and weight of each token, all (N,)."""
+    behaviour = torch.cat([x.response.logprobs for x in batch])
+    old = torch.cat([x.response.logprobs if x.old is None else x.old for x in batch])
+    counts = torch.tensor([len(x.response.tokens) for x in batch])
+    advantage = torch.tensor([x.advantage for x in batch]).repeat_interleave(counts)
+    weight = torch.tensor([x.weight for x in batch]).repeat_interleave(counts)
+    return tuple(column.to(device) for column in (behaviour, old, advantage, weight))
+
+
+# ---------------------------------------------------------------- figures
+
+
 @dataclass
 class UpdateStats:
     """Sums over the tokens of some micro-batches."""
 
     loss: float = 0.0
     tokens: int = 0
+    entropy: float = 0.0
+    ratio: float = 0.0
+    ratio_max: float = 0.0
     clipped: int = 0
+    capped: int = 0  # by truncated importance sampling
     kl: float = 0.0
-    gap_max: float = 0.0  # largest |log p of the trainer - log p of the rollout|; only where both are the same policy
+    compared: int = 0  # tokens of the next two; only where trainer and rollout have the same weights
+    gap: float = 0.0  # |log p of the trainer - log p of the rollout|
+    gap_max: float = 0.0
+
+    def add(self, loss, entropy, ratio, clipped, kl) -> None:
+        """One micro-batch; all but its loss are of its tokens, (N,), without gradients. kl may be None."""
+        self.loss += loss.item()
+        self.tokens += len(ratio)
+        self.entropy += entropy.sum().item()
+        self.ratio += ratio.sum().item()
+        self.ratio_max = max(self.ratio_max, ratio.max().item())
+        self.clipped += (ratio != clipped).sum().item()
+        if kl is not None:
+            self.kl += kl.sum().item()
+
+    def compare(self, gap: torch.Tensor, cap: float) -> None:
+        """gap (N,): log p of the trainer - log p of the rollout; cap: of their ratio, 0 if it is not used."""
+        self.compared += len(gap)
+        self.gap += gap.abs().sum().item()
+        self.gap_max = max(self.gap_max, gap.abs().max().item())
+        if cap:
+            self.capped += (gap.exp() > cap).sum().item()
 
 
 def combine(parts: list[UpdateStats]) -> dict:
-    """The update's figures in the metrics, over all workers and optimizer steps."""
-    tokens = max(1, sum(s.tokens for s in parts))
+    """The update's figures in the metrics, over all workers and optimizer steps. Without tokens there is no entropy and
+    no ratio: None.
+    """
+    count = sum(s.tokens for s in parts)
+    tokens = max(1, count)
     return {
         "loss": sum(s.loss for s in parts),
         "gap_max": max((s.gap_max for s in parts), default=0.0),
+        "gap_mean": sum(s.gap for s in parts) / max(1, sum(s.compared for s in parts)),
         "clipped": sum(s.clipped for s in parts) / tokens,
+        "capped": sum(s.capped for s in parts) / tokens,
         "kl": sum(s.kl for s in parts) / tokens,
+        "entropy": sum(s.entropy for s in parts) / count if count else None,
+        "ratio_mean": sum(s.ratio for s in parts) / count if count else None,
+        "ratio_max": max((s.ratio_max for s in parts), default=0.0) if count else None,
     }

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import errno
+import json
+import math
 import os
 import shutil
 import sys
@@ -62,11 +64,28 @@ def flag(default, text: str, choices=None, positional: bool = False):
     return field(default=default, metadata={"help": text, "choices": choices, "positional": positional})
 
 
-def parse_flags(config_class, description: str, argv: list[str] | None = None):
+def parse_flags(config_class, description: str, argv: list[str] | None = None, before: list[str] | None = None):
     """An instance of the dataclass from the command line. Unknown flags and wrong values exit with status 2.
 
     Any dataclass whose fields come from `flag` will do. max_new becomes --max-new, a bool also gets --no-...
+    before: flags that all others override. A field named `config` is a JSON file with settings, which override `before`
+    and are overridden by the command line. Raises UserError.
     """
+    parser = make_parser(config_class, description)
+    values = parser.parse_args(argv)
+    file = getattr(values, "config", "")
+    if before or file:
+        settings = parser.parse_args(before or [])
+        if file:
+            vars(settings).update(read_settings(file, config_class))
+        values = parser.parse_args(argv, settings)  # sets what is typed, and nothing else
+        if file:
+            values.config = ""  # all settings are here now
+    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in vars(values).items()})
+
+
+def make_parser(config_class, description: str) -> argparse.ArgumentParser:
+    """See parse_flags."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=usage_name(), description=description, formatter_class=style)
     for f in fields(config_class):
@@ -74,16 +93,47 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None):
         shown = " ".join(map(str, f.default)) if several else f.default
         settings = {"default": f.default, "help": f"{f.metadata['help']} [{shown}]".replace("%", "%%")}
         if isinstance(f.default, bool):
-            parser.add_argument("--" + f.name.replace("_", "-"), action=argparse.BooleanOptionalAction, **settings)
+            parser.add_argument(flag_name(f.name), action=argparse.BooleanOptionalAction, **settings)
             continue
         settings["choices"] = f.metadata["choices"]
         settings["type"] = type(f.default[0]) if several else type(f.default)
         if f.metadata["positional"]:
             parser.add_argument(f.name, nargs="?", **settings)
         else:
-            parser.add_argument("--" + f.name.replace("_", "-"), nargs="+" if several else None, **settings)
-    values = vars(parser.parse_args(argv))
-    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+            parser.add_argument(flag_name(f.name), nargs="+" if several else None, **settings)
+    return parser
+
+
+def read_settings(path: str, config_class) -> dict:
+    """Settings by the names of the dataclass's fields, from a JSON file such as a run writes (config.json). Raises
+    UserError.
+    """
+    known = {f.name: f for f in fields(config_class)}
+    try:
+        content = json.loads(Path(path).read_text())
+        unknown = ", ".join(sorted(content.keys() - known.keys()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--config {path}: {reason(error)}") from error
+    except AttributeError as error:
+        raise UserError(f"--config {path}: no settings by name, as a run's config.json has them") from error
+    if unknown:
+        raise UserError(f"--config {path}: {script_name()} has no settings named {unknown}")
+    for name, value in content.items():
+        content[name] = checked(value, known[name], f"--config {path}: {name}")
+    return content
+
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def checked(value, field, what: str):
+    """A setting from a JSON file, as its field's type. Raises UserError that begins with `what`."""
+    kind = type(field.default)
+    choices = field.metadata["choices"]
+    whole_is_number = kind is float and type(value) is int and abs(value) < 1 << 53
+    if (type(value) is kind or whole_is_number) and (not choices or value in choices):
+        return kind(value)
+    raise UserError(f"{what} {json.dumps(value)}: must be {' or '.join(choices) if choices else KINDS[kind]}")
 
 
 def flag_name(name: str) -> str:
@@ -97,6 +147,14 @@ def check_at_least(config, low: float, *names: str) -> None:
         value = getattr(config, name)
         if not value >= low:  # nor nan
             raise UserError(f"{flag_name(name)} {value}: must be at least {low}")
+
+
+def check_not_negative(config, *names: str) -> None:
+    """Raises UserError for the first of the config's fields that is below 0, infinite or nan."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < math.inf:
+            raise UserError(f"{flag_name(name)} {value}: must be a number that is not negative")
 
 
 # ---------------------------------------------------------------- folders and files

@@ -1,4 +1,6 @@
-"""What a training run writes down and shows: metrics.jsonl, the bar, the table; at the end the pictures."""
+"""What a training run writes down and shows: metrics.jsonl, the bar, the table; at the end the pictures. What else
+is to be done with each row of metrics belongs into Journal.on_row.
+"""
 
 import json
 import time
@@ -7,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from parts.common import write_atomically
+from parts.tracking import open_tracker, scalars
 from report import Span, Table, describe, draw_curves, draw_timeline, summarise, trace
 
 
@@ -33,6 +36,7 @@ class Journal:
         self.bar_shown = 0.0  # when its text was last written
         self.history: list[tuple[int, list[list[Span]]]] = []  # (step, each worker's spans)
         self.spans: list[list[Span]] = []  # each worker's, of the last step
+        self.tracker = open_tracker(config, first_step) if writes else None
         if writes:  # steps after the checkpoint will be made again
             write_atomically(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
 
@@ -53,6 +57,14 @@ class Journal:
         if self.writes:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
+            self.on_row(row)
+
+    def on_row(self, row: dict) -> None:
+        """Called on rank 0 with each new row, of a step or of an evaluation (that has the key "eval"): the place for
+        whatever else is to be done with it.
+        """
+        if self.tracker:
+            self.tracker.log(scalars(row), step=row["step"])
 
     def step(self, step: int, started: list[float], responses, rewards, stats: dict, spans, notes) -> dict:
         """A step is done -> its row. started, spans, notes: of each worker."""
@@ -78,6 +90,8 @@ class Journal:
     def finish(self) -> dict:
         """Pictures -> the summary, the same on every worker."""
         self.bar.close()
+        if self.tracker:
+            self.tracker.finish()
         summary = summarise(self.metrics, self.config)
         if self.writes:
             draw_curves(self.metrics, self.out / "curves.png", self.config)

@@ -1,4 +1,5 @@
-"""The update's forward: log-probabilities of the responses' tokens, without all their logits in memory.
+"""The update's forward: log-probabilities of the responses' tokens, and the policy's entropy at each, without all their
+logits in memory.
 
 With a vocabulary of 150,000 words, the logits of 4,096 tokens are 2.5 GB, and cross entropy and its gradient hold
 several tensors of that size at once. So head and loss go through the tokens in slices. A slice's logits are gone when
@@ -23,31 +24,40 @@ SLICE = 1 << 24  # logits that exist at once: 64 MB in float32
 
 def sliced_logprobs(
     head: Callable, vocab: int, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """head: hidden (n, D) -> logits (n, V); hidden (N, D), targets (N,) -> log-probabilities (N,) of the targets, under
-    softmax(logits / temperature).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """head: hidden (n, D) -> logits (n, V); hidden (N, D), targets (N,) -> log-probabilities of the targets under
+    softmax(logits / temperature), and the entropy of that distribution in nats, without a gradient: both (N,).
     """
 
-    def of_slice(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return -F.cross_entropy(head(hidden).float() / temperature, targets, reduction="none")
+    def of_slice(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        every = (head(hidden).float() / temperature).log_softmax(-1)  # (n, V)
+        logp = -F.nll_loss(every, targets, reduction="none")
+        with torch.no_grad():  # last: when the backward makes the slice once more, it stops before this
+            entropy = -(every.exp() * every).sum(-1)
+        return logp, entropy
 
     rows = max(1, SLICE // vocab)
     if len(hidden) <= rows:
         return of_slice(hidden, targets)
     slices = zip(hidden.split(rows), targets.split(rows))
-    return torch.cat([checkpoint(of_slice, *pair, use_reentrant=False) for pair in slices])
+    parts = [checkpoint(of_slice, *pair, use_reentrant=False) for pair in slices]
+    logp, entropy = zip(*parts)
+    return torch.cat(logp), torch.cat(entropy)
 
 
-def logprobs_at(model, ids, picked, targets, temperature: float) -> torch.Tensor:
+def logprobs_at(model, ids, picked, targets, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """ids (B, T), picked (B, T) bool, N of them true; targets (N,): the tokens behind the picked positions
-    -> their log-probabilities (N,).
+    -> their log-probabilities and the entropies there, both (N,).
     """
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     return sliced_logprobs(head_of(model), model.config.vocab_size, hidden[picked], targets, temperature)
 
 
-def token_logprobs(model, responses: list[Response], temperature: float, logprobs_at=logprobs_at) -> torch.Tensor:
-    """Log-probability of every response token, concatenated (N,), under softmax(logits / temperature).
+def token_scores(
+    model, responses: list[Response], temperature: float, logprobs_at=logprobs_at
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of every response token under softmax(logits / temperature), and the entropy there: both
+    concatenated, (N,).
 
     Right padding under a causal mask needs no attention mask; only the response's positions go through the head.
     logprobs_at: the layout's, see workers.Replicated.
@@ -63,6 +73,11 @@ def token_logprobs(model, responses: list[Response], temperature: float, logprob
     targets = torch.tensor([t for r in responses for t in r.tokens])
     device = model.device
     return logprobs_at(model, ids.to(device), picked.to(device), targets.to(device), temperature)
+
+
+def token_logprobs(model, responses: list[Response], temperature: float) -> torch.Tensor:
+    """As token_scores, the log-probabilities alone."""
+    return token_scores(model, responses, temperature)[0]
 
 
 def checkpoint_layers(model) -> None:

@@ -26,7 +26,7 @@ class Replicated:
         model.to(device)
         return model, bfloat16(copy.deepcopy(model).requires_grad_(False)) if device != "cpu" else model
 
-    def logprobs_at(self, model, ids, picked, targets, temperature) -> torch.Tensor:
+    def logprobs_at(self, model, ids, picked, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
         """As the function of this name."""
         return logprobs_at(model, ids, picked, targets, temperature)
 
@@ -71,6 +71,7 @@ class Alone:
         self.config = config
         self.clock = Clock(tell)
         self.micro_tokens = config.micro_tokens  # falls when memory runs out
+        self.tis_cap = max(0.0, config.tis_cap)  # 0: no correction; -1 is settled when it is known what generates
         self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
         self.layout = Replicated()
 

@@ -149,6 +149,12 @@ ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processe
 WARM = "--warm-start 4 --drafter static --strategy 4".split()
 
 
+# groups that are replaced in rounds, several updates of a rollout, and all of it corrected
+DYNAMIC = (
+    "--dynamic-sampling 6 --overlong-penalty 8 --loss gspo --epochs 2 --minibatches 2 --tis-cap 2 --schedule linear"
+).split()
+
+
 def training_jobs(able, folder: Path) -> dict:
     """Name -> a function that makes the run in folder/name, in processes of its own, and returns what was printed."""
 
@@ -158,6 +164,7 @@ def training_jobs(able, folder: Path) -> dict:
     return {
         "2": partial(tlt_run, "2", "--workers", 2),
         "3": partial(tlt_run, "3", "--workers", 3),
+        "dynamic": partial(tlt_run, "dynamic", "--workers", 2, *DYNAMIC),
         "plain": partial(tlt_run, "plain", "--workers", 2, "--drafter", "off", "--strategy", "off"),
         "resumed": partial(in_two_parts, able, folder / "resumed"),
         "warm": partial(two_agents, able, folder / "warm", *WARM),
@@ -200,6 +207,7 @@ def runs(background, able):
     folder = background["2"][0].parent
     here(tlt.main, able, folder / "1", *LEARN, "--steps", 2, "--workers", 1)
     here(train_grpo.main, able, folder / "alone", *LEARN, "--steps", 2)
+    here(train_grpo.main, able, folder / "dynamic-alone", *LEARN, "--steps", 2, *DYNAMIC)
     here(tlt.main, able, folder / "bandit", *LEARN, "--steps", 2, "--workers", 1, "--strategy", "beg-mab")
     for out, future in background.values():
         if out.parent == folder:

@@ -2,17 +2,21 @@
 
 import contextlib
 import io
+import json
 import math
 import re
+import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import cases
+from conftest import cases, caught
 from hypothesis import given
 from hypothesis import strategies as st
 from test_loop import run_main
 
 import tlt
+import train_grpo
 from parts.common import UserError, parse_flags
 from train_grpo import Config
 
@@ -49,7 +53,7 @@ def test_mistakes_get_one_line_and_status_2(argv, words, model_folder, tmp_path,
 
 WORDS = (
     "--steps --lr --loss --workers --strategy --temperature --shard --no-resume --drafter --patience --bf16 --ngram "
-    "-1 0 3 1e-3 nan dapo goodput off 4"
+    "--config --tis-cap --schedule --track -1 0 3 1e-3 nan dapo goodput off 4"
 ).split()
 
 
@@ -82,3 +86,107 @@ def test_flags_become_a_config():
     assert config.lr == 3e-5
     assert config.loss == "dapo"
     assert config.mask_truncated
+
+
+# ---------------------------------------------------------------- --config
+
+
+def check_order(parse, path):
+    """The command line overrides the file, the file the demo's settings, these the defaults."""
+    wanted = replace(Config(device="cpu"), lr=3e-5, kl=1.0, mask_truncated=True, steps=7)
+    path.write_text(json.dumps({**asdict(wanted), "kl": 1}))  # a whole number is a number
+    demo = ["--steps", "5", "--slots", "3", "--lr", "1.0"]
+    assert parse(["--config", str(path)], demo) == wanted
+    config = parse(["--steps", "9", "--config", str(path), "--no-mask-truncated"], demo)
+    assert config == replace(wanted, steps=9, mask_truncated=False)
+    path.write_text('{"lr": 0.5}')
+    config = parse(["--config", str(path), "--prompts", "2"], demo)
+    assert (config.lr, config.slots, config.steps, config.prompts) == (0.5, 3, 5, 2)
+    assert parse(["--lr", "0.25"], demo).lr == 0.25
+
+
+def test_a_file_with_settings_stands_between_defaults_and_flags(tmp_path):
+    def parse(argv, demo):
+        return parse_flags(Config, "", argv, demo)
+
+    check_order(parse, tmp_path / "config.json")
+    caught(check_order, lambda argv, demo: parse(demo + argv, []), tmp_path / "config.json")
+    caught(check_order, lambda argv, demo: parse(argv, []), tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("script", [train_grpo, tlt])
+def test_what_a_run_wrote_repeats_it(script, model_folder, tmp_path, monkeypatch):
+    out = tmp_path / "first"
+    flags = ["--prompts", 2, "--samples", 2, "--max-new", 9, "--device", "cpu", "--eval-every", 0, "--steps", 1]
+    if script is tlt:
+        flags += ["--workers", 1, "--warm-start", 0]
+    here(script, "--model", model_folder, "--out", out, *flags, monkeypatch=monkeypatch)
+    seen = []
+    monkeypatch.setattr(script, "train", lambda config, team: seen.append(config))
+    here(script, "--config", out / "config.json", "--out", tmp_path / "second", monkeypatch=monkeypatch)
+    settings = asdict(seen[0])
+    assert settings.pop("out") == str(tmp_path / "second")
+    assert settings.items() <= json.loads((out / "config.json").read_text()).items()
+
+
+def here(script, *argv, monkeypatch) -> None:
+    """Run a script in this process."""
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, argv)])
+    script.main()
+
+
+FILES = {
+    "no JSON": "lr: 1",
+    "a list": "[1, 2]",
+    "null": "null",
+    "deep": "[" * 100_000,
+    "an unknown name": '{"lr": 0.1, "learning_rate": 0.1}',
+    "of another script": '{"drafter": "off"}',
+    "a text": '{"steps": "30"}',
+    "not whole": '{"steps": 1.5}',
+    "true as a number": '{"steps": true}',
+    "a number as true": '{"bf16": 1}',
+    "null as a number": '{"lr": null}',
+    "too large": '{"lr": 1' + "0" * 400 + "}",
+    "not a choice": '{"loss": "ppo"}',
+    "a value that is refused": '{"steps": 0}',
+    "nan": '{"lr": NaN}',
+}
+
+
+@pytest.mark.parametrize("text", FILES.values(), ids=FILES)
+def test_a_file_that_holds_no_settings_is_one_line(text, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, "--config", path, "--device", "cpu")
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(("train_grpo.py: --config ", "train_grpo.py: --steps 0", "train_grpo.py: --lr nan"))
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(SystemExit) as end:
+            run_main(monkeypatch, "--config", path)
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"--config {path}: " in line
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just([1])
+NAMES = st.sampled_from(["lr", "steps", "loss", "bf16", "model", "config", "x"])
+
+
+@cases(100)
+@given(st.dictionaries(NAMES, VALUES, max_size=3) | VALUES)
+def test_any_file_is_a_config_or_a_mistake(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_text(json.dumps(content))
+    try:
+        config = parse_flags(Config, "", ["--config", str(path), "--device", "cpu"])
+    except UserError as error:
+        assert str(error).startswith("--")
+    else:
+        assert config.device == "cpu"
+        assert math.isfinite(config.lr)

@@ -15,7 +15,7 @@ from parts.sampling import Sampling, sequence_seed
 from parts.workers import Alone
 from rollout import Engine
 from tasks import Grade
-from train_grpo import Config, advantages, policy_loss, token_logprobs, token_weights, update
+from train_grpo import Config, advantages, policy_loss, token_logprobs, token_scores, token_weights, update
 
 CONFIG = Config(prompts=4, samples=6, max_new=30, micro_tokens=200, device="cpu")
 
@@ -161,7 +161,7 @@ def check_partition_invariance(loss):
         assert close(whole, parts)
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
 def test_gradient_does_not_depend_on_micro_batches_or_workers(loss, monkeypatch):
     check_partition_invariance(loss)
     right = train_grpo.accumulate
@@ -192,6 +192,8 @@ def gradient_by_hand(model, reference, responses, config) -> list[torch.Tensor]:
             "grpo": 1 / (len(responses) * len(r.tokens)),
             "dr_grpo": 1 / (len(responses) * config.max_new),
             "dapo": 1 / tokens,
+            "gspo": 1 / (len(responses) * len(r.tokens)),
+            "cispo": 1 / tokens,
         }
         logp = logprobs_by_hand(model, r, config.temperature)
         d = logprobs_by_hand(reference, r, config.temperature).detach() - logp
@@ -217,14 +219,14 @@ def check_gradient_by_hand(loss, kl):
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.1])
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
 def test_gradient_equals_one_by_hand(loss, kl, monkeypatch):
     check_gradient_by_hand(loss, kl)
 
     def at_temperature_one(model, responses, temperature, *rest):
-        return token_logprobs(model, responses, 1.0, *rest)
+        return token_scores(model, responses, 1.0, *rest)
 
-    monkeypatch.setattr(train_grpo, "token_logprobs", at_temperature_one)
+    monkeypatch.setattr(train_grpo, "token_scores", at_temperature_one)
     caught(check_gradient_by_hand, loss, kl)
 
 
@@ -391,7 +393,14 @@ def test_truncated_responses_are_maskable():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"epochs": 2, "minibatches": 3}, {"kl": 0.1}, {"bf16": True}, {"loss": "dapo", "clip_high": 0.28}],
+    [
+        {"epochs": 2, "minibatches": 3},
+        {"kl": 0.1},
+        {"bf16": True},
+        {"loss": "dapo", "clip_high": 0.28},
+        {"loss": "gspo", "epochs": 2, "tis_cap": 2.0},
+        {"loss": "cispo", "epochs": 2, "clip_low": 1.0, "clip_high": 4.0},
+    ],
 )
 def test_update_improves_the_likelihood_of_what_was_right(changes):
     model = tiny()

@@ -18,19 +18,19 @@ from parts.batches import with_less_memory
 from parts.common import UserError, run
 from parts.workers import Alone
 from tasks import Countdown, Grade
-from train_grpo import policy_loss, token_logprobs, update
+from train_grpo import policy_loss, token_scores, update
 
 # ---------------------------------------------------------------- memory
 
 
 def on_a_small_machine(limit: int, tried: list[int]):
-    """A token_logprobs for which whatever exceeds `limit` tokens does not fit; `tried` gets the sizes."""
+    """A token_scores for which whatever exceeds `limit` tokens does not fit; `tried` gets the sizes."""
 
     def small(model, responses, *rest):
         tried.append(len(responses) * max(len(r.prompt) + len(r.tokens) for r in responses))
         if tried[-1] > limit:
             raise torch.OutOfMemoryError("no room")
-        return token_logprobs(model, responses, *rest)
+        return token_scores(model, responses, *rest)
 
     return small
 
@@ -41,7 +41,7 @@ def check_out_of_memory(limit, monkeypatch):
     responses = make_responses(model)
     wanted, stats = gradient(model, responses)
     tried = []
-    monkeypatch.setattr(train_grpo, "token_logprobs", on_a_small_machine(limit, tried))
+    monkeypatch.setattr(train_grpo, "token_scores", on_a_small_machine(limit, tried))
     again, stats_again = gradient(model, responses)
     assert close(wanted, again)
     assert abs(stats["gap_max"] - stats_again["gap_max"]) < 1e-6
@@ -70,10 +70,10 @@ def check_late_out_of_memory(monkeypatch):
         tries.append(len(tries))
         if len(tries) == 3:
             raise torch.OutOfMemoryError("no room")
-        return token_logprobs(*args)
+        return token_scores(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_grpo, "token_logprobs", third_fails)
+        patch.setattr(train_grpo, "token_scores", third_fails)
         again, _ = gradient(model, responses)
     assert len(tries) > 6
     assert close(wanted, again)
@@ -96,7 +96,7 @@ def check_next_update_fits(monkeypatch):
     largest = []
     for _ in range(2):
         tried = []
-        monkeypatch.setattr(train_grpo, "token_logprobs", on_a_small_machine(100, tried))
+        monkeypatch.setattr(train_grpo, "token_scores", on_a_small_machine(100, tried))
         update(model, None, Frozen(model), responses, advantage_of(responses), 0, CONFIG, team)
         largest.append(max(tried))
     first, second = largest

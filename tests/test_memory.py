@@ -17,7 +17,7 @@ from transformers import GraniteConfig
 import train_grpo
 from parts import logprobs, sums, supervise
 from parts.common import UserError
-from parts.logprobs import checkpoint_layers, forward_bytes, token_logprobs
+from parts.logprobs import checkpoint_layers, forward_bytes, token_logprobs, token_scores
 from parts.sampling import Sampling
 from rollout import Engine
 
@@ -146,7 +146,8 @@ def test_slices_have_the_gradients_of_the_whole(head, monkeypatch):
         return right(work, hidden.detach(), targets, **kwargs)
 
     def without_head(work, hidden, targets, **kwargs):
-        return torch.no_grad()(work)(hidden, targets) + 0 * hidden.sum()
+        logp, entropy = torch.no_grad()(work)(hidden, targets)
+        return logp + 0 * hidden.sum(), entropy
 
     for broken in (without_hidden, without_head):
         with monkeypatch.context() as patch:
@@ -223,6 +224,54 @@ def test_scaled_logits_are_scaled(monkeypatch):
     check_scaled_logits()
     monkeypatch.setattr(logprobs, "head_of", lambda model: model.get_output_embeddings())
     caught(check_scaled_logits)
+
+
+def check_entropies(scores):
+    """By hand, at the sampling temperature; a gradient through them is not wanted."""
+    model = tiny(vocab_size=VOCAB)
+    responses = make_responses(model)
+    wanted = []
+    for r in responses:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([(r.prompt + r.tokens)[:-1]])).logits[0, len(r.prompt) - 1 :]
+        wanted.append(torch.distributions.Categorical(logits=logits / 0.7).entropy())
+    _, entropy = scores(model, responses, 0.7)
+    assert torch.allclose(entropy, torch.cat(wanted), atol=1e-4)
+    assert not entropy.requires_grad
+
+
+@pytest.mark.parametrize("rows", [ROWS, 1 << 20])
+def test_entropies_by_hand(rows, monkeypatch):
+    monkeypatch.setattr(logprobs, "SLICE", VOCAB * rows)
+    check_entropies(token_scores)
+    caught(check_entropies, lambda model, responses, temperature: token_scores(model, responses, 1.0))
+
+
+class Exponentials(TorchDispatchMode):
+    """Counts those of tensors that have the vocabulary as a dimension."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count += function is torch.ops.aten.exp.default and VOCAB in result.shape
+        return result
+
+
+def check_entropies_are_made_once():
+    """Although the backward makes the slices' logits once more."""
+    model = tiny(vocab_size=VOCAB)
+    responses = make_responses(model)
+    tokens = sum(len(r.tokens) for r in responses)
+    with Exponentials() as exponentials:
+        token_scores(model, responses, 0.7)[0].sum().backward()
+    assert exponentials.count == -(-tokens // ROWS)
+
+
+def test_the_backward_leaves_entropies_out(narrow):
+    check_entropies_are_made_once()
+    with torch.utils.checkpoint.set_checkpoint_early_stop(False):
+        caught(check_entropies_are_made_once)
 
 
 # ---------------------------------------------------------------- layers that are computed twice

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import train_grpo
 from drafter import Drafter
 from parts import checkpoints, logprobs, spot, supervise
 from parts.common import UserError
-from parts.interfaces import Draft, Group, RoundReport, Strategy
+from parts.interfaces import Draft, Group, RoundReport, Stats, Strategy
 from parts.logprobs import checkpoint_layers
 from parts.sampling import Sampling
 from parts.spot import Spot, train_until
@@ -64,6 +65,20 @@ def check_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
 @pytest.mark.parametrize("other", ["alone", "2", "3", "plain", "warm", "bandit", "sharded"])
 def test_every_door_number_of_workers_and_kind_of_drafting_gives_the_same_run(runs, other):
     check_same_run(runs / "1", runs / other, 0.0 if other in ("alone", "bandit") else 0.02)
+
+
+def check_further_prompts(a: Path, b: Path) -> None:
+    """Both ask as many."""
+    for x, y in zip(step_rows(a), step_rows(b), strict=True):
+        assert x["extra"]["groups"] == y["extra"]["groups"] > 0
+        assert abs(x["entropy"] - y["entropy"]) < 1e-3
+        assert abs(x["gap_mean"] - y["gap_mean"]) < 1e-5
+    check_same_run(a, b, 0.02)
+
+
+def test_two_workers_that_draft_replace_the_same_groups(runs):
+    check_further_prompts(runs / "dynamic-alone", runs / "dynamic")
+    caught(check_same_run, runs / "alone", runs / "dynamic", 0.02)
 
 
 def test_two_workers_resume_exactly(runs):
@@ -327,6 +342,31 @@ def test_what_is_counted_for_the_metrics():
     assert sum(watched.tried) == sum(watched.right) == 0
 
 
+def check_rounds(team: tlt.Team, held_out_learns: bool = False) -> None:
+    """Two rollouts of a step are counted together, the evaluation before it is not, and the next step begins anew."""
+    for rounds, learn in ((100, held_out_learns), (3, True), (5, True)):
+        engine = SimpleNamespace(slots=4, stats=Stats(rounds=rounds))
+        team.rollout(engine, [Group(0, [1], [])], Sampling(), None, lambda n: None, learn=learn)
+    assert team.notes().rounds == 8
+    assert team.notes().rounds == 0
+
+
+def test_the_rollouts_of_a_step_are_counted_together(monkeypatch):
+    monkeypatch.setattr(tlt.Team, "__init__", lambda self, config: Alone.__init__(self, config))
+    monkeypatch.setattr(tlt.Team, "generate", lambda *args: [])
+    for learns in (False, True):
+        team = tlt.Team(TLTConfig(device="cpu", drafter="off", ngram=True))
+        hosted = Board.host()
+        team.board = Board("", 0, hosted)
+        team.rollouts = 0
+        team.spot = None
+        team.engine(tiny(), {1}, 4, 0)
+        if learns:
+            caught(check_rounds, team, held_out_learns=True)
+        else:
+            check_rounds(team)
+
+
 @pytest.mark.parametrize(
     "flags, kinds", [({}, ["learned"]), ({"ngram": True}, ["learned", "n-gram"]), ({"drafter": "off"}, [])]
 )
@@ -445,13 +485,17 @@ def updates(team, config, folder):
     return stats, states
 
 
+# with the correction all responses are scored before the first update
+UPDATES = {"device": "cpu", "minibatches": 2, "micro_tokens": 150, "tis_cap": 2.0}
+
+
 def sharded(rank: int, port: int, folder: Path, broken: bool) -> None:
     """A worker process."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     # with layers that are computed twice, and the head in slices
-    config = TLTConfig(device="cpu", minibatches=2, micro_tokens=150, shard=True, gradient_checkpointing=True)
+    config = TLTConfig(**UPDATES, shard=True, gradient_checkpointing=True)
     logprobs.SLICE = 118 * 7
     team = tlt.Team(config)
     if broken:  # means instead of sums
@@ -466,7 +510,7 @@ def sharded(rank: int, port: int, folder: Path, broken: bool) -> None:
 
 def check_sharded(folder: Path, broken: bool) -> None:
     torch.multiprocessing.spawn(sharded, (free_port(), folder, broken), nprocs=2)
-    config = train_grpo.Config(device="cpu", minibatches=2, micro_tokens=150)
+    config = train_grpo.Config(**UPDATES)
     stats, (policy, moments) = updates(Alone(config), config, folder)
     their_stats, (theirs, their_moments) = torch.load(folder / f"broken {broken}", weights_only=True)
     assert policy.keys() == theirs.keys()

@@ -1,0 +1,453 @@
+"""The losses token by token against their papers' formulas and against TRL's numbers; the correction of rollouts, the
+penalty for length, schedules. Whole updates are in test_grpo.py, the choice of groups in test_dynamic.py.
+"""
+
+import math
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import caught, tiny
+from test_grpo import CONFIG, Frozen, Rank, advantage_of, close, equal, gradient, make_responses
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+import train_grpo
+from parts import batches
+from parts.batches import Example, UpdateStats, combine
+from parts.interfaces import Response
+from parts.loading import bfloat16
+from parts.losses import overlong_penalty, rate_factor, set_rate
+from parts.workers import Alone, Replicated
+from train_grpo import Config, token_weights, update
+
+LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+
+# ---------------------------------------------------------------- one micro-batch, token by token
+
+
+@dataclass
+class Case:
+    """Log-probabilities of some responses' tokens, a list of vectors each, and the responses' advantages."""
+
+    logp: list[torch.Tensor]
+    old: list[torch.Tensor]
+    rollout: list[torch.Tensor]
+    reference: list[torch.Tensor]
+    advantage: list[float]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(x) for x in self.logp]
+
+
+def random_case(seed: int) -> Case:
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (int(torch.randint(1, 7, (1,), generator=rng)),), generator=rng).tolist()
+
+    def near(parts, distance: float) -> list[torch.Tensor]:
+        return [x + distance * torch.randn(len(x), generator=rng) for x in parts]
+
+    logp = [-3 * torch.rand(n, generator=rng) for n in lengths]
+    old = near(logp, 0.3)
+    advantage = torch.randn(len(lengths), generator=rng).tolist()
+    return Case(logp, old, near(old, 0.6), near(logp, 0.3), advantage)
+
+
+def of_the_project(case: Case, config: Config, monkeypatch) -> tuple[float, torch.Tensor, UpdateStats]:
+    """Loss, its gradient for each token (N,), and statistics, of train_grpo.accumulate in a later update."""
+    weights = token_weights(case.lengths, config.loss, config.max_new)
+    examples = []
+    for i, n in enumerate(case.lengths):
+        response = Response(0, i, [1], [2] * n, case.rollout[i], True)
+        old = case.old[i] if config.tis_cap > 0 else None
+        examples.append(Example(response, case.advantage[i], weights[i], old))
+    leaf = torch.cat(case.logp).requires_grad_()
+    team = Alone(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo, "token_scores", lambda *args: (leaf, torch.ones(len(leaf))))
+        patch.setattr(train_grpo, "token_logprobs", lambda *args: torch.cat(case.reference))
+        stats = train_grpo.accumulate(None, "a reference" if config.kl else None, [examples], False, config, team)
+    return stats.loss, leaf.grad, stats
+
+
+def by_formula(case: Case, config: Config) -> tuple[float, torch.Tensor]:
+    """As the papers write them, one response after the other."""
+    leaves = [x.clone().requires_grad_() for x in case.logp]
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    n = len(leaves)
+    total = torch.zeros(())
+    for i, logp in enumerate(leaves):
+        old = case.old[i] if config.tis_cap > 0 else case.rollout[i]
+        a = case.advantage[i]
+        ratio = torch.exp(logp - old)
+        if config.loss == "gspo":  # equations 5 and 7: one ratio, and its gradient reaches the tokens through the mean
+            s = torch.exp((logp - old).sum() / len(logp))
+            s = s.expand(len(logp))
+            if config.tis_cap > 0:  # each token has a weight of its own: equation 14, GSPO-token
+                s = s.detach() * torch.exp(logp) / torch.exp(logp).detach()
+            objective = torch.minimum(s * a, s.clamp(low, high) * a)
+        elif config.loss == "cispo":  # equations 4 and 5
+            objective = ratio.clamp(low, high).detach() * a * logp
+        else:
+            objective = torch.stack([min(r * a, r.clamp(low, high) * a) for r in ratio])
+        if config.tis_cap > 0:
+            objective = objective * torch.exp(old - case.rollout[i]).clamp(max=config.tis_cap)
+        d = case.reference[i] - logp
+        objective = objective - config.kl * (torch.exp(d) - d - 1)
+        if config.loss in ("grpo", "gspo"):
+            total = total + objective.mean() / n
+        elif config.loss == "dr_grpo":
+            total = total + objective.sum() / (n * config.max_new)
+        else:
+            total = total + objective.sum() / sum(case.lengths)
+    (-total).backward()
+    return -total.item(), torch.cat([x.grad for x in leaves])
+
+
+def check_formula(config: Config, monkeypatch):
+    for seed in range(20):
+        case = random_case(seed)
+        loss, grads, _ = of_the_project(case, config, monkeypatch)
+        wanted, wanted_grads = by_formula(case, config)
+        assert loss == pytest.approx(wanted, abs=1e-5)
+        assert torch.allclose(grads, wanted_grads, atol=1e-5)
+
+
+def broken_sum(logp, old, lengths):
+    """Not divided by the length."""
+    return logp - torch.cat([part.sum().expand(len(part)) for part in (logp - old).split(lengths)])
+
+
+def broken_mean(logp, old, lengths):
+    """Over the micro-batch instead of the response."""
+    return logp - (logp - old).mean()
+
+
+def clip_with_gradient(logp, old, reference, advantage, weight, config):
+    _, clipped = train_grpo.clip_ratio(logp, old, config)
+    return -(weight * clipped * advantage * logp).sum()
+
+
+def clip_that_stops(logp, old, reference, advantage, weight, config):
+    """What is beyond the clip learns nothing, as in grpo."""
+    ratio, clipped = train_grpo.clip_ratio(logp, old, config)
+    return -(weight * clipped.detach() * (ratio == clipped) * advantage * logp).sum()
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.2])
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_and_gradients_are_those_of_the_papers(loss, cap, kl, monkeypatch):
+    config = replace(CONFIG, loss=loss, clip_low=0.1, clip_high=0.2, tis_cap=cap, kl=kl)
+    check_formula(config, monkeypatch)
+    broken = {
+        "gspo": [("sequence_old", broken_sum), ("sequence_old", broken_mean)],
+        "cispo": [("policy_loss", clip_with_gradient), ("policy_loss", clip_that_stops)],
+    }.get(loss, [])
+    if cap:
+        broken.append(("truncated_importance", lambda gap, cap: gap.exp()))
+        broken.append(("truncated_importance", lambda gap, cap: (-gap).exp().clamp(max=cap)))
+        broken.append(("truncated_importance", lambda gap, cap: gap.exp().clamp(1 / cap, cap)))
+    for name, variant in broken:
+        with monkeypatch.context() as patch:
+            patch.setattr(train_grpo, name, variant)
+            caught(check_formula, config, patch)
+
+
+# ---------------------------------------------------------------- TRL
+
+
+def table_case() -> Case:
+    """Numbers without a generator, so that other libraries can be given the same ones."""
+    lengths = [3, 7, 5, 1]
+
+    def shifts(a: int, b: int, size: float) -> list[torch.Tensor]:
+        return [torch.tensor([((a * t + b * i) % 7 - 3) * size for t in range(n)]) for i, n in enumerate(lengths)]
+
+    logp = [torch.tensor([-((5 * t + 3 * i + 1) % 13) / 6 - 0.05 for t in range(n)]) for i, n in enumerate(lengths)]
+    old = [x + shift + 0.08 * (i - 1) for i, (x, shift) in enumerate(zip(logp, shifts(3, 2, 0.15)))]
+    rollout = [x + shift for x, shift in zip(old, shifts(2, 5, 0.3))]
+    reference = [x + shift for x, shift in zip(logp, shifts(4, 1, 0.2))]
+    return Case(logp, old, rollout, reference, [1.5, -0.5, -1.0, 0.25])
+
+
+# GRPOTrainer._compute_loss of TRL 1.16.0 on the same numbers: the loss, the norm of its gradient, and the sum of
+# (number of the token * its gradient). Its gspo is importance_sampling_level="sequence"; its cispo has no lower clip,
+# and epsilon_high there is the upper one itself: 1.3.
+TRL = {
+    "grpo": ({}, (-0.0188885, 0.1988493, 1.8972730)),
+    "dr_grpo": ({"clip_high": 0.3, "kl": 0.1, "max_new": 10}, (0.1047332, 0.0768741, 1.3182513)),
+    "dapo": ({"clip_high": 0.28}, (0.2560529, 0.1943922, 3.3419694)),
+    "gspo": ({"clip_low": 0.05, "clip_high": 0.05}, (-0.0652094, 0.0581841, 0.2406086)),
+    "cispo": ({"clip_low": 1.0, "clip_high": 0.3}, (-0.2905081, 0.2343669, 4.4206781)),
+    "dapo, corrected": ({"clip_high": 0.28, "kl": 0.1, "tis_cap": 2.0}, (0.1479829, 0.2173037, 3.1737646)),
+}
+
+
+def check_trl(name: str, monkeypatch):
+    changes, wanted = TRL[name]
+    case = table_case()
+    config = replace(CONFIG, loss=name.partition(",")[0], **changes)
+    if not config.tis_cap > 0:
+        case.rollout = case.old
+    loss, grads, _ = of_the_project(case, config, monkeypatch)
+    moment = sum(i * x for i, x in enumerate(grads.tolist()))
+    assert (loss, grads.norm().item(), moment) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", TRL)
+def test_losses_and_gradients_are_those_of_trl(name, monkeypatch):
+    check_trl(name, monkeypatch)
+    right = train_grpo.clip_ratio
+
+    def symmetric(logp, old, config):
+        return right(logp, old, replace(config, clip_low=0.4, clip_high=0.4))
+
+    monkeypatch.setattr(train_grpo, "clip_ratio", symmetric)
+    caught(check_trl, name, monkeypatch)
+
+
+# ---------------------------------------------------------------- when the new losses differ
+
+
+def check_first_updates_agree(loss, other):
+    """With one update per rollout."""
+    model = tiny()
+    responses = make_responses(model)
+    ours, _ = gradient(model, responses, replace(CONFIG, loss=loss))
+    theirs, _ = gradient(model, responses, replace(CONFIG, loss=other))
+    assert equal(ours, theirs) if loss == "gspo" else close(ours, theirs)
+
+
+def test_with_one_update_per_rollout_gspo_is_grpo_and_cispo_is_dapo():
+    check_first_updates_agree("gspo", "grpo")
+    check_first_updates_agree("cispo", "dapo")
+    caught(check_first_updates_agree, "gspo", "dapo")
+    caught(check_first_updates_agree, "cispo", "grpo")
+
+
+def test_in_later_updates_they_differ(monkeypatch):
+    case = random_case(3)
+    for loss, other in (("gspo", "grpo"), ("cispo", "dapo")):
+        config = replace(CONFIG, loss=loss)
+        grads = [of_the_project(case, c, monkeypatch)[1] for c in (config, replace(config, loss=other))]
+        assert not close(grads[:1], grads[1:], 1e-2)
+
+
+# ---------------------------------------------------------------- the correction of rollouts
+
+
+def noisy(responses, size: float = 0.5) -> torch.Tensor:
+    """A rollout that rounds: noise on its log-probabilities -> the noise, of all tokens."""
+    rng = torch.Generator().manual_seed(1)
+    noise = []
+    for r in responses:
+        noise.append(size * torch.randn(len(r.tokens), generator=rng))
+        r.logprobs = r.logprobs - noise[-1]
+    return torch.cat(noise)
+
+
+def check_old_policy(size: int, cap: float = 1.5):
+    """The weights stay, so p / p_old is 1 in all updates, whatever the rollout says; each worker scores its share."""
+    model = tiny()
+    responses = make_responses(model)
+    useful = [r for r, a in zip(responses, advantage_of(responses)) if a]
+    noise = noisy(useful)
+    config = replace(CONFIG, epochs=2, minibatches=3, tis_cap=cap, micro_tokens=90)
+    stats = []
+
+    class Gathering(Rank):
+        def gather(self, totals):
+            stats.extend(totals)
+            return [totals]
+
+    for rank in range(size):
+        team = Gathering(config, rank, size)
+        update(model, None, Frozen(model), responses, advantage_of(responses), 0, config, team)
+    row = combine(stats)
+    assert row["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert row["gap_mean"] == pytest.approx(noise.abs().mean().item(), abs=1e-5)
+    assert row["gap_max"] == pytest.approx(noise.abs().max().item(), abs=1e-4)
+    assert row["capped"] == pytest.approx((noise > math.log(cap)).float().mean().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_with_the_correction_the_old_policy_is_the_trainers_in_all_updates(size, monkeypatch):
+    check_old_policy(size)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo, "score", lambda *args: None)  # then it is the rollout's from the second on
+        caught(check_old_policy, size)
+
+    def first_part_alone(model, examples, team, right=batches.score):
+        if (0, 0) in [(x.response.group[1], x.response.sample) for x in examples]:
+            right(model, examples, team)
+
+    monkeypatch.setattr(train_grpo, "score", first_part_alone)
+    caught(check_old_policy, size)
+
+
+def test_without_the_correction_nothing_is_scored_twice(monkeypatch):
+    monkeypatch.setattr(train_grpo, "score", lambda *args: pytest.fail("scored"))
+    model = tiny()
+    responses = make_responses(model)
+    gradient(model, responses, replace(CONFIG, epochs=2, minibatches=2))
+    gradient(model, responses, replace(CONFIG, tis_cap=2.0))  # one update: its own forward knows
+
+
+def check_corrected_gradient():
+    """The gradient of a corrected update is that of the samples' weights."""
+    model = tiny()
+    responses = make_responses(model)
+    corrected = replace(CONFIG, tis_cap=1e9)
+    plain, _ = gradient(model, responses, corrected)
+    for r in responses:
+        r.logprobs = r.logprobs - math.log(3)  # the rollout found each token a third as likely
+    thrice, stats = gradient(model, responses, corrected)
+    assert close(thrice, [3 * g for g in plain])
+    capped, stats = gradient(model, responses, replace(CONFIG, tis_cap=2.0))
+    assert close(capped, [2 * g for g in plain])
+    assert stats["capped"] == 1.0
+
+
+def test_corrected_gradients_are_weighted(monkeypatch):
+    check_corrected_gradient()
+    monkeypatch.setattr(train_grpo, "truncated_importance", lambda gap, cap: gap.exp())
+    caught(check_corrected_gradient)
+
+
+def cap_of(model_folder, out, **changes) -> float:
+    """Of a run's update."""
+    config = Config(model=str(model_folder), out=str(out), device="cpu", **changes)
+    return train_grpo.Training(config, Alone(config)).team.tis_cap
+
+
+def check_default_cap(model_folder, out, monkeypatch):
+    """Rollouts in bfloat16 are corrected unless it is switched off; others only where that is asked for."""
+    assert cap_of(model_folder, out) == 0.0
+    assert cap_of(model_folder, out, tis_cap=3.0) == 3.0
+    with monkeypatch.context() as patch:
+        patch.setattr(Replicated, "place", lambda self, model, device: (model, bfloat16(tiny())))
+        assert cap_of(model_folder, out) == 2.0
+        assert cap_of(model_folder, out, tis_cap=0.0) == 0.0
+        assert cap_of(model_folder, out, tis_cap=3.0) == 3.0
+
+
+def test_bfloat16_rollouts_are_corrected_by_default(model_folder, tmp_path, monkeypatch):
+    check_default_cap(model_folder, tmp_path, monkeypatch)
+    right = Config.__init__
+
+    def never(self, *args, **kwargs):
+        right(self, *args, **{"tis_cap": 0.0, **kwargs})
+
+    monkeypatch.setattr(Config, "__init__", never)
+    caught(check_default_cap, model_folder, tmp_path, monkeypatch)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def check_figures(monkeypatch):
+    """Of two micro-batches together, against all tokens at once."""
+    config = replace(CONFIG, clip_low=0.1, clip_high=0.2)
+    cases = [random_case(1), random_case(2)]
+    parts = [of_the_project(case, config, monkeypatch)[2] for case in cases]
+    ratio = torch.cat([torch.cat(case.logp) - torch.cat(case.rollout) for case in cases]).exp()
+    row = combine(parts)
+    assert row["ratio_mean"] == pytest.approx(ratio.mean().item(), rel=1e-5)
+    assert row["ratio_max"] == pytest.approx(ratio.max().item(), rel=1e-5)
+    assert row["clipped"] == pytest.approx(((ratio < 0.9) | (ratio > 1.2)).float().mean().item())
+    assert row["entropy"] == pytest.approx(1.0)
+
+
+def test_ratios_and_clipped_tokens_by_hand(monkeypatch):
+    check_figures(monkeypatch)
+    right = UpdateStats.add
+
+    def means(self, loss, entropy, ratio, *rest):
+        right(self, loss, entropy, ratio.mean().expand(len(ratio)), *rest)
+
+    monkeypatch.setattr(UpdateStats, "add", means)
+    caught(check_figures, monkeypatch)
+
+
+def test_without_tokens_there_is_no_entropy():
+    row = combine([UpdateStats(), UpdateStats()])
+    assert row["entropy"] is None
+    assert row["ratio_mean"] is None
+    assert row["loss"] == row["gap_mean"] == 0.0
+
+
+# ---------------------------------------------------------------- the penalty for length
+
+
+def check_penalty(function):
+    """DAPO's equation 13, case by case."""
+    rng = random.Random(0)
+    for _ in range(200):
+        max_new = rng.randint(2, 60)
+        tokens = rng.randint(1, max_new)
+        lengths = [rng.randint(1, max_new) for _ in range(6)]
+        wanted = []
+        for n in lengths:
+            if n <= max_new - tokens:
+                wanted.append(0.0)
+            else:
+                wanted.append(((max_new - tokens) - n) / tokens)
+        got = function(torch.tensor(lengths).view(2, 3), max_new, tokens)
+        assert torch.allclose(got.flatten(), torch.tensor(wanted), atol=1e-6)
+    assert function(torch.tensor([60]), 60, 20).item() == -1
+    assert not function(torch.arange(1, 61), 60, 0).any()
+
+
+def test_overlong_responses_are_penalised_softly():
+    check_penalty(overlong_penalty)
+    caught(check_penalty, lambda lengths, max_new, tokens: -(lengths > max_new - tokens).float())
+    caught(check_penalty, lambda lengths, max_new, tokens: (-lengths / max_new).clamp(-1, 0))
+
+
+# ---------------------------------------------------------------- schedules
+
+MAKERS = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
+
+
+def check_schedule(factor, name: str):
+    """After the warm-up, against transformers' own."""
+    for warmup, total in ((0, 10), (3, 20), (1, 2), (5, 6)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = MAKERS[name](optimizer, warmup, total)
+        for done in range(1, total + 1):
+            wanted = optimizer.param_groups[0]["lr"] if done > warmup else done / warmup
+            assert factor(name, done, warmup, total) == pytest.approx(wanted, abs=1e-9)
+            optimizer.step()
+            schedule.step()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_schedules_are_those_of_transformers(name):
+    check_schedule(rate_factor, name)
+
+    def without_warmup(name, done, warmup, total):
+        return rate_factor(name, done, 0, total)
+
+    caught(check_schedule, without_warmup, name)
+    caught(check_schedule, lambda name, *rest: rate_factor("constant", *rest), name)
+
+
+def test_the_constant_schedule_is_what_it_was():
+    for warmup in (0, 1, 3):
+        assert [rate_factor("constant", done, warmup, 5) for done in range(1, 9)] == [
+            min(1.0, done / max(1, warmup)) for done in range(1, 9)
+        ]
+
+
+def test_the_optimizer_gets_rate_and_decay():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=9.0, weight_decay=9.0)
+    config = replace(CONFIG, lr=0.5, warmup=2, steps=5, epochs=2, schedule="linear", weight_decay=0.1)
+    rates = []
+    for done in range(1, 11):
+        set_rate(optimizer, done, config)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.25, 0.5] + [0.5 * (8 - i) / 8 for i in range(8)])
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
