@@ -162,7 +162,11 @@ class Team(Alone):
         if self.config.ngram:
             drafters["n-gram"] = NGramDrafts()
         self.strategy = Watched(make_strategy(self.config.strategy, list(drafters)), self.clock)
-        return Engine(actor, stop, slots, drafters=drafters, reserve_bytes=reserve_bytes)
+        return Engine(actor, stop, slots, drafters=drafters, reserve_bytes=max(reserve_bytes, self.idle_bytes()))
+
+    def idle_bytes(self):
+        """As Alone.idle_bytes: for drafter training, which never runs beside an update."""
+        return self.spot.idle_bytes() if self.spot else 0
 
     def rollout(self, engine, groups, sampling, grade, progress, learn):
         """As Alone.rollout, but the groups are shared out by the Board, and who has nothing left to generate trains the
@@ -200,7 +204,7 @@ class Team(Alone):
             while (i := self.board.add(f"{name} next") - 1) < len(groups):
                 yield groups[i]
 
-        learns = learn and self.spot and (self.config.drafter == "adaptive" or self.spot.needs_warm_start)
+        learns = learn and self.spot and self.spot.trains
         responses = []
         for response in self.work(engine, my_groups(), sampling, grade, self.strategy):
             if learns:
@@ -215,7 +219,7 @@ class Team(Alone):
         if self.spot.needs_warm_start:
             self.spot.warm_start(self.config.warm_start, self.clock, self.all_reduce)
         elif self.config.drafter == "adaptive":
-            seconds = self.ONE_WORKER_SHARE * rollout_seconds if self.size == 1 else 0.0
+            seconds = self.ONE_WORKER_SHARE * rollout_seconds if self.size == 1 and self.spot.learns else 0.0
             end = time.time() + seconds
             train_until(lambda: time.time() >= end, self.clock, self.spot)
             self.spot.average(self.all_reduce)

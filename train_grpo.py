@@ -335,7 +335,7 @@ class Training:
         rewards = torch.tensor([float(r.grade.strict) for r in responses]).view(config.prompts, config.samples)
         advantage = advantages(rewards, config.loss).flatten().tolist()
         stats = update(self.model, self.reference, self.optimizer, responses, advantage, step, config, team)
-        self.engine.reserve_bytes = self.update_bytes  # Adam has its moments now
+        self.engine.reserve_bytes = max(self.update_bytes, team.idle_bytes())  # Adam has its moments now
         team.layout.refresh(self.actor, self.model)
         team.clock.enter("idle")
         reports = team.gather((started, team.clock.take(), team.notes()))

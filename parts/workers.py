@@ -78,6 +78,10 @@ class Alone:
         """The engine that generates."""
         return Engine(actor, stop, slots, reserve_bytes=reserve_bytes)
 
+    def idle_bytes(self) -> int:
+        """Memory that is needed while others still generate."""
+        return 0
+
     def rollout(self, engine: Engine, groups: list[Group], sampling, grade, progress, learn: bool) -> list[Response]:
         """All responses to the groups, graded, ordered by (group, sample): the same list on every worker.
 
