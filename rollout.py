@@ -172,7 +172,7 @@ class Engine:
         reserve_bytes: int = 0,
     ):
         self.model = model
-        self.slots = slots
+        self.slots = self.slots_wanted = slots
         self.row_limit = slots
         self.context = 0
         self.drafters = drafters or {}
@@ -208,8 +208,7 @@ class Engine:
         config, dtype, device = self.model.config, self.model.dtype, self.model.device
         room = context + MAX_DRAFTS + 1  # rejected drafts may stand beyond the end
         self.cache = self.tokens = self.logprobs = self.hidden = None  # what was there makes room
-        slots = self.slots = self.affordable(room)
-        self.row_limit = min(self.row_limit, slots)
+        slots = self.slots = self.row_limit = self.affordable(room)
         self.cache = SlotCache(config, slots, room, dtype, device)
         self.lens = torch.zeros(slots, dtype=torch.long, device=device)
         self.start = torch.zeros(slots, dtype=torch.long, device=device)
@@ -225,13 +224,13 @@ class Engine:
         """As many slots as asked for, or as four fifths of the free GPU memory, less reserve_bytes, hold."""
         free = free_memory(self.model.device)
         if free is None:
-            return self.slots
+            return self.slots_wanted
         config, dtype = self.model.config, self.model.dtype
         row_bytes = SlotCache(config, 1, room, dtype, "meta", config.num_hidden_layers + len(self.drafters)).data.nbytes
         row_bytes += self.keep_hidden * room * config.hidden_size * dtype.itemsize
         # in float32: logits, noise, sum, hash
-        logits_bytes = 16 * min(self.logits_at_once, self.slots * (MAX_DRAFTS + 1) * config.vocab_size)
-        return rows_that_fit(self.slots, room, row_bytes, free - logits_bytes, self.reserve_bytes)
+        logits_bytes = 16 * min(self.logits_at_once, self.slots_wanted * (MAX_DRAFTS + 1) * config.vocab_size)
+        return rows_that_fit(self.slots_wanted, room, row_bytes, free - logits_bytes, self.reserve_bytes)
 
     @torch.inference_mode()
     def generate(
