@@ -142,7 +142,7 @@ class Team(Alone):
         kind = self.accelerator.device.type
         self.device = "cpu" if kind == "cpu" else str(self.accelerator.device)  # accelerate says "cpu:0"
         if config.shard and self.size > 1:
-            self.layout = Sharded(self.size, kind)
+            self.layout = Sharded(self.size, kind, config.actor_dtype)
         hosted = Board.host() if self.rank == 0 else None
         address = [os.environ.get("MASTER_ADDR", "127.0.0.1"), hosted.port if hosted else 0]
         if self.size > 1:

@@ -46,7 +46,7 @@ from parts.batches import Example, UpdateStats, combine, micro_batches, with_les
 from parts.common import UserError, check_at_least, flag, flag_name, parse_flags, run
 from parts.interfaces import Group, Response
 from parts.journal import Journal
-from parts.loading import check_context, load_model, load_tokenizer, stop_tokens
+from parts.loading import ACTOR_DTYPES, check_context, load_model, load_tokenizer, stop_tokens
 from parts.logprobs import checkpoint_layers, token_logprobs
 from parts.sampling import Sampling, sequence_seed
 from parts.workers import Alone
@@ -73,6 +73,7 @@ class Config:
     max_new: int = flag(512, "longest response in tokens")
     temperature: float = flag(1.0, "sampling temperature, also used in scoring")
     slots: int = flag(64, "rows that a worker generates at once")
+    actor_dtype: str = flag("auto", "weights that generate: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
 
     loss: str = flag("grpo", "which weights and advantages (see above)", ("grpo", "dr_grpo", "dapo"))
     clip_low: float = flag(0.2, "how far the ratio may fall below 1")

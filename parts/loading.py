@@ -281,6 +281,21 @@ def stop_tokens(model, tokenizer) -> set[int]:
     return ids
 
 
+ACTOR_DTYPES = ("auto", "bfloat16", "float32")
+
+
+def actor_dtype(name: str, device: str) -> torch.dtype:
+    """Of the weights that generate. name: bfloat16, float32, or auto: bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        name = "float32" if device == "cpu" else "bfloat16"
+    return getattr(torch, name)
+
+
+def in_dtype(model, dtype: torch.dtype):
+    """The model, loaded in float32, with its weights in that type, in place."""
+    return bfloat16(model) if dtype == torch.bfloat16 else model
+
+
 def bfloat16(model):
     """The model with its weights in bfloat16, in place.
 

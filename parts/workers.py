@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from parts.interfaces import Group, Response, Strategy
-from parts.loading import bfloat16
+from parts.loading import actor_dtype, in_dtype
 from parts.logprobs import forward_bytes, logprobs_at
 from report import Clock, WorkerNotes
 from rollout import Engine
@@ -21,10 +21,17 @@ class Replicated:
 
     can_retry = True  # a worker that runs out of memory may do its part again without the others
 
+    def __init__(self, actor_dtype: str = "auto"):
+        """actor_dtype: as Config.actor_dtype."""
+        self.actor_dtype = actor_dtype
+
     def place(self, model, device: str):
-        """-> (the policy that learns, the one that generates: on a GPU a bfloat16 copy, on a CPU the policy itself)."""
+        """-> (the policy that learns, the one that generates: a bfloat16 copy, or in float32 the policy itself)."""
         model.to(device)
-        return model, bfloat16(copy.deepcopy(model).requires_grad_(False)) if device != "cpu" else model
+        dtype = actor_dtype(self.actor_dtype, device)
+        if dtype == torch.float32:
+            return model, model
+        return model, in_dtype(copy.deepcopy(model).requires_grad_(False), dtype)
 
     def logprobs_at(self, model, ids, picked, targets, temperature) -> torch.Tensor:
         """As the function of this name."""
@@ -72,7 +79,7 @@ class Alone:
         self.clock = Clock(tell)
         self.micro_tokens = config.micro_tokens  # falls when memory runs out
         self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-        self.layout = Replicated()
+        self.layout = Replicated(config.actor_dtype)
 
     def engine(self, actor, stop: set[int], slots: int, reserve_bytes: int) -> Engine:
         """The engine that generates."""

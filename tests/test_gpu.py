@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from conftest import LEARN, caught, here, tiny
 from helpers import filled_buffer, make_drafter, responses_of
@@ -14,12 +15,14 @@ from torch.utils._pytree import tree_iter
 import drafter
 import rollout
 import tlt
+import train_grpo
 from base.pretrain import make_tokenizer
 from drafter import Drafter, Trainer, drafter_loss
 from parts import checkpoints, spot
 from parts.features import FeatureBuffer, Features, pack
 from parts.loading import bfloat16
 from parts.spot import Spot, allocate_moments, step_bytes, train_until
+from parts.workers import Replicated
 from report import Clock
 from rollout import Engine
 
@@ -73,6 +76,69 @@ def test_the_entries_that_see_guesses_are_chosen_on_the_host(monkeypatch):
         return torch.rand(batch.ids.shape, device=batch.ids.device)
 
     caught(check_guesses_are_chosen_on_the_host, monkeypatch, chosen_there)
+
+
+# ---------------------------------------------------------------- the copy that generates
+
+
+def bfloat16_run(able, out, monkeypatch):
+    """A run whose responses come from a bfloat16 copy, with a drafter -> its train_grpo.Training, at the end."""
+    trainings = []
+    right = train_grpo.Training.finish
+
+    def kept(self):
+        trainings.append(self)
+        return right(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo.Training, "finish", kept)
+        patch.setattr(Spot, "AVERAGE_EVERY", 0.1)
+        flags = (*LEARN, "--steps", 2, "--workers", 1, "--eval-every", 0, "--strategy", 4)
+        here(tlt.main, able, out, *flags, "--warm-start", 0.1, "--actor-dtype", "bfloat16")
+    return trainings[0]
+
+
+def check_copy_follows(training):
+    """After the last update it is the policy, rounded; drafts were made in bfloat16 and learned in float32."""
+    assert {p.dtype for p in training.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in training.actor.parameters()} == {torch.bfloat16}
+    assert training.engine.model is training.actor
+    assert all(torch.equal(a, p.bfloat16()) for a, p in zip(training.actor.parameters(), training.model.parameters()))
+    assert not any(a.requires_grad for a in training.actor.parameters())
+    spot_ = training.team.spot
+    assert (spot_.served.fc.weight.dtype, spot_.learner.fc.weight.dtype) == (torch.bfloat16, torch.float32)
+    first, last = (row for row in training.journal.metrics if "eval" not in row)
+    assert last["speculation"]["share"] > 0
+    assert first["drafter"]["steps"] > 0
+    assert first["grad_norm"] > 0
+
+
+def test_a_bfloat16_copy_generates_and_follows_the_policy(able, tmp_path, monkeypatch):
+    training = bfloat16_run(able, tmp_path, monkeypatch)
+    check_copy_follows(training)
+    for p in training.model.parameters():
+        p.data.mul_(1.01)
+    caught(check_copy_follows, training)  # an update that the copy does not follow
+    training.team.layout.refresh(training.actor, training.model)
+    check_copy_follows(training)
+
+
+@pytest.mark.parametrize(
+    "name, device, dtype",
+    [
+        ("auto", "cpu", torch.float32),
+        ("auto", "cuda:1", torch.bfloat16),
+        ("bfloat16", "cpu", torch.bfloat16),
+        ("float32", "cuda:1", torch.float32),
+    ],
+)
+def test_what_generates_is_the_policy_itself_only_in_float32(name, device, dtype, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # there is no other
+    model = tiny()
+    learner, actor = Replicated(name).place(model, device)
+    assert learner is model
+    assert actor.dtype == dtype
+    assert (actor is model) == (dtype == torch.float32)
 
 
 # ---------------------------------------------------------------- weights in files
