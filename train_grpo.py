@@ -267,7 +267,8 @@ class Training:
         self.task = make_task(config.task, config.data)
         self.problems: dict[tuple[str, int], Problem] = {}  # of the rollout that is running
         # on the host: a policy that is to be sharded may not fit a GPU whole
-        model, self.tokenizer = load_model(str(start or config.model))
+        with team.loading(str(start or config.model)):
+            model, self.tokenizer = load_model(str(start or config.model))
         if self.writes:
             checkpoints.prepare(self.out, config, start)
         self.model, self.actor = team.layout.place(model, team.device)

@@ -3,6 +3,7 @@
 `layout` says how the policy lies on them: whole on each (`Replicated`), or spread (shard.Sharded).
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -80,6 +81,10 @@ class Alone:
         self.micro_tokens = config.micro_tokens  # falls when memory runs out
         self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
         self.layout = Replicated(config.actor_dtype)
+
+    def loading(self, name: str) -> contextlib.AbstractContextManager:
+        """Around the loading of a model, a folder or a hub name."""
+        return contextlib.nullcontext()
 
     def engine(self, actor, stop: set[int], slots: int, reserve_bytes: int) -> Engine:
         """The engine that generates."""
