@@ -311,7 +311,7 @@ def main() -> None:
     argv = sys.argv[1:]
     if "--demo" in argv:
         argv.remove("--demo")
-        argv = demo_flags() + argv  # what is given by hand comes later and wins
+        argv = demo_flags(argv) + argv  # what is given by hand comes later and wins
     description = __doc__ + "\n--demo: settings for a demonstration on this machine; other flags override them"
     config = parse_flags(TLTConfig, description, argv)
     check(config)
