@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from parts import checkpoints
 from parts.batches import Example, UpdateStats, combine, micro_batches, with_less_memory
-from parts.common import UserError, check_at_least, flag, flag_name, parse_flags, run
+from parts.common import UserError, check_at_least, flag, flag_name, parse_flags, pick_device, run
 from parts.interfaces import Group, Response
 from parts.journal import Journal
 from parts.loading import ACTOR_DTYPES, check_context, load_model, load_tokenizer, stop_tokens
@@ -106,8 +106,7 @@ class Config:
         for name in ("lr", "kl", "clip_low", "clip_high", "grad_clip", "eval_every", "show_every", "warmup"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be a number that is not negative")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+        pick_device(self.device)
 
 
 # ---------------------------------------------------------------- the mathematics

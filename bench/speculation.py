@@ -9,7 +9,8 @@ Workloads:
 
 Modes: plain; chains of fixed length; a chain with siblings; n-grams; the textbook accept rule, whose tokens are others
 of the same distribution; and the two strategies that choose by what they measure, which go on learning from turn to
-turn. A first turn does not count: memory is touched, strategies look around.
+turn. A first turn does not count: memory is touched, strategies look around. The share of drafting is of the host's
+time: on a GPU, until the guesses are asked for, not until they are made.
 
 Ratio: goodput over plain on the last workload. With --json FILE also a picture beside the file.
 """
@@ -155,7 +156,7 @@ def measure(config: Config) -> Result:
             rows.append(row_of(workload, mode, speed, speeds["plain"], parties[mode].stats))
     if config.json:
         draw(rows, config.workloads, Path(config.json).with_suffix(".png"))
-    return Result(rows[-1]["ratio"], rows)  # goodput is the last mode
+    return Result(rows[-1]["ratio"], rows, policy.model.device.type)  # goodput is the last mode
 
 
 def table(rows: list[dict]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from parts.common import pick_device
 from parts.interfaces import Group, Response, Strategy
 from parts.loading import actor_dtype, in_dtype
 from parts.logprobs import forward_bytes, logprobs_at
@@ -79,7 +80,7 @@ class Alone:
         self.config = config
         self.clock = Clock(tell)
         self.micro_tokens = config.micro_tokens  # falls when memory runs out
-        self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+        self.device = pick_device(config.device)
         self.layout = Replicated(config.actor_dtype)
 
     def loading(self, name: str) -> contextlib.AbstractContextManager:
