@@ -20,7 +20,7 @@ of h_t (scheduled sampling, 1506.03099: a cheap form of EAGLE-3's training-time 
 3.69 -> 3.93 tokens per round at k = 4, 4.67 -> 5.72 at k = 8, although a step then costs a third more.
 
 Legend: B live rows, T entries per row, N entries of a packed batch (parts/features.py), D model width.
-Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a draft vocabulary, a separate draft head.
+Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a head of the drafter's own.
 """
 
 import random
@@ -35,10 +35,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from parts.common import UserError, check_at_least, flag, load_weights, parse_flags, pick_device, run, save_weights
-from parts.features import FeatureBuffer, Packed, scale_of
+from parts.features import FeatureBuffer, Packed, block_mask, scale_of
 from parts.interfaces import Draft, Drafts, Group, Strategy, describe_stats
 from parts.loading import load_model, stop_tokens
-from parts.modeling import PACK_FROM, Linear, SlotCache, attend, fuse, kv_heads, logit_scale, signed
+from parts.modeling import PACK_FROM, Linear, SlotCache, attend, fuse, kv_heads, logit_scale, refilled, signed
 from parts.sampling import Sampling, sequence_seed
 from parts.vocabulary import WordCounts
 from rollout import Engine
@@ -143,25 +143,35 @@ class LearnedDrafts(Drafts):
     """
 
     needs_hidden = True
+    asks_host = False
     PIECE = 256  # columns caught up with at once: the mask of 12,000 at once would take gigabytes
 
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
         self.fused_layer = None  # a FusedLayer, or None: the module itself
         self.fc: torch.Tensor | None = None  # (D, 2D), for embeddings as they are
+        self.rows: torch.Tensor | None = None  # (N, D) of the policy's head
         self.head: Linear | None = None  # features (B, T, D) -> logits (B, T, N)
         self.words: torch.Tensor | None = None  # as Drafter.words
         self.cache: SlotCache | None = None
         self.true_entries: list[int] = []  # of each slot: entries that were made from true features
 
     def begin(self):
-        """Take the drafter's weights as they are now."""
-        fused_layers = fuse([self.drafter.layer], self.drafter.policy.config, self.drafter.policy.rotary)
-        self.fused_layer = fused_layers[0] if fused_layers else None
-        self.fc = self.drafter.plain_weights()["fc.weight"]
-        rows = self.drafter.head_rows()
-        self.head = Linear([rows], pack=rows[0].numel() >= PACK_FROM)
-        self.words = None if self.drafter.words is None else self.drafter.words.to(rows[0].device)
+        """As Drafts.begin: take the drafter's weights as they are now."""
+        before = [self.fc, self.rows, self.words]
+        if self.fc is None:
+            fused_layers = fuse([self.drafter.layer], self.drafter.policy.config, self.drafter.policy.rotary)
+            self.fused_layer = fused_layers[0] if fused_layers else None
+        elif self.fused_layer is not None:
+            self.fused_layer.read()
+        self.fc = refilled(self.fc, self.drafter.plain_weights()["fc.weight"])
+        rows, bias = self.drafter.head_rows()
+        self.rows = refilled(self.rows, rows)
+        self.head = Linear([(self.rows, bias)], pack=rows.numel() >= PACK_FROM)
+        self.words = self.drafter.words
+        if self.words is not None:
+            self.words = refilled(before[2], self.words.to(rows.device))
+        return any(new is not old for new, old in zip((self.fc, self.rows, self.words), before))
 
     def reserve(self, engine, slots, room):
         """As Drafts.reserve."""
@@ -190,15 +200,21 @@ class LearnedDrafts(Drafts):
             return self.drafter.through_layer(x, angles, mask, self.cache)
         return self.fused_layer(x, mask, self.cache, angles, 0)
 
-    def propose(self, engine, k, guess):
+    def missing(self, live):
+        """As Drafts.missing."""
+        ends = [row.length for row in live]
+        gap = max(1, *(end - true for end, true in zip(ends, self.true_entries)))
+        self.true_entries[: len(ends)] = ends
+        return gap
+
+    def propose(self, engine, shape, guess):
         """As Drafts.propose: catch up, then k - 1 single steps."""
-        feature = self.catch_up(engine)  # (B, 1, D): h' for position lens
-        n = len(engine.live)
+        feature = self.catch_up(engine, shape)  # (B, 1, D): h' for position lens
+        n, k = shape.rows, shape.draft.k
         # angles, masks and slots of all the single steps at once
-        view = max(row.length for row in engine.live) + k
-        positions, mask = attend(self.cache, slice(0, n), engine.lens[:n], view, k)  # (B, k), (B, 1, groups * k, view)
+        positions, mask = attend(self.cache, slice(0, n), engine.lens[:n], shape.view, k)  # (B, k), (B, 1, groups*k, S)
         angles = list(zip(*(part.split(1, -2) for part in self.angles(positions))))
-        masks = mask.view(n, 1, -1, k, mask.shape[-1]).unbind(3)
+        masks = mask.view(n, 1, -1, k, shape.view).unbind(3)
         slots = self.cache.flat.view(n, -1, k).movedim(-1, 0).flatten(1)  # (k, B * kv heads)
         drafts = []
         for depth in range(k):
@@ -208,18 +224,15 @@ class LearnedDrafts(Drafts):
                 feature = self.forward(drafts[-1], feature, angles[depth], masks[depth])
         return torch.cat(drafts, 1)
 
-    def catch_up(self, engine) -> torch.Tensor:
+    def catch_up(self, engine, shape) -> torch.Tensor:
         """Compute the entries that have got their true features -> what the last of them guesses, (B, 1, D).
 
-        All rows compute as many of their last entries as the row that is furthest behind: what a row computes again
-        comes out as it was, and what stands beyond its end is overwritten before anyone looks.
+        All rows compute as many of their last entries as the row that is furthest behind (shape.gap): what a row
+        computes again comes out as it was, and what stands beyond its end is overwritten before anyone looks.
         """
-        n = len(engine.live)
+        n, gap = shape.rows, shape.gap
         rows = torch.arange(n, device=engine.lens.device)
         lens = engine.lens[:n]
-        ends = [row.length for row in engine.live]
-        gap = max(1, *(end - true for end, true in zip(ends, self.true_entries)))
-        self.true_entries[:n] = ends
         first = (lens - gap).clamp(min=0)  # (B,)
         newest = (lens - first - 1).clamp(min=0)  # the column of a row's last true feature
         feature = torch.zeros((), device=lens.device)
@@ -227,7 +240,7 @@ class LearnedDrafts(Drafts):
             width = min(self.PIECE, gap - done)
             columns = (first + done)[:, None] + torch.arange(width, device=lens.device)
             columns = columns.clamp(max=engine.tokens.shape[1] - 2)
-            positions, mask = attend(self.cache, slice(0, n), first + done, max(1, *ends), width)
+            positions, mask = attend(self.cache, slice(0, n), first + done, shape.view, width)
             ids = engine.tokens[:n].gather(1, columns + 1)
             out = self.forward(ids, engine.hidden[rows[:, None], columns], self.angles(positions), mask)
             here = (newest >= done) & (newest < done + width)
@@ -237,15 +250,6 @@ class LearnedDrafts(Drafts):
 
 
 # ---------------------------------------------------------------- training
-
-
-def block_mask(owner, positions, groups: int, dtype) -> torch.Tensor:
-    """Additive mask (1, 1, groups * N, N): an entry sees the earlier entries of its own sequence. Folded for
-    `slot_attention`.
-    """
-    seen = (owner[:, None] == owner) & (positions[0][:, None] >= positions[0])
-    mask = torch.zeros(seen.shape, dtype=dtype, device=owner.device).masked_fill_(~seen, -torch.inf)
-    return mask.repeat(groups, 1)[None, None]
 
 
 def drafter_loss(drafter: Drafter, batch: Packed, feature_weight: float = 0.5, own: float = 0.5):

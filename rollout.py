@@ -15,7 +15,8 @@ k = 0 is plain decoding: the same code.
 Why nothing can go wrong. Every emitted token is the policy's own sample, and its noise belongs to its place in its
 sequence. So no drafter and no strategy can bias a token, and the same seed gives the same rollout with speculation on
 or off, on 1 or 8 workers. Drafters sample with the SAME noise on THEIR logits: a drafter that knows the policy's
-distribution guesses its sample, at any temperature. Others (probability ratio, trees) are in parts/accept.py.
+distribution guesses its sample, at any temperature. This rule and others (probability ratio, trees) are in
+parts/accept.py.
 
 Continuous batching. Rows that end leave at once: the last live row moves into the hole, so the live rows stay
 contiguous and a round costs what its live rows cost. Free slots are refilled from an iterator of groups; a group's
@@ -28,81 +29,17 @@ Left out: prefix sharing between prompts, prefill in chunks, beam search.
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 
+from parts.accept import Coupled, Verdict
 from parts.common import UserError
+from parts.graphs import Graphs, Marks, Shape, rounded
 from parts.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Response, RoundReport, Row, Stats, Strategy
 from parts.loading import agrees, too_long
 from parts.memory import free_memory, rows_that_fit
 from parts.modeling import SlotCache, Tree, fast_head, forward, fuse_model, head_of
-from parts.sampling import Sampling, sample, sample_columns, seed_words, shared_noise
-
-# ---------------------------------------------------------------- the accept rule
-
-
-class Verdict(NamedTuple):
-    """What the policy says of a round."""
-
-    tokens: torch.Tensor  # (B, k+1) its own samples; the first accepted + 1 of a row count
-    logprobs: torch.Tensor  # (B, k+1) of them
-    hidden: torch.Tensor  # (B, k+1, D) its hidden states where they were sampled
-    accepted: torch.Tensor  # (B,)
-
-
-class Coupled:
-    """The accept rule, made anew for each round: a draft is accepted if it is what the policy itself samples there."""
-
-    def __init__(self, sampling: Sampling, seeds: torch.Tensor, index: torch.Tensor, vocab: int):
-        """seeds (B, 2); index (B, k+1): which token of its response each column samples; vocab: V."""
-        self.sampling = sampling
-        self.seeds = seeds
-        self.index = index
-        self.vocab = vocab
-        self.noise = shared_noise(sampling, seeds, index, vocab)  # (B, k+1, V), or None
-
-    def guess(self, depth: int, logits: torch.Tensor, words: torch.Tensor | None = None) -> torch.Tensor:
-        """The drafter's logits (B, 1, N) -> its guess (B, 1), drawn with the policy's own noise. words: as `sample`."""
-        noise = self.noise[:, depth] if self.noise is not None and words is None else None
-        y, _ = sample(logits[:, 0], self.sampling, self.seeds, self.index[:, depth], words, noise, scored=False)
-        return y[:, None]
-
-    def columns(self, cur: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, Tree | None]:
-        """What the policy reads: cur (B, 1), drafts (B, k) -> ids (B, T), and their shape (None: a chain)."""
-        return torch.cat([cur, drafts], 1), None
-
-    def accept(self, engine: "Engine", ids: torch.Tensor, hidden: torch.Tensor) -> Verdict:
-        """ids (B, T), hidden (B, T, D).
-
-        The head over V words and the noise are dear, so columns go through them in pieces, and a row whose guess was
-        wrong in one piece is left out of the next: what it would say there counts for nothing.
-        """
-        step = max(1, engine.logits_at_once // (len(ids) * self.vocab))
-        if step >= ids.shape[1]:
-            tokens, logprobs = sample_columns(engine.head(hidden), self.sampling, self.seeds, self.index, self.noise)
-        else:
-            tokens, logprobs = self.sample_in_pieces(engine, ids, hidden, step)
-        accepted = (tokens[:, :-1] == ids[:, 1:]).long().cumprod(1).sum(1)
-        return Verdict(tokens, logprobs, hidden, accepted)
-
-    def sample_in_pieces(self, engine: "Engine", ids, hidden, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`step` columns at a time -> tokens and log-probabilities (B, T), 0 where a row has dropped out."""
-        tokens = torch.zeros_like(ids)
-        logprobs = torch.zeros(ids.shape, device=ids.device)
-        rows = torch.arange(len(ids), device=ids.device)
-        for first in range(0, ids.shape[1], step):
-            part = slice(first, first + step)
-            logits = engine.head(hidden[rows, part])
-            y, logp = sample_columns(logits, self.sampling, self.seeds[rows], self.index[rows, part])
-            tokens[rows, part] = y
-            logprobs[rows, part] = logp
-            drafts = ids[rows, 1 + first : 1 + first + step]  # one shorter in the last piece
-            rows = rows[(y[:, : drafts.shape[1]] == drafts).all(1)]
-            if not len(rows):
-                break
-        return tokens, logprobs
-
+from parts.sampling import Sampling, seed_words
 
 # ---------------------------------------------------------------- the engine
 
@@ -146,6 +83,7 @@ class Engine:
     rule            how drafts are verified: Coupled, or one of parts/accept.py
     frozen          neither the model's nor the drafters' weights will change, so they are read once
     reserve_bytes   GPU memory to leave to others
+    bucketed        rounds in few sizes, so that a GPU can replay them (parts/graphs.py); None: on a GPU
 
     stats tells of the last `generate`; row_limit may be lowered between rollouts: a group that would make more rows
     waits.
@@ -158,6 +96,7 @@ class Engine:
     tokens: torch.Tensor  # (slots, room) x_t; the newest, `cur`, stands at lens
     logprobs: torch.Tensor  # (slots, room) of x_t
     hidden: torch.Tensor | None  # (slots, room, D) h_t, if they are kept
+    live_count: torch.Tensor  # () how many rows live, for rounds of more rows
 
     def __init__(
         self,
@@ -170,7 +109,9 @@ class Engine:
         rule: type[Coupled] = Coupled,
         frozen: bool = False,
         reserve_bytes: int = 0,
+        bucketed: bool | None = None,
     ):
+        on_gpu = model.device.type == "cuda"
         self.model = model
         self.slots = self.slots_wanted = slots
         self.row_limit = slots
@@ -183,9 +124,13 @@ class Engine:
         self.live: list[Row] = []
         self.stats = Stats()
         self.fused_layers = fuse_model(model)
-        self.fusable = self.fused_layers is not None and agrees(model, self.fused_layers)[0]
+        if self.fused_layers and not agrees(model, self.fused_layers)[0]:
+            self.fused_layers = None
         self.head = head_of(model)
-        self.logits_at_once = 1 << (21 if model.device.type == "cpu" else 25)
+        self.logits_at_once = 1 << (25 if on_gpu else 21)
+        self.bucketed = on_gpu if bucketed is None else bucketed
+        self.graphs = Graphs(self.compute) if on_gpu and self.bucketed else None
+        self.marks = Marks(model.device)
         self.weights_read = False
         self.stop_at(stop_tokens)
         self.reserve(context)
@@ -217,20 +162,28 @@ class Engine:
         self.logprobs = torch.zeros(slots, room, device=device)
         if self.keep_hidden:
             self.hidden = torch.zeros(slots, room, config.hidden_size, dtype=dtype, device=device)
+        self.live_count = torch.zeros((), dtype=torch.long, device=device)
         for drafter in self.drafters.values():
             drafter.reserve(self, slots, room)
+        if self.graphs:
+            self.graphs.forget()  # they knew where everything was
 
     def affordable(self, room: int) -> int:
         """As many slots as asked for, or as four fifths of the free GPU memory, less reserve_bytes, hold."""
         free = free_memory(self.model.device)
         if free is None:
             return self.slots_wanted
-        config, dtype = self.model.config, self.model.dtype
-        row_bytes = SlotCache(config, 1, room, dtype, "meta", config.num_hidden_layers + len(self.drafters)).data.nbytes
-        row_bytes += self.keep_hidden * room * config.hidden_size * dtype.itemsize
+        wanted = self.slots_wanted
         # in float32: logits, noise, sum, hash
-        logits_bytes = 16 * min(self.logits_at_once, self.slots_wanted * (MAX_DRAFTS + 1) * config.vocab_size)
-        return rows_that_fit(self.slots_wanted, room, row_bytes, free - logits_bytes, self.reserve_bytes)
+        logits_bytes = 16 * min(self.logits_at_once, wanted * (MAX_DRAFTS + 1) * self.model.config.vocab_size)
+        return rows_that_fit(wanted, room, self.row_bytes(room), free - logits_bytes, self.reserve_bytes)
+
+    def row_bytes(self, room: int) -> int:
+        """Memory of a slot of so many tokens."""
+        config, dtype = self.model.config, self.model.dtype
+        layers = config.num_hidden_layers + len(self.drafters)
+        cache = SlotCache(config, 1, room, dtype, "meta", layers).data.nbytes
+        return cache + self.keep_hidden * room * config.hidden_size * dtype.itemsize
 
     @torch.inference_mode()
     def generate(
@@ -263,14 +216,16 @@ class Engine:
         self.stats.seconds = time.perf_counter() - started
 
     def read_weights(self) -> None:
-        """Copies of weights are made anew, as they are now."""
+        """Copies of weights are filled anew, with the weights as they are now."""
         if self.frozen and self.weights_read:
             return
-        self.fused_layers = fuse_model(self.model) if self.fusable else None
+        for layer in self.fused_layers or ():
+            layer.read()
         self.head = fast_head(self.model)
         self.weights_read = True
-        for drafter in self.drafters.values():
-            drafter.begin()
+        moved = [drafter.begin() for drafter in self.drafters.values()]
+        if self.graphs and any(moved):
+            self.graphs.forget()
 
     def checked(self, groups: Iterable[Group], sampling: Sampling) -> Iterator[Group]:
         """The same groups. Raises UserError for the first that cannot run."""
@@ -336,35 +291,66 @@ class Engine:
         if not 0 <= draft.k <= MAX_DRAFTS:
             raise UserError(f"draft length {draft.k}: 0 to {MAX_DRAFTS} drafts fit a round")
         started = time.perf_counter()
-        rows = slice(0, len(self.live))
+        shape = self.shape_of(draft, sampling)
+        if self.bucketed:
+            self.live_count.fill_(len(self.live))
+        asks_host = self.rule is not Coupled or (draft.k and self.drafters[draft.kind].asks_host)
+        outcome = self.compute(shape) if asks_host or self.graphs is None else self.graphs.run(shape)
+        accepted, new_tokens = self.to_host(outcome)
+        ended = self.extend_rows(new_tokens, sampling, outcome.shape[1] - 3, on_token)
+        strategy.observe(self.tell(draft, accepted, sum(map(len, new_tokens)), started))
+        return ended
+
+    def shape_of(self, draft: Draft, sampling: Sampling) -> Shape:
+        """All that the host decides about the next round."""
+        gap = self.drafters[draft.kind].missing(self.live) if draft.k else 0
+        view = max(row.length for row in self.live) + draft.k + 1
+        shape = Shape(len(self.live), view, gap, draft, sampling)
+        return rounded(shape, self.slots, self.tokens.shape[1]) if self.bucketed else shape
+
+    def compute(self, shape: Shape) -> torch.Tensor:
+        """A round on the device -> (rows, 2 + T): tokens emitted, drafts accepted, the policy's samples.
+
+        It reads `shape` and the buffers, nothing else of the host's: so it can be recorded, and replayed.
+        """
+        verdict, index = self.guess_and_check(shape)
+        emitted = self.commit(verdict, index, shape.sampling)
+        return torch.cat([emitted[:, None], verdict.accepted[:, None], verdict.tokens], 1)
+
+    def guess_and_check(self, shape: Shape) -> tuple[Verdict, torch.Tensor]:
+        """Draft, verify, accept -> what the policy says, and index (B, T): which token of its response each sample is.
+
+        Nothing changes but cache entries beyond the rows' ends: done twice, it is as if done once.
+        """
+        self.marks.set(0)
+        draft = shape.draft
+        rows = slice(0, shape.rows)
         lens = self.lens[rows]
-        columns = torch.arange(draft.k + 1, device=lens.device)
-        index = (lens + 1 - self.start[rows])[:, None] + columns  # which token of its response each column samples
-        rule = self.rule(sampling, self.seeds[rows], index, self.model.config.vocab_size)
+        columns = self.cache.numbers[: draft.k + 1]
+        index = (lens + 1 - self.start[rows])[:, None] + columns
+        rule = self.rule(shape.sampling, self.seeds[rows], index, self.model.config.vocab_size)
         ids = self.tokens[rows].gather(1, lens[:, None])  # (B, 1): cur
         tree = None
         if draft.k:
-            drafts = self.drafters[draft.kind].propose(self, draft.k, rule.guess)
+            drafts = self.drafters[draft.kind].propose(self, shape, rule.guess)
             ids, tree = rule.columns(ids, drafts)
-        drafted = time.perf_counter()
-        view = max(row.length for row in self.live) + ids.shape[1]
+        self.marks.set(1)
+        view = shape.view + ids.shape[1] - len(columns)  # a tree has more columns
         hidden = self.forward(rows, ids, lens, view, tree)  # (B, T, D)
-        verdict = rule.accept(self, ids, hidden)
-        emitted = self.commit(verdict, index, sampling)
-        accepted, new_tokens = self.to_host(verdict, emitted)
-        ended = self.extend_rows(new_tokens, sampling, ids.shape[1] - 1, on_token)
-        strategy.observe(self.tell(draft, accepted, sum(map(len, new_tokens)), started, drafted))
-        return ended
+        return rule.accept(self, ids, hidden), index
 
     def commit(self, verdict: Verdict, index: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         """Write a round's tokens, log-probabilities and features, and move the lengths -> tokens emitted (B,)."""
         n, columns = verdict.tokens.shape
         rows = slice(0, n)
-        steps = torch.arange(columns, device=self.lens.device)
+        steps = self.cache.numbers[:columns]
         # a stop token or the length limit may come inside the accepted run
-        before_stop = torch.where(torch.isin(verdict.tokens, self.stop), steps, columns).amin(1)
+        stops = (verdict.tokens[..., None] == self.stop).any(-1)
+        before_stop = torch.where(stops, steps, columns).amin(1)
         emitted = torch.minimum(verdict.accepted, before_stop) + 1
         emitted = torch.minimum(emitted, sampling.max_new - index[:, 0])
+        if self.bucketed:  # the rows beyond the live ones stay as they are
+            emitted = torch.where(self.cache.numbers[:n] < self.live_count, emitted, 0)
         # (B, k+1), of cur and the drafts; the sample of a place stands one later
         places = self.lens[rows, None] + steps
         self.tokens[rows].scatter_(1, places + 1, verdict.tokens)
@@ -374,9 +360,11 @@ class Engine:
         self.lens[rows] += emitted
         return emitted
 
-    def to_host(self, verdict: Verdict, emitted: torch.Tensor) -> tuple[list[int], list[list[int]]]:
-        """(drafts accepted, tokens emitted) of each row. The round's one wait for the device."""
-        host = torch.cat([emitted[:, None], verdict.accepted[:, None], verdict.tokens], 1).tolist()
+    def to_host(self, outcome: torch.Tensor) -> tuple[list[int], list[list[int]]]:
+        """outcome: of `compute` -> (drafts accepted, tokens emitted) of each live row. The round's one wait for the
+        device.
+        """
+        host = outcome.tolist()[: len(self.live)]
         return [line[1] for line in host], [line[2 : 2 + line[0]] for line in host]
 
     def extend_rows(self, new_tokens: list[list[int]], sampling: Sampling, drafts: int, on_token) -> list[int]:
@@ -393,9 +381,10 @@ class Engine:
                     on_token(row.group.key, row.sample, token)
         return ended
 
-    def tell(self, draft: Draft, accepted: list[int], tokens: int, started: float, drafted: float) -> RoundReport:
+    def tell(self, draft: Draft, accepted: list[int], tokens: int, started: float) -> RoundReport:
         """Count a round in `stats` -> its report for the strategy."""
-        now = time.perf_counter()
+        seconds = time.perf_counter() - started
+        draft_seconds = self.marks.seconds()
         k = draft.k
         ordered = sorted(accepted)
         # by depth: rows with so many right guesses or more
@@ -403,8 +392,8 @@ class Engine:
         stats = self.stats
         stats.rounds += 1
         stats.tokens += tokens
-        stats.draft_seconds += drafted - started
-        stats.verify_seconds += now - drafted
+        stats.draft_seconds += draft_seconds
+        stats.verify_seconds += seconds - draft_seconds
         if k:
             stats.spec_rounds += 1
             stats.spec_row_rounds += len(accepted)
@@ -413,7 +402,7 @@ class Engine:
         for depth in range(k):
             stats.drafted[depth] += reached[depth]
             stats.accepted[depth] += reached[depth + 1]
-        return RoundReport(len(accepted), draft, now - started, reached[:k], reached[1:])
+        return RoundReport(len(accepted), draft, seconds, reached[:k], reached[1:])
 
     def take(self, i: int) -> Response:
         """The finished response in row i; the last live row moves into its slot."""

@@ -229,6 +229,7 @@ def loss_on(model, batch: list) -> torch.Tensor:
         end = len(prompt) + len(completion)
         ids[row, :end] = torch.tensor(prompt + completion)
         labels[row, len(prompt) : end] = torch.tensor(completion)
+    ids, labels = ids.to(model.device), labels.to(model.device)
     logits = model(input_ids=ids[:, :-1]).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
@@ -313,15 +314,8 @@ def jobs_of(command: Command) -> list[Job]:
     return jobs
 
 
-def main() -> None:
-    """See above."""
-    command = parse_flags(Command, __doc__)
-    if command.threads:
-        torch.set_num_threads(command.threads)
-    torch.manual_seed(command.seed)
-    tokenizer = make_tokenizer(command.task)
-    model = new_policy(tokenizer, command.layers, command.width)
-    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {torch.get_num_threads()} threads")
+def plan_of(command: Command) -> list[list]:
+    """Make the traces, side by side -> batches in the order in which they are learned."""
     jobs = jobs_of(command)
     with ProcessPoolExecutor() as pool:
         parts = list(tqdm(pool.map(make_traces, jobs), total=len(jobs), desc="demonstrating", unit="part"))
@@ -333,6 +327,19 @@ def main() -> None:
     for kind in ("clean", "noisy"):
         rows = [row for part, job in zip(parts, jobs) if job.kind == kind for row in part]
         plan += batches(rows, command.tokens, rng)
+    return plan
+
+
+def main() -> None:
+    """See above."""
+    command = parse_flags(Command, __doc__)
+    if command.threads:
+        torch.set_num_threads(command.threads)
+    torch.manual_seed(command.seed)
+    tokenizer = make_tokenizer(command.task)
+    model = new_policy(tokenizer, command.layers, command.width)
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {torch.get_num_threads()} threads")
+    plan = plan_of(command)
     started = time.time()
     learn(model, plan, 2e-3)
     model.generation_config.max_new_tokens = 512

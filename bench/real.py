@@ -26,7 +26,6 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import rollout
 from bench.engine import Contest
 from bench.engine import load_models as load_both
 from bench.harness import (
@@ -44,6 +43,7 @@ from bench.harness import (
 from bench.speculation import Rollout
 from bench.step import Party, Steps, row_of
 from drafter import Drafter, LearnedDrafts, Trainer, collect, fit
+from parts import accept
 from parts.common import ROOT, UserError, check_at_least, flag
 from parts.features import FeatureBuffer
 from parts.interfaces import Draft, Group, Strategy
@@ -276,7 +276,7 @@ class Stopwatch:
 
 
 def rounds(bench: Bench) -> list[dict]:
-    """Milliseconds of a round, and of its parts, at whose ends a GPU is waited for."""
+    """Milliseconds of a round, and of its parts. Not replayed: nobody could see its parts then."""
     rows = []
     plain = {}
     for batch in bench.config.batches:
@@ -284,14 +284,13 @@ def rounds(bench: Bench) -> list[dict]:
             groups = bench.groups("test", batch)
             engine = bench.engine(batch, groups, 60)
             engine.stop_at({-1})  # all rows live to the end
+            engine.graphs = None
             sampling = Sampling(max_new=60)
             list(engine.generate(groups, Sampling(max_new=10), of_length(k)))  # memory is touched
-            own = rollout.sample, rollout.sample_columns
-            drafts = engine.drafters["learned"]
-            drafts.propose = Stopwatch(drafts.propose)
-            watches = rollout.sample, rollout.sample_columns = Stopwatch(own[0]), Stopwatch(own[1])
+            own = accept.sample, accept.sample_columns
+            watches = accept.sample, accept.sample_columns = Stopwatch(own[0]), Stopwatch(own[1])
             list(engine.generate(groups, sampling, of_length(k)))
-            rollout.sample, rollout.sample_columns = own
+            accept.sample, accept.sample_columns = own
             stats = engine.stats
             whole = (stats.draft_seconds + stats.verify_seconds) / stats.rounds
             row = {"name": f"{batch} rows, k = {k}", "ms": whole * 1e3}

@@ -9,8 +9,7 @@ Workloads:
 
 Modes: plain; chains of fixed length; a chain with siblings; n-grams; the textbook accept rule, whose tokens are others
 of the same distribution; and the two strategies that choose by what they measure, which go on learning from turn to
-turn. A first turn does not count: memory is touched, strategies look around. The share of drafting is of the host's
-time: on a GPU, until the guesses are asked for, not until they are made.
+turn. A first turn does not count: memory is touched, strategies look around.
 
 Ratio: goodput over plain on the last workload. With --json FILE also a picture beside the file.
 """

@@ -1,4 +1,6 @@
-"""Other ways to verify drafts, beside rollout.Coupled. A rule is passed to the engine: `Engine(..., rule=Ratio)`.
+"""How drafts are verified. A rule is passed to the engine: `Engine(..., rule=Ratio)`.
+
+Coupled the default: a draft is accepted if it is what the policy itself samples there, see rollout.py.
 
 Ratio   the textbook rule (Leviathan et al. 2211.17192): accept a draft d ~ q with chance min(1, p(d) / q(d)), else draw
         from max(p - q, 0). The distribution is the policy's; the tokens are not those of plain decoding, so it cannot
@@ -8,20 +10,98 @@ Tree    each draft has width - 1 siblings, the next best tokens of the drafter u
         chain. If the policy leaves the chain for a sibling, that sibling is accepted too, and its keys and values move
         into the chain's place. Tokens are those of plain decoding. Slower than the chain at every batch size measured.
 
-Both keep logits and noise of all columns in whole (B, T, V) tensors: they are for study, at small vocabularies.
+The last two keep logits and noise of all columns in whole (B, T, V) tensors: they are for study, at small vocabularies.
 
 Left out: deeper trees than chain-and-siblings.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 
 from parts.common import UserError
 from parts.interfaces import MAX_DRAFTS
 from parts.modeling import Tree as TreeShape
-from parts.sampling import all_words, logprob_of, narrow, noise_for
-from rollout import Coupled, Verdict
+from parts.sampling import (
+    Sampling,
+    all_words,
+    logprob_of,
+    narrow,
+    noise_for,
+    sample,
+    sample_columns,
+    shared_noise,
+)
+
+# ---------------------------------------------------------------- coupled, the default
+
+
+class Verdict(NamedTuple):
+    """What the policy says of a round."""
+
+    tokens: torch.Tensor  # (B, k+1) its own samples; the first accepted + 1 of a row count
+    logprobs: torch.Tensor  # (B, k+1) of them
+    hidden: torch.Tensor  # (B, k+1, D) its hidden states where they were sampled
+    accepted: torch.Tensor  # (B,)
+
+
+class Coupled:
+    """The accept rule, made anew for each round: a draft is accepted if it is what the policy itself samples there."""
+
+    def __init__(self, sampling: Sampling, seeds: torch.Tensor, index: torch.Tensor, vocab: int):
+        """seeds (B, 2); index (B, k+1): which token of its response each column samples; vocab: V."""
+        self.sampling = sampling
+        self.seeds = seeds
+        self.index = index
+        self.vocab = vocab
+        self.noise = shared_noise(sampling, seeds, index, vocab)  # (B, k+1, V), or None
+
+    def guess(self, depth: int, logits: torch.Tensor, words: torch.Tensor | None = None) -> torch.Tensor:
+        """The drafter's logits (B, 1, N) -> its guess (B, 1), drawn with the policy's own noise. words: as `sample`."""
+        noise = self.noise[:, depth] if self.noise is not None and words is None else None
+        y, _ = sample(logits[:, 0], self.sampling, self.seeds, self.index[:, depth], words, noise, scored=False)
+        return y[:, None]
+
+    def columns(self, cur: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, TreeShape | None]:
+        """What the policy reads: cur (B, 1), drafts (B, k) -> ids (B, T), and their shape (None: a chain)."""
+        return torch.cat([cur, drafts], 1), None
+
+    def accept(self, engine, ids: torch.Tensor, hidden: torch.Tensor) -> Verdict:
+        """engine: a rollout.Engine; ids (B, T), hidden (B, T, D).
+
+        The head over V words and the noise are dear, so columns go through them in pieces, and a row whose guess was
+        wrong in one piece is left out of the next: what it would say there counts for nothing.
+        """
+        step = max(1, engine.logits_at_once // (len(ids) * self.vocab))
+        if step >= ids.shape[1]:
+            tokens, logprobs = sample_columns(engine.head(hidden), self.sampling, self.seeds, self.index, self.noise)
+        else:
+            tokens, logprobs = self.sample_in_pieces(engine, ids, hidden, step)
+        accepted = (tokens[:, :-1] == ids[:, 1:]).long().cumprod(1).sum(1)
+        return Verdict(tokens, logprobs, hidden, accepted)
+
+    def sample_in_pieces(self, engine, ids, hidden, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`step` columns at a time -> tokens and log-probabilities (B, T), 0 where a row has dropped out."""
+        tokens = torch.zeros_like(ids)
+        logprobs = torch.zeros(ids.shape, device=ids.device)
+        rows = torch.arange(len(ids), device=ids.device)
+        for first in range(0, ids.shape[1], step):
+            part = slice(first, first + step)
+            logits = engine.head(hidden[rows, part])
+            y, logp = sample_columns(logits, self.sampling, self.seeds[rows], self.index[rows, part])
+            tokens[rows, part] = y
+            logprobs[rows, part] = logp
+            drafts = ids[rows, 1 + first : 1 + first + step]  # one shorter in the last piece
+            if engine.bucketed:  # who drops out must not depend on what is in the tensors: a graph replays sizes
+                continue
+            rows = rows[(y[:, : drafts.shape[1]] == drafts).all(1)]
+            if not len(rows):
+                break
+        return tokens, logprobs
+
+
+# ---------------------------------------------------------------- by probability ratio
 
 
 def verify_ratio(logits, q_logits, drafts, sampling, seeds, index):

@@ -39,7 +39,7 @@ FORMAT = 3  # of checkpoints
 KEPT = 2  # checkpoints
 PATTERN = "checkpoint-??????"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-MAY_CHANGE = ("steps", "resume", "out", "workers", "workers_per_gpu")  # settings that a resumed run may change without a word
+MAY_CHANGE = ("steps", "resume", "out", "workers", "workers_per_gpu")  # what a resumed run may change without a word
 
 
 # ---------------------------------------------------------------- the folder

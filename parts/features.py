@@ -120,6 +120,15 @@ def pack(rows: list[Features]) -> Packed:
     )
 
 
+def block_mask(owner, positions, groups: int, dtype) -> torch.Tensor:
+    """Additive mask (1, 1, groups * N, N): an entry sees the earlier entries of its own sequence. Folded for
+    `slot_attention`.
+    """
+    seen = (owner[:, None] == owner) & (positions[0][:, None] >= positions[0])
+    mask = torch.zeros(seen.shape, dtype=dtype, device=owner.device).masked_fill_(~seen, -torch.inf)
+    return mask.repeat(groups, 1)[None, None]
+
+
 def scale_of(embedding: torch.Tensor) -> float:
     """What brings embeddings (V, D) to the size of features: a power of two, by which weights are multiplied without
     rounding.

@@ -139,9 +139,11 @@ class Drafts:
     """
 
     needs_hidden = False  # whether it reads the policy's hidden states
+    asks_host = True  # whether `propose` looks at more than its shape and tensors, so that no graph can replay it
 
-    def begin(self) -> None:
-        """A rollout begins: whatever was copied from weights is copied anew."""
+    def begin(self) -> bool:
+        """A rollout begins: whatever was copied from weights is copied anew -> whether it lies elsewhere now."""
+        return False
 
     def reserve(self, engine, slots: int, room: int) -> None:
         """Make room for so many rows of so many tokens."""
@@ -152,8 +154,12 @@ class Drafts:
     def move(self, source: int, target: int) -> None:
         """The response in row `source` goes on in row `target`."""
 
-    def propose(self, engine, k: int, guess: Callable) -> torch.Tensor:
-        """k guesses for each of the engine's live rows, (B, k).
+    def missing(self, live: list[Row]) -> int:
+        """How many entries `propose` has to catch up with, in the row that is furthest behind; from now on none."""
+        return 0
+
+    def propose(self, engine, shape, guess: Callable) -> torch.Tensor:
+        """k guesses for each row, (B, k). shape: a graphs.Shape.
 
         guess(depth, logits (B, 1, V)) -> (B, 1) draws from a drafter's logits; one that has none need not call it.
         """

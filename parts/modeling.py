@@ -4,7 +4,7 @@ The model is the stock module. Three small things make it serve many rows of dif
 
     SlotCache        a static cache with one length per row: going back is free, since only the length changes
     slot_attention   folds grouped query heads into query rows, so that keys and values need not be copied
-    FusedLayer       for small models of the Llama kind: joined projections, without the modules' overhead
+    FusedLayer       for layers of the Llama kind: joined projections, without the modules' overhead
 
 One forward feeds row b the T tokens ids[b], whose keys and values go behind the lens[b] entries that are valid:
 
@@ -55,6 +55,12 @@ class SlotCache(Cache):
         self.data = torch.zeros(shape, dtype=dtype, device=device)
         # views of each layer, made once, because at batch 1 making them shows: keys, values, and both flattened
         self.views = [(k, v, k.flatten(0, 2), v.flatten(0, 2)) for k, v in self.data]
+        self.never = torch.tensor(-torch.inf, dtype=dtype, device=device)  # what a mask adds
+        self.always = torch.tensor(0.0, dtype=dtype, device=device)
+        # of places, rows and columns (of a short slot there are more columns than places)
+        self.numbers = torch.arange(max(slots, length + 16), device=device)
+        first = torch.arange(slots * self.heads, device=device) * length
+        self.first = first.view(slots, self.heads, 1)  # of each slot and head, in the flattened views
         self.rows = slice(0, 0)  # these three: see `place`
         self.view = 0
         self.flat = torch.zeros(0, dtype=torch.long)
@@ -68,9 +74,7 @@ class SlotCache(Cache):
         """rows: those that take part; slots (B, T): positions of the new tokens; view: how many entries anyone sees."""
         self.rows = rows
         self.view = view
-        head = torch.arange(rows.start * self.heads, rows.stop * self.heads, device=slots.device)
-        head = head.view(-1, self.heads, 1)  # (B, heads, 1)
-        self.flat = (head * self.length + slots[:, None]).flatten()  # (B * heads * T,) into (slots * heads * length)
+        self.flat = (self.first[rows] + slots[:, None]).flatten()  # (B * heads * T,) into (slots * heads * length)
 
     def update(self, key, value, layer, *args, **kwargs):
         """key, value (B, heads, T, w) -> all that the rows may look at, (B, heads, view, w)."""
@@ -116,9 +120,10 @@ def slot_attention(module, query, key, value, mask, scaling=None, dropout=0.0, *
     return out.transpose(1, 2), None
 
 
-AttentionInterface.register(
-    "slots", slot_attention
-)  # a name without a mask function: our masks, or None, pass untouched
+# a name without a mask function: our masks, or None, pass untouched
+AttentionInterface.register("slots", slot_attention)
+# cuDNN would make a plan for every number of keys and values, 30 ms each, and that number grows with every round
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Tree(NamedTuple):
@@ -137,8 +142,8 @@ def attend(cache: SlotCache, rows: slice, lens, view: int, columns: int, tree: T
     view = min(view, cache.length)
     # when a drafter catches up over gaps of unequal length, a row's padding may reach beyond its slot; the slot's last
     # entry belongs to nobody
-    slots = (lens[:, None] + torch.arange(columns, device=lens.device)).clamp(max=cache.length - 1)  # (B, T)
-    place = torch.arange(view, device=lens.device)
+    slots = (lens[:, None] + cache.numbers[:columns]).clamp(max=cache.length - 1)  # (B, T)
+    place = cache.numbers[:view]
     if tree is None:
         positions = slots
         unseen = place > slots[..., None]  # (B, T, view)
@@ -147,7 +152,7 @@ def attend(cache: SlotCache, rows: slice, lens, view: int, columns: int, tree: T
         new = place - lens[:, None]  # (B, view): which of the new entries stands there; below 0: an old one
         sees = tree.sees[:, new.clamp(0, columns - 1)].transpose(0, 1)  # (B, T, view)
         unseen = ~((new < 0)[:, None] | (sees & (new < columns)[:, None]))
-    mask = torch.zeros(unseen.shape, dtype=cache.data.dtype, device=lens.device).masked_fill_(unseen, -torch.inf)
+    mask = torch.where(unseen, cache.never, cache.always)
     cache.place(rows, slots, view)
     return positions, mask.repeat(1, cache.groups, 1)[:, None]
 
@@ -166,6 +171,8 @@ def forward(model, cache: SlotCache, rows: slice, ids, lens, view: int, tree=Non
     angles = signed(decoder.rotary_emb(x, positions))
     for i, layer in enumerate(fused_layers):
         x = layer(x, mask, cache, angles, i)
+    if hasattr(decoder.norm, "variance_epsilon"):
+        return F.rms_norm(x, x.shape[-1:], *norm_of(decoder.norm))
     return decoder.norm(x)
 
 
@@ -192,28 +199,65 @@ def scaled(head, factor: float):
 class Linear:
     """Linear layers that read the same input, as one: x (..., in) -> (..., out of all of them together).
 
-    In a small model the weights are joined, which saves calls. In a large one on a CPU they are laid out anew, in the
-    blocks that oneDNN multiplies best (`pack`): for 4 to 128 rows, which is what drafts and batches feed, that takes
-    a third less time than the usual product, which lays out the weights at every call. One to three rows only read the
-    weights, and many rows hide it, so there the layers' own weights are used. The price is a second copy.
+    In a small model, and on a GPU, the weights are joined, which saves calls. In a large one on a CPU they are laid out
+    anew, in the blocks that oneDNN multiplies best (`pack`): for 4 to 128 rows, which is what drafts and batches feed,
+    that takes a third less time than the usual product, which lays out the weights at every call. One to three rows
+    only read the weights, and many rows hide it, so there the layers' own weights are used. The price is a second copy.
     """
 
     FEWEST, MOST = 4, 128  # rows for which the packed weights are used
 
     def __init__(self, parts: list[tuple], pack: bool = False):
         """parts: (weight (out, in), bias (out,) or None) of each layer, see `weights_of`."""
-        self.bias = None
-        if any(bias is not None for _, bias in parts):
-            self.bias = torch.cat([torch.zeros_like(weight[:, 0]) if bias is None else bias for weight, bias in parts])
-        weight = torch.cat([weight for weight, _ in parts])
-        self.packed = packed(weight) if pack else None
-        self.parts = [(weight, self.bias)] if self.packed is None else parts
+        self.own = parts
+        self.pack = pack
+        self.packed: torch.Tensor | None = None  # in oneDNN's layout
+        self.weight: torch.Tensor | None = None  # (out of all, in); None: packed, and each layer's own
+        self.bias: torch.Tensor | None = None  # (out of all,)
+        self.read()
+
+    def read(self) -> None:
+        """Take the layers' weights as they are now. What was joined before stays where it is, and is filled anew."""
+        weights, biases = zip(*self.own)
+        if any(bias is not None for bias in biases):
+            self.bias = refilled(self.bias, *(torch.zeros_like(w[:, 0]) if b is None else b for w, b in self.own))
+        if self.pack and can_pack(weights[0]):
+            self.packed = packed(torch.cat(weights))
+        self.weight = refilled(self.weight, *weights) if self.packed is None else None
+
+    def lend(self) -> None:
+        """From now on the layers' own weights are parts of the joined ones: no second copy, nothing to fill anew."""
+        for kind, joined in enumerate((self.weight, self.bias)):
+            parts = [part[kind] for part in self.own]
+            if joined is None or any(part is None for part in parts):
+                continue
+            for part, piece in zip(parts, joined.split([len(part) for part in parts])):
+                part.data = piece
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None and self.FEWEST <= x.numel() // x.shape[-1] <= self.MOST:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        outputs = [F.linear(x, weight, bias) for weight, bias in self.parts]
+        if self.weight is not None:
+            return F.linear(x, self.weight, self.bias)
+        outputs = [F.linear(x, weight, bias) for weight, bias in self.own]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def refilled(old: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
+    """The parts, joined, where `old` is if that has their shape, so that its address stays. One part alone is returned
+    as it is unless there is an old one to fill. What has been lent is full already.
+    """
+    first = parts[0]
+    rows = sum(len(part) for part in parts)
+    if old is None or old.shape != (rows, *first.shape[1:]):
+        with torch.inference_mode(False):  # weights that learn may come to lie in it
+            return first.detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
+    start = 0
+    for part in parts:
+        if part.data_ptr() != old[start:].data_ptr():
+            old[start : start + len(part)] = part
+        start += len(part)
+    return old
 
 
 def weights_of(*linears) -> list[tuple]:
@@ -258,6 +302,17 @@ class FusedLayer:
         self.out = Linear(weights_of(attention.o_proj), pack)
         self.up = Linear(weights_of(layer.mlp.gate_proj, layer.mlp.up_proj), pack)
         self.down = Linear(weights_of(layer.mlp.down_proj), pack)
+        self.projections = (self.qkv, self.out, self.up, self.down)
+
+    def read(self) -> None:
+        """Take the layer's weights as they are now."""
+        for projection in self.projections:
+            projection.read()
+
+    def lend(self) -> None:
+        """See Linear.lend."""
+        for projection in self.projections:
+            projection.lend()
 
     def __call__(self, x, mask, cache: SlotCache, angles, index: int):
         """x (B, T, D) -> (B, T, D). angles: see `signed`; index: the layer's place in the cache."""
@@ -266,7 +321,7 @@ class FusedLayer:
         qkv = self.qkv(normed).view(*x.shape[:2], rotated_heads + self.kv_heads, self.width)
         qkv = qkv.transpose(1, 2)  # (B, heads, T, w)
         qk = qkv[:, :rotated_heads]
-        qk = qk * angles[0] + qk.roll(self.width // 2, -1) * angles[1]
+        qk = torch.addcmul(qk * angles[0], qk.roll(self.width // 2, -1), angles[1])
         key, value = cache.update(qk[:, self.heads :], qkv[:, rotated_heads:], index)
         seen, _ = slot_attention(self.module, qk[:, : self.heads], key, value, mask, scaling=self.width**-0.5)
         x = x + self.out(seen.reshape(*x.shape[:2], -1))
@@ -286,13 +341,16 @@ def signed(angles):
 
 @torch.inference_mode()
 def fuse(layers, config, rotary) -> list[FusedLayer] | None:
-    """FusedLayers with the weights as they are now, or None where the modules should run: in large models that cannot
-    be packed, and in layers of another kind, which is not looked up but tried, on random input.
+    """FusedLayers with the weights as they are now, or None where the modules should run: on a CPU in large models that
+    cannot be packed, and in layers of another kind, which is not looked up but tried, on random input.
+
+    On a GPU, where every kernel less counts, the joined weights are lent to the modules: a second copy of a large model
+    would not fit.
     """
     some_weight = next(layers[0].parameters())
     device = some_weight.device
     large = sum(p.numel() for layer in layers for p in layer.parameters()) > FUSE_BELOW
-    if large and not can_pack(some_weight):
+    if large and device.type == "cpu" and not can_pack(some_weight):
         return None
     layer = copy.deepcopy(layers[0]).float()  # in float32 another activation function shows
     x = torch.randn(2, 3, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -306,7 +364,12 @@ def fuse(layers, config, rotary) -> list[FusedLayer] | None:
         return None
     if not torch.allclose(own, fused, atol=1e-4):
         return None
-    return [FusedLayer(layer, config, large) for layer in layers]
+    fused_layers = []
+    for layer in layers:
+        fused_layers.append(FusedLayer(layer, config, large))
+        if device.type == "cuda":
+            fused_layers[-1].lend()
+    return fused_layers
 
 
 def fuse_model(model) -> list[FusedLayer] | None:

@@ -20,14 +20,17 @@ class NGramDrafts(Drafts):
         self.tables: dict[tuple, dict[tuple, tuple[list[int], int]]] = {}
         self.entered: dict[tuple[Hashable, int], int] = {}  # (group, sample) -> how many of its tokens are in the table
 
-    def begin(self) -> None:
+    def begin(self) -> bool:
         """Forget the last rollout's prompts."""
         self.tables = {}
         self.entered = {}
+        return False
 
-    def propose(self, engine, k, guess) -> torch.Tensor:
+    def propose(self, engine, shape, guess) -> torch.Tensor:
         """As Drafts.propose. Where nothing matches, the guesses are 0."""
+        k = shape.draft.k
         drafts = [self.continuation(row, k) for row in engine.live]
+        drafts += [[]] * (shape.rows - len(drafts))
         padded = [tokens + [0] * (k - len(tokens)) for tokens in drafts]
         return torch.tensor(padded, device=engine.lens.device)  # (B, k)
 

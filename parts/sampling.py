@@ -170,12 +170,16 @@ class Compiled:
         """As the function."""
         if self.function is None:
             self.function = torch.compile(self.plain, dynamic=True)
-            try:
-                return self.function(*args)
-            except Exception as error:  # no compiler, no Triton, an old card: each has its own type
-                print(f"sampling is not compiled, and slower for it: {reason(error)}", file=sys.stderr)
-                self.function = self.plain
-        return self.function(*args)
+        try:
+            return self.function(*args)
+        except (
+            Exception
+        ) as error:  # no compiler, no Triton, an old card: each has its own type; some fail at a new shape
+            if self.function is self.plain or isinstance(error, torch.OutOfMemoryError):
+                raise
+            print(f"sampling is not compiled, and slower for it: {reason(error)}", file=sys.stderr)
+            self.function = self.plain
+            return self.plain(*args)
 
 
 compiled_draw = Compiled(draw)

@@ -10,11 +10,13 @@ from conftest import tiny
 from transformers import LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config, Qwen3Config
 
 from drafter import Drafter, LearnedDrafts, Trainer
+from parts.accept import Coupled
 from parts.features import FeatureBuffer
-from parts.interfaces import Draft, Group, Response, Strategy
+from parts.graphs import Shape
+from parts.interfaces import Draft, Group, Response, Row, Strategy
 from parts.ngram import NGramDrafts
 from parts.sampling import Sampling, sequence_seed
-from rollout import Coupled, Engine
+from rollout import Engine
 
 FAMILIES = {
     "llama": (LlamaConfig, {}),
@@ -119,6 +121,11 @@ def accepted_per_round(model, drafter: Drafter, k: int = 4) -> float:
     engine = make_engine(model, drafter)
     list(engine.generate(groups_of(40, random.Random(1)), SAMPLINGS[0], fixed("learned", k)))
     return engine.stats.spec_tokens / engine.stats.spec_row_rounds
+
+
+def shape_of(live: list[Row], k: int, gap: int = 0) -> Shape:
+    """Of a round of these rows, as Engine.shape_of."""
+    return Shape(len(live), max(row.length for row in live) + k + 1, gap, Draft("learned", k), SAMPLINGS[0])
 
 
 # ---------------------------------------------------------------- what speculation must not change

@@ -29,15 +29,14 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rollout
 from drafter import Drafter, LearnedDrafts
 from parts import accept, modeling
 from parts import sampling as sampling_module
-from parts.accept import Ratio, Tree
+from parts.accept import Coupled, Ratio, Tree
 from parts.common import UserError
 from parts.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Strategy
 from parts.sampling import Sampling, all_words, narrow, noise_for, sequence_seed
-from rollout import Coupled, Engine
+from rollout import Engine
 
 
 @functools.cache
@@ -107,7 +106,8 @@ class Oracle(Drafts):
     def __init__(self):
         self.tokens: dict[tuple, list[int]] = {}
 
-    def propose(self, engine, k, guess):
+    def propose(self, engine, shape, guess):
+        k = shape.draft.k
         drafts = []
         for row in engine.live:
             coming = self.tokens[row.group.key, row.sample][len(row.tokens) :]
@@ -181,7 +181,7 @@ def test_columns_in_pieces_change_no_token(sampling, logits_at_once, monkeypatch
 
 def test_rows_that_drop_out_wrongly_are_caught(monkeypatch):
     """A later piece that is sampled with the noise of the first rows, whoever is left."""
-    right = rollout.sample_columns
+    right = accept.sample_columns
 
     def first_rows(logits, sampling, seeds, index, noise=None):
         return right(logits, sampling, first_rows.seeds[: len(seeds)], index, noise)
@@ -193,7 +193,7 @@ def test_rows_that_drop_out_wrongly_are_caught(monkeypatch):
     init = Coupled.__init__
     monkeypatch.setattr(Coupled, "__init__", first_piece)
     monkeypatch.setattr(sampling_module, "SHARED", 0)
-    monkeypatch.setattr(rollout, "sample_columns", first_rows)
+    monkeypatch.setattr(accept, "sample_columns", first_rows)
     caught(check_pieces, "chain 5", SAMPLINGS[0], 1)
 
 

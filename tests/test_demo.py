@@ -1,6 +1,6 @@
 """What the demo runs on which machine. GPUs and the model hub are faked."""
 
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -131,6 +131,7 @@ def check_rows_are_those_of_the_engine(plan):
             drafter = sum(p.numel() for p in model.get_decoder().layers[0].parameters())
             drafter += 2 * candidate.config.hidden_size**2
             engine = SimpleNamespace(model=model, slots=4096, slots_wanted=4096, drafters={"learned": None})
+            engine.row_bytes = MethodType(Engine.row_bytes, engine)
             engine.keep_hidden = True
             engine.logits_at_once = 0  # they are among what CUDA takes
             engine.reserve_bytes = layout.update_bytes(model, found.micro_tokens) + layout.moment_bytes(model)

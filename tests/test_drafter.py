@@ -17,6 +17,7 @@ from helpers import (
     make_drafter,
     make_engine,
     responses_of,
+    shape_of,
     tokens_of,
     trained_drafter,
 )
@@ -43,7 +44,7 @@ def trained_pass(drafter: Drafter, batch, mask=drafter_module.block_mask):
 
 
 class Recorder:
-    """In place of rollout.Coupled.guess: greedy guesses; keeps the drafter's logits."""
+    """In place of accept.Coupled.guess: greedy guesses; keeps the drafter's logits."""
 
     def __init__(self):
         self.first = None  # (B, 1, V), of depth 0
@@ -84,7 +85,7 @@ def check_alignment(packer):
             engine.live = [Row(Group(0, r.prompt, []), 0, r.tokens[:n]) for r, n in zip(rows, grown)]
             engine.lens[: len(rows)] = torch.tensor([row.length for row in engine.live])
             guess = Recorder()
-            learned.propose(engine, 3, guess)
+            learned.propose(engine, shape_of(engine.live, 3, learned.missing(engine.live)), guess)
             for i, row in enumerate(engine.live):
                 t = row.length - 1  # the newest entry with a true feature
                 if 0 <= t < int((batch.owner == i).sum()):

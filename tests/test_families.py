@@ -183,7 +183,7 @@ def test_fused_layers_that_leave_out_the_embedding_s_factor_are_not_used():
     layers = fuse_model(model)
     assert layers is not None
     assert not agrees(model, layers)[0]
-    assert not Engine(model, {1}, 2, 30).fusable
+    assert Engine(model, {1}, 2, 30).fused_layers is None
 
 
 # ---------------------------------------------------------------- rounding and error

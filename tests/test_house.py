@@ -20,9 +20,9 @@ from parts import common
 ORDER = """
 parts.common custom_generate
 tasks parts.sampling parts.modeling parts.interfaces parts.memory parts.vocabulary report
-parts.loading parts.logprobs parts.features parts.sums
+parts.loading parts.logprobs parts.features parts.sums parts.accept parts.graphs
 rollout
-parts.accept parts.ngram drafter strategy parts.checkpoints parts.journal parts.workers
+parts.ngram drafter strategy parts.checkpoints parts.journal parts.workers
 base parts.batches parts.group parts.shard parts.spot parts.supervise export generate
 parts.demo
 train_grpo

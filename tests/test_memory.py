@@ -273,7 +273,8 @@ def check_rollout_stays(model, change, fused: bool):
 
     def responses() -> dict:
         engine = Engine(model, {1}, 10, 100, keep_hidden=True)
-        engine.fusable &= fused
+        if not fused:
+            engine.fused_layers = None
         return by_name(engine.generate(groups, Sampling(max_new=20)))
 
     before = responses()

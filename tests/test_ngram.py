@@ -4,7 +4,7 @@ import random
 
 import torch
 from conftest import cases, tiny
-from helpers import SAMPLINGS, fixed, groups_of, make_engine
+from helpers import SAMPLINGS, fixed, groups_of, make_engine, shape_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,9 +25,9 @@ def test_ngrams_draft_what_followed_before_and_from_siblings():
     drafts = NGramDrafts()
     group = Group(0, [5, 6], [1, 2])
     rows = [Row(group, 0, [10, 11, 12, 13, 14, 10, 11]), Row(group, 1, [13])]
-    assert drafts.propose(FakeEngine(rows), 3, None).tolist() == [[12, 13, 14], [14, 10, 11]]
+    assert drafts.propose(FakeEngine(rows), shape_of(rows, 3), None).tolist() == [[12, 13, 14], [14, 10, 11]]
     other = Row(Group(1, [5, 7], [1]), 0, [10, 11])  # another prompt shares nothing
-    assert drafts.propose(FakeEngine([other]), 2, None).tolist() == [[0, 0]]
+    assert drafts.propose(FakeEngine([other]), shape_of([other], 2), None).tolist() == [[0, 0]]
 
 
 def by_hand(text: list[int], k: int) -> list[int]:
@@ -48,7 +48,8 @@ def test_ngrams_are_what_a_search_by_hand_finds(text, pieces, k):
     for n in [*pieces, len(text)]:
         row.tokens += text[len(row.tokens) :][:n]
         wanted = by_hand(row.tokens, k)
-        assert drafts.propose(FakeEngine([row]), k, None)[0].tolist() == wanted + [0] * (k - len(wanted))
+        drafted = drafts.propose(FakeEngine([row]), shape_of([row], k), None)
+        assert drafted[0].tolist() == wanted + [0] * (k - len(wanted))
 
 
 def test_ngrams_learn_a_loop():
@@ -60,6 +61,7 @@ def test_ngrams_learn_a_loop():
 def test_a_new_rollout_knows_nothing_of_the_last():
     drafts = NGramDrafts()
     row = Row(Group(0, [9], [1]), 0, [1, 2, 1])
-    assert drafts.propose(FakeEngine([row]), 1, None).tolist() == [[2]]
+    assert drafts.propose(FakeEngine([row]), shape_of([row], 1), None).tolist() == [[2]]
     drafts.begin()
-    assert drafts.propose(FakeEngine([Row(Group(0, [9], [1]), 0, [1])]), 1, None).tolist() == [[0]]
+    row = Row(Group(0, [9], [1]), 0, [1])
+    assert drafts.propose(FakeEngine([row]), shape_of([row], 1), None).tolist() == [[0]]

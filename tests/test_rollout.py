@@ -13,7 +13,7 @@ from transformers import AttentionInterface, SmolLM3Config
 import generate
 import rollout
 from drafter import Drafter
-from parts import modeling
+from parts import accept, modeling
 from parts.common import UserError
 from parts.interfaces import Group
 from parts.loading import check_supported, load_model
@@ -139,7 +139,7 @@ def test_fused_layers_are_used_only_where_they_agree(family, fuses):
 def test_fused_layers_are_not_used_when_a_later_layer_is_of_another_kind():
     model = tiny(SmolLM3Config, num_hidden_layers=4)  # its fourth layer has no rotary positions
     assert modeling.fuse_model(model) is not None
-    assert not Engine(model, {1}, 2, 30).fusable
+    assert Engine(model, {1}, 2, 30).fused_layers is None
     check_supported(model)
     check_against_full_forward(model, groups_of(5, random.Random(1)), Sampling(max_new=20))
 
@@ -157,12 +157,12 @@ def check_batch_independence(model):
 
 def test_tokens_do_not_depend_on_slot_batch_or_order(monkeypatch):
     check_batch_independence(tiny())
-    right = rollout.shared_noise
+    right = accept.shared_noise
 
     def by_slot(sampling, seeds, index, vocab):
         return right(sampling, seeds * 0 + torch.arange(len(seeds))[:, None].int(), index, vocab)
 
-    monkeypatch.setattr(rollout, "shared_noise", by_slot)
+    monkeypatch.setattr(accept, "shared_noise", by_slot)
     caught(check_batch_independence, tiny())
 
 
