@@ -71,8 +71,8 @@ class Drafter(torch.nn.Module):
         self.words: torch.Tensor | None = None  # (N,) int32: ids that it may guess, see parts/vocabulary.py; None: all
         # in a tuple, the policy's modules do not become submodules
         self.policy = PolicyParts(decoder.embed_tokens, decoder.rotary_emb, policy.get_output_embeddings(), config)
-        self.fc = torch.nn.Linear(2 * width, width, bias=False, device=policy.device, dtype=dtype)
-        self.layer = type(decoder.layers[0])(config, layer_idx=0).to(policy.device, dtype)
+        self.fc = torch.nn.Linear(2 * width, width, bias=False)
+        self.layer = type(decoder.layers[0])(config, layer_idx=0)
         # no first norm, as in EAGLE, so that SGLang and vLLM can serve it; with the norm 2 % more tokens a round, and a
         # dearer step
         if hasattr(self.layer, "input_layernorm"):
@@ -80,6 +80,7 @@ class Drafter(torch.nn.Module):
         for p in self.parameters():
             if p.ndim > 1:
                 torch.nn.init.normal_(p, std=p.shape[1] ** -0.5 * 0.5)
+        self.to(policy.device, dtype)  # drawn on the host: the same weights whatever the device
 
     def forward(self, ids, features, angles, mask, cache: SlotCache | None = None) -> torch.Tensor:
         """ids (B, T): x_{t+1}; features (B, T, D): h_t; angles: of positions t -> guesses of h_{t+1}, (B, T, D)."""
@@ -266,7 +267,7 @@ def drafter_loss(drafter: Drafter, batch: Packed, feature_weight: float = 0.5, o
             p = F.linear(wanted, weight, bias).float().softmax(-1)
             if own:
                 guess = drafter(ids, features, angles, mask).roll(1, dims=1)  # entry t - 1 guesses h_t
-                swap = (torch.rand(ids.shape, device=ids.device) < own) & (positions > 0)
+                swap = (torch.rand(ids.shape) < own).to(ids.device) & (positions > 0)  # drawn on the host, too
                 features = torch.where(swap[..., None], guess.to(features.dtype), features)
         guessed = drafter(ids, features, angles, mask)[0][counted]
         logits = F.linear(guessed, weight, bias).float()

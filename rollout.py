@@ -113,7 +113,7 @@ class Engine:
     ):
         on_gpu = model.device.type == "cuda"
         self.model = model
-        self.slots = slots
+        self.slots = self.slots_wanted = slots
         self.row_limit = slots
         self.context = 0
         self.drafters = drafters or {}
@@ -153,8 +153,7 @@ class Engine:
         config, dtype, device = self.model.config, self.model.dtype, self.model.device
         room = context + MAX_DRAFTS + 1  # rejected drafts may stand beyond the end
         self.cache = self.tokens = self.logprobs = self.hidden = None  # what was there makes room
-        slots = self.slots = self.affordable(room)
-        self.row_limit = min(self.row_limit, slots)
+        slots = self.slots = self.row_limit = self.affordable(room)
         self.cache = SlotCache(config, slots, room, dtype, device)
         self.lens = torch.zeros(slots, dtype=torch.long, device=device)
         self.start = torch.zeros(slots, dtype=torch.long, device=device)
@@ -173,10 +172,11 @@ class Engine:
         """As many slots as asked for, or as four fifths of the free GPU memory, less reserve_bytes, hold."""
         free = free_memory(self.model.device)
         if free is None:
-            return self.slots
+            return self.slots_wanted
+        wanted = self.slots_wanted
         # in float32: logits, noise, sum, hash
-        logits_bytes = 16 * min(self.logits_at_once, self.slots * (MAX_DRAFTS + 1) * self.model.config.vocab_size)
-        return rows_that_fit(self.slots, room, self.row_bytes(room), free - logits_bytes, self.reserve_bytes)
+        logits_bytes = 16 * min(self.logits_at_once, wanted * (MAX_DRAFTS + 1) * self.model.config.vocab_size)
+        return rows_that_fit(wanted, room, self.row_bytes(room), free - logits_bytes, self.reserve_bytes)
 
     def row_bytes(self, room: int) -> int:
         """Memory of a slot of so many tokens."""

@@ -36,6 +36,7 @@ Left out: stealing rows of the tail from a busy worker; saving the moments of th
 
 import contextlib
 import os
+import platform
 import shutil
 import sys
 import time
@@ -49,8 +50,9 @@ from torch.distributed import TCPStore
 
 from drafter import LearnedDrafts
 from parts import checkpoints
-from parts.common import ROOT, UserError, check_at_least, flag, parse_flags, run
+from parts.common import ROOT, UserError, check_at_least, find_folder, flag, parse_flags, run
 from parts.demo import demo_flags
+from parts.group import join
 from parts.interfaces import Group, Response, Stats
 from parts.ngram import NGramDrafts
 from parts.shard import Sharded
@@ -76,6 +78,7 @@ class TLTConfig(Config):
     draft_vocab: int = flag(0, "words that the drafter may guess; 0: all, of a large vocabulary those that are used")
     drafter_from: str = flag("", "folder of a drafter to start from; empty: the policy's own subfolder drafter/")
     workers: int = flag(0, "worker processes; 0: one per GPU, or one per CPU core without GPUs")
+    workers_per_gpu: int = flag(1, "workers that share a GPU and its memory, e.g. 2, where there is but one")
     shard: bool = flag(False, "spread the policy over the workers (FSDP2), if it does not fit a GPU whole")
     patience: float = flag(600.0, "seconds without a sign of life after which a worker counts as hung")
 
@@ -87,20 +90,29 @@ class TLTConfig(Config):
             folder = f"--drafter-from {self.drafter_from}"
             raise UserError(f"{folder}: no drafter.safetensors there; `make drafter` writes one")
         check_at_least(self, 0, "warm_start", "workers", "draft_vocab")
+        check_at_least(self, 1, "workers_per_gpu")
         if not self.warm_start < float("inf"):
             raise UserError(f"--warm-start {self.warm_start}: must be finite")
         if not self.patience > 0:  # nor nan
             raise UserError(f"--patience {self.patience:g}: must be above 0 seconds")
-        gpus = torch.cuda.device_count() if self.device != "cpu" else 0
+        if self.shard and self.workers_per_gpu > 1:
+            raise UserError(f"--workers-per-gpu {self.workers_per_gpu}: with --shard each worker needs its own GPU")
         cores = os.cpu_count() or 1
-        if gpus and self.workers > gpus:
-            raise UserError(f"--workers {self.workers}: there are only {gpus} GPUs here (or use --device cpu)")
-        if not gpus and self.workers > cores * 4:
-            raise UserError(f"--workers {self.workers}: too many, there are only {cores} cores here")
+        workers = int(os.environ.get("LOCAL_WORLD_SIZE", self.workers))
+        if self.gpus and workers > self.gpus * self.workers_per_gpu:
+            mend = "raise --workers-per-gpu, or use --device cpu"
+            raise UserError(f"--workers {workers}: there are only {self.gpus} GPUs here; {mend}")
+        if not self.gpus and workers > cores * 4:
+            raise UserError(f"--workers {workers}: too many, there are only {cores} cores here")
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of this host that are used."""
+        return torch.cuda.device_count() if self.device != "cpu" else 0
 
 
 class Board:
-    """What the workers tell each other while they work: counters in a TCP store. Every call returns at once."""
+    """What the workers tell each other while they work: counters in a TCP store."""
 
     def __init__(self, host: str, port: int, hosted: TCPStore | None = None):
         """hosted: the store itself, in the process that serves it."""
@@ -112,8 +124,13 @@ class Board:
         return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=120))
 
     def add(self, key: str, n: int = 1) -> int:
-        """Add to a counter -> its new value. n = 0 reads it."""
+        """Add to a counter -> its new value, at once. n = 0 reads it."""
         return self.store.add(key, n)
+
+    def wait(self, key: str, count: int) -> None:
+        """Until a counter has come so far, however long that takes."""
+        while self.add(key, 0) < count:
+            time.sleep(0.02)
 
 
 # ---------------------------------------------------------------- the workers
@@ -132,17 +149,17 @@ class Team(Alone):
     ONE_WORKER_SHARE = 0.05  # drafter training as a share of the rollout's time, for one worker, who is never idle
 
     def __init__(self, config: TLTConfig, tell: Callable[[str], None] | None = None):
-        from accelerate import Accelerator
         from accelerate.utils import broadcast_object_list
 
         super().__init__(config, tell)
-        self.accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
+        self.accelerator = join(config)
         self.rank = self.accelerator.process_index
         self.size = self.accelerator.num_processes
+        self.first_here = self.accelerator.is_local_main_process
         kind = self.accelerator.device.type
         self.device = "cpu" if kind == "cpu" else str(self.accelerator.device)  # accelerate says "cpu:0"
         if config.shard and self.size > 1:
-            self.layout = Sharded(self.size, kind)
+            self.layout = Sharded(self.size, kind, config.actor_dtype)
         hosted = Board.host() if self.rank == 0 else None
         address = [os.environ.get("MASTER_ADDR", "127.0.0.1"), hosted.port if hosted else 0]
         if self.size > 1:
@@ -152,6 +169,19 @@ class Team(Alone):
         self.spot: Spot | None = None  # these three come with the engine
         self.strategy: Watched | None = None
         self.training: list[Stats] = []  # of the rollouts of this step, not of evaluations
+
+    @contextlib.contextmanager
+    def loading(self, name):
+        """As Alone.loading. Nobody waits for a download in a collective, which would give up on it: a model of the hub
+        is loaded by one worker of each host, then by the others, and all go on together.
+        """
+        here = f"{name} on {platform.node()}"
+        if not self.first_here and not Path(find_folder(name)).is_dir():
+            self.board.wait(here, 1)
+        yield
+        self.board.add(here)
+        self.board.add(name)
+        self.board.wait(name, self.size)
 
     def engine(self, actor, stop, slots, reserve_bytes):
         """An engine with its drafters; with them come the spot trainer and the strategy."""
@@ -163,7 +193,11 @@ class Team(Alone):
         if self.config.ngram:
             drafters["n-gram"] = NGramDrafts()
         self.strategy = Watched(make_strategy(self.config.strategy, list(drafters)), self.clock)
-        return Engine(actor, stop, slots, drafters=drafters, reserve_bytes=reserve_bytes)
+        return Engine(actor, stop, slots, drafters=drafters, reserve_bytes=max(reserve_bytes, self.idle_bytes()))
+
+    def idle_bytes(self):
+        """As Alone.idle_bytes: for drafter training, which never runs beside an update."""
+        return self.spot.idle_bytes() if self.spot else 0
 
     def rollout(self, engine, groups, sampling, grade, progress, learn):
         """As Alone.rollout, but the groups are shared out by the Board, and who has nothing left to generate trains the
@@ -202,7 +236,7 @@ class Team(Alone):
             while (i := self.board.add(f"{name} next") - 1) < len(groups):
                 yield groups[i]
 
-        learns = learn and self.spot and (self.config.drafter == "adaptive" or self.spot.needs_warm_start)
+        learns = learn and self.spot and self.spot.trains
         responses = []
         for response in self.work(engine, my_groups(), sampling, grade, self.strategy):
             if learns:
@@ -217,7 +251,7 @@ class Team(Alone):
         if self.spot.needs_warm_start:
             self.spot.warm_start(self.config.warm_start, self.clock, self.all_reduce)
         elif self.config.drafter == "adaptive":
-            seconds = self.ONE_WORKER_SHARE * rollout_seconds if self.size == 1 else 0.0
+            seconds = self.ONE_WORKER_SHARE * rollout_seconds if self.size == 1 and self.spot.learns else 0.0
             end = time.time() + seconds
             train_until(lambda: time.time() >= end, self.clock, self.spot)
             self.spot.average(self.all_reduce)
@@ -282,7 +316,7 @@ def main() -> None:
     demo = []
     if "--demo" in argv:
         argv.remove("--demo")
-        demo = demo_flags()
+        demo = demo_flags(argv)
     description = __doc__ + "\n--demo: settings for a demonstration on this machine; other flags override them"
     config = parse_flags(TLTConfig, description, argv, demo)
     check(config)
@@ -290,13 +324,12 @@ def main() -> None:
         with checkpoints.claim(config.out) if os.environ["RANK"] == "0" else contextlib.nullcontext():
             worker(config)
         return
-    gpus = torch.cuda.device_count() if config.device != "cpu" else 0
-    count = config.workers or gpus or os.cpu_count() or 1
+    count = config.workers or config.gpus * config.workers_per_gpu or os.cpu_count() or 1
     with checkpoints.claim(config.out):
         if count == 1:
             worker(config)
         else:
-            spawn(worker, config, count, config.patience, gpus > 0)
+            spawn(worker, config, count, config.patience, config.gpus > 0)
 
 
 if __name__ == "__main__":

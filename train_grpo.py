@@ -50,10 +50,10 @@ from tqdm import tqdm
 
 from parts import checkpoints
 from parts.batches import Example, UpdateStats, combine, micro_batches, per_token, precision, score, with_less_memory
-from parts.common import UserError, check_at_least, check_not_negative, flag, parse_flags, run
+from parts.common import UserError, check_at_least, check_not_negative, flag, parse_flags, pick_device, run
 from parts.interfaces import Group, Response
 from parts.journal import Journal
-from parts.loading import check_context, load_model, load_tokenizer, stop_tokens
+from parts.loading import ACTOR_DTYPES, check_context, load_model, load_tokenizer, stop_tokens
 from parts.logprobs import checkpoint_layers, token_logprobs, token_scores
 from parts.losses import choose, missing_groups, sequence_old, set_rate, truncated_importance
 from parts.sampling import Sampling, sequence_seed
@@ -85,6 +85,7 @@ class Config:
     slots: int = flag(64, "rows that a worker generates at once")
     dynamic_sampling: int = flag(0, "further prompts per step, at most, in the place of groups whose rewards are equal")
     overlong_penalty: int = flag(0, "the reward falls by up to 1 over so many tokens before --max-new")
+    actor_dtype: str = flag("auto", "weights that generate: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
 
     loss: str = flag("grpo", "weights, advantages, ratio: see above", ("grpo", "dr_grpo", "dapo", "gspo", "cispo"))
     clip_low: float = flag(0.2, "how far the ratio may fall below 1")
@@ -122,8 +123,7 @@ class Config:
         check_not_negative(self, "eval_every", "show_every", "dynamic_sampling", "overlong_penalty")
         if self.tis_cap != -1:
             check_not_negative(self, "tis_cap")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+        pick_device(self.device)
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -288,7 +288,8 @@ class Training:
         self.task = make_task(config.task, config.data)
         self.problems: dict[tuple[str, int], Problem] = {}  # of the rollout that is running
         # on the host: a policy that is to be sharded may not fit a GPU whole
-        model, self.tokenizer = load_model(str(start or config.model))
+        with team.loading(str(start or config.model)):
+            model, self.tokenizer = load_model(str(start or config.model))
         if self.writes:
             checkpoints.prepare(self.out, config, start)
         self.model, self.actor = team.layout.place(model, team.device)
@@ -377,7 +378,7 @@ class Training:
         batch, shaped = choose(responses, rewards, config)
         advantage = advantages(shaped, config.loss).flatten().tolist()
         stats = update(self.model, self.reference, self.optimizer, batch, advantage, step, config, team) | extra
-        self.engine.reserve_bytes = self.update_bytes  # Adam has its moments now
+        self.engine.reserve_bytes = max(self.update_bytes, team.idle_bytes())  # Adam has its moments now
         team.layout.refresh(self.actor, self.model)
         team.clock.enter("idle")
         reports = team.gather((started, team.clock.take(), team.notes()))

@@ -4,6 +4,8 @@ Parties take turns (A B A B ...) on the same cores, so that whatever else the ma
 is the median over the rounds, each comparison a ratio of medians. Some tables are made otherwise, and say how: `step`
 takes means of whole training steps, `paired`, `drafter` and `seeds` read finished training runs, `scale` predicts.
 
+Tables that generate take --device (a GPU if there is one) and --actor-dtype, as train_grpo.py.
+
     engine        the plain engine against Hugging Face generate, continuous batching, prompt lookup
     identity      speculative against plain decoding, token by token
     speculation   ways to draft against plain rollout of the same engine
@@ -22,7 +24,7 @@ Each table is a module with three things, which __main__.py puts together:
 
 With --json FILE the result is also written as
 
-    {"name": sub-command, "ratio": headline, "machine": {torch, threads, cores, cpu, gpu}, "rows": [...]}
+    {"name": sub-command, "ratio": headline, "machine": {torch, device, threads, cores, cpu, gpu}, "rows": [...]}
 
 with rows of
 

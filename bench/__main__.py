@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{module.table(result.rows)}")
     if result.remarks:
         print(result.remarks)
-    print(f"ratio {result.ratio:.2f}   {machine()}")
+    print(f"ratio {result.ratio:.2f}   {machine(result.device)}")
     if config.json:
-        content = {"name": name, "ratio": result.ratio, "machine": machine(), "rows": result.rows}
+        content = {"name": name, "ratio": result.ratio, "machine": machine(result.device), "rows": result.rows}
         write_atomically(Path(config.json), json.dumps(content, indent=1))
 
 

@@ -13,7 +13,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.harness import Output, Result, read_metrics
+from bench.harness import Output, Result, device_of, read_metrics
 from parts.common import UserError, flag
 from report import pyplot
 
@@ -86,7 +86,7 @@ def measure(config: Config) -> Result:
         for name, curve in curves.items():
             row[name] = statistics.mean(curve[step] for step in part)
         rows.append(row)
-    return Result(rows[-1]["adaptive"] / rows[-1]["static"], rows)
+    return Result(rows[-1]["adaptive"] / rows[-1]["static"], rows, device_of(config.adaptive))
 
 
 def table(rows: list[dict]) -> str:

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from bench.harness import Result, Settings, groups_for, room, rounds_flag, take_turns, threads_flag
+from bench.harness import Result, Settings, groups_for, load, room, rounds_flag, take_turns, threads_flag
 from custom_generate.generate import generate
 from parts.common import check_at_least, find_folder, flag
 from parts.interfaces import Group
-from parts.loading import load_model, stop_tokens
+from parts.loading import in_dtype, stop_tokens
 from parts.sampling import Sampling, sequence_seed
 from rollout import Engine
 
@@ -54,11 +54,12 @@ class Models(NamedTuple):
     has_drafter: bool
 
 
-def load_models(name: str) -> Models:
+def load_models(config: Settings) -> Models:
     """Raises UserError."""
-    folder = find_folder(name)
-    ours, tokenizer = load_model(name)
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    folder = find_folder(config.model)
+    ours, tokenizer = load(config)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stock = in_dtype(stock, ours.dtype).to(ours.device).eval()
     return Models(ours, stock, tokenizer, stop_tokens(ours, tokenizer), (Path(folder) / "drafter").exists())
 
 
@@ -122,6 +123,7 @@ class Contest:
         tokens = 0
         for part in parts:
             padded = self.models.tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
+            padded = padded.to(self.models.stock.device)
             with torch.inference_mode():
                 out = decode(**padded, **self.settings, **more)
             tokens += self.count(out[:, padded["input_ids"].shape[1] :])
@@ -129,7 +131,8 @@ class Contest:
 
     def count(self, out: torch.Tensor) -> int:
         """Tokens of the responses (B, T) up to and with their stop tokens; the rest is padding."""
-        ended = torch.isin(out, torch.tensor(sorted(self.models.stop))).cumsum(1)  # (B, T): stop tokens so far
+        stop = torch.tensor(sorted(self.models.stop), device=out.device)
+        ended = torch.isin(out, stop).cumsum(1)  # (B, T): stop tokens so far
         return int((ended == 0).sum() + (ended[:, -1] > 0).sum())
 
     def continuous(self) -> int:
@@ -143,7 +146,7 @@ class Contest:
 def measure(config: Config) -> Result:
     """One row for each batch size."""
     torch.set_num_threads(config.threads)
-    models = load_models(config.model)
+    models = load_models(config)
     rows = []
     for i, batch in enumerate(config.batches):
         contest = Contest(config, models, batch, turns_before=i * config.rounds)
@@ -153,7 +156,7 @@ def measure(config: Config) -> Result:
             row[name] = speed.tokens_per_second
         row["ratio"] = row["engine"] / max(row[name] for name in RIVALS if name in row)
         rows.append(row)
-    return Result(rows[-1]["ratio"], rows)
+    return Result(rows[-1]["ratio"], rows, models.ours.device.type)
 
 
 def table(rows: list[dict]) -> str:

@@ -273,7 +273,7 @@ def memory_part(place: Place) -> Found:
     before = torch.cuda.memory_allocated()
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         picked = torch.ones_like(ids, dtype=torch.bool)
-        logprobs_at(model, ids, picked, ids.flatten(), 1.0).sum().backward()
+        logprobs_at(model, ids, picked, ids.flatten(), 1.0)[0].sum().backward()
     update_taken = torch.cuda.max_memory_allocated() - before
     rows = [
         {"name": "64 rows of 2,048 tokens", "value": taken / 1e9, "unit": "GB"},
@@ -299,7 +299,7 @@ FUNCTIONS = {
 
 def measure(config: Config) -> Result:
     """Part by part; each part's lines are printed as it ends."""
-    device = pick_device() if config.device == "auto" else config.device
+    device = pick_device(config.device)
     gpu = device == "cuda"
     place = Place(device, gpu, config.responses or (256 if gpu else 32), config.traces or (40_000 if gpu else 0))
     if not place.gpu:
@@ -322,7 +322,7 @@ def measure(config: Config) -> Result:
         if place.gpu:
             torch.cuda.empty_cache()
     counts = {word: sum(row.get("verdict") == word for row in rows) for word in ("CONFIRMED", "REFUTED", "NOT TESTED")}
-    return Result(ratio, rows, json.dumps(counts))
+    return Result(ratio, rows, device, json.dumps(counts))
 
 
 def table(rows: list[dict]) -> str:

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from drafter import Drafter, LearnedDrafts, warm_start
 from parts.accept import Coupled
-from parts.common import ROOT, UserError, find_folder, flag
+from parts.common import ROOT, UserError, find_folder, flag, pick_device
 from parts.interfaces import Draft, Group, RoundReport, Row, Strategy
-from parts.loading import load_model, stop_tokens
+from parts.loading import ACTOR_DTYPES, actor_dtype, in_dtype, load_model, stop_tokens
 from parts.ngram import NGramDrafts
 from parts.sampling import Sampling, sequence_seed
 from report import Span
@@ -43,6 +43,8 @@ class Settings(Output):
     """Settings of the tables that generate."""
 
     model: str = flag("base", "the policy: a folder or a hub name")
+    device: str = flag("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
+    actor_dtype: str = flag("auto", "weights that generate: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
     seed: int = flag(0, "seed of the samples")
     max_new: int = flag(512, "longest response in tokens")
 
@@ -70,17 +72,19 @@ class Result(NamedTuple):
 
     ratio: float  # the headline
     rows: list[dict]  # for the table and for --json
+    device: str  # that it was measured on: cpu or cuda
     remarks: str = ""  # lines below the table, for what the rows do not hold
 
 
-def machine() -> dict:
-    """What the figures were measured on."""
+def machine(device: str) -> dict:
+    """What the figures were measured on: cpu, or cuda and which GPU."""
     return {
         "torch": torch.__version__,
+        "device": device,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "cpu": platform.processor() or platform.machine(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }
 
 
@@ -94,15 +98,22 @@ class Speed(NamedTuple):
     tokens: int  # of its last turn
 
 
+def now() -> float:
+    """Seconds, when a GPU has done all that it was given to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def take_turns(parties: dict[str, Callable[[], int]], rounds: int, title: str) -> dict[str, Speed]:
     """Each party in turn, `rounds` times. A party is called and returns the number of tokens that it made."""
     speeds: dict[str, list[float]] = {name: [] for name in parties}
     last_tokens = {}
     for _ in tqdm(range(rounds), desc=title, unit="round"):
         for name, party in parties.items():
-            started = time.perf_counter()
+            started = now()
             tokens = party()
-            speeds[name].append(tokens / (time.perf_counter() - started))
+            speeds[name].append(tokens / (now() - started))
             last_tokens[name] = tokens
     return {name: Speed(statistics.median(speeds[name]), last_tokens[name]) for name in parties}
 
@@ -142,12 +153,19 @@ class Policy(NamedTuple):
     drafter: Drafter
 
 
+def load(config: Settings) -> tuple:
+    """The model, where and in which type the settings want it, and its tokenizer. Raises UserError."""
+    device = pick_device(config.device)
+    model, tokenizer = load_model(config.model, device)
+    return in_dtype(model, actor_dtype(config.actor_dtype, device)), tokenizer
+
+
 def load_policy(config: DrafterSettings) -> Policy:
     """The policy with the drafter of --drafter, or with the model's own, or with one that is trained here.
 
     Raises UserError.
     """
-    model, tokenizer = load_model(config.model)
+    model, tokenizer = load(config)
     torch.manual_seed(config.seed)
     drafter = Drafter(model)
     own = Path(find_folder(config.model)) / "drafter"
@@ -184,7 +202,9 @@ class RoundTotals:
 
 
 class Watch(Strategy):
-    """Another strategy's choices, with totals kept for each bucket of batch sizes."""
+    """Another strategy's choices, with totals kept for each bucket of batch sizes. A round's seconds are whole, also
+    on a GPU: the engine reads its tokens, and so waits for them, before it reports.
+    """
 
     def __init__(self, inner: Strategy):
         super().__init__()
@@ -240,6 +260,20 @@ def spans_of(folder, step: int) -> list[list[Span]]:
         start = event["ts"] / 1e6
         spans[event["tid"]].append(Span(event["name"], start, (event["ts"] + event["dur"]) / 1e6))
     return list(spans.values())
+
+
+def device_of(folder) -> str:
+    """cpu or cuda, whichever a run in this folder was made on; if it was to choose, what it would choose here."""
+    settings = json.loads((Path(folder) / "config.json").read_text())
+    return pick_device("cpu" if settings["device"] == "cpu" else "auto")
+
+
+def worker_flags(config: Settings, workers: int) -> list:
+    """Flags of tlt.py for so many workers as these settings want them. They share GPUs if there are fewer."""
+    device = pick_device(config.device)
+    flags = ["--device", device, "--actor-dtype", config.actor_dtype, "--workers", workers]
+    gpus = torch.cuda.device_count() if device == "cuda" else workers
+    return [*flags, "--workers-per-gpu", -(-workers // gpus)]
 
 
 def tlt_command(flags: list) -> list[str]:

@@ -24,6 +24,7 @@ from bench.harness import DrafterSettings, Result, drafted_engine, groups_for, l
 from parts.accept import Tree
 from parts.common import check_at_least, flag
 from parts.interfaces import Draft, Group, Response, Row, Strategy
+from parts.loading import ACTOR_DTYPES
 from parts.sampling import Sampling
 from rollout import Engine
 
@@ -34,6 +35,7 @@ SLOTS = 64
 class Config(DrafterSettings):
     """Settings of this table."""
 
+    actor_dtype: str = flag("float32", "weights; in bfloat16 checking rounds otherwise than decoding", ACTOR_DTYPES)
     threads: int = threads_flag()
     responses: int = flag(1024, "responses at temperature 1; the other ways to sample have counts of their own")
 
@@ -127,7 +129,7 @@ def measure(config: Config) -> Result:
         plain = {(response.group, response.sample): response for response in responses}
         rows += [compare(plain, mode, workload) for mode in tqdm(modes, desc=workload.title)]
     identical = sum(row["identical"] for row in rows)
-    return Result(identical / sum(row["responses"] for row in rows), rows)
+    return Result(identical / sum(row["responses"] for row in rows), rows, policy.model.device.type)
 
 
 def table(rows: list[dict]) -> str:

@@ -7,14 +7,14 @@ weights, gradients and Adam's moments.
 import json
 import random
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from bench.harness import now
 from parts import logprobs
-from parts.common import UserError, flag, parse_flags, run
+from parts.common import UserError, flag, parse_flags, pick_device, run
 from parts.interfaces import Response
 from parts.loading import load_model
 from parts.workers import Alone
@@ -26,8 +26,28 @@ class Command:
     """Settings, each a command-line flag."""
 
     model: str = flag("runs/smollm2", "the policy: a folder or a hub name")
+    device: str = flag("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
     whole: bool = flag(False, "all logits at once, not in slices")
     gradient_checkpointing: bool = flag(False, "as train_grpo.py's")
+
+
+class Meter:
+    """Memory on a device, in megabytes: in use when it is made, and at most since then."""
+
+    def __init__(self, device: str):
+        """Raises UserError where it cannot be measured."""
+        self.device = device
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() / 2**20
+            return
+        self.before = megabytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+
+    def more(self) -> float:
+        """How much more it was."""
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self.device == "cuda" else megabytes("VmHWM")
+        return peak - self.before
 
 
 def megabytes(name: str) -> float:
@@ -54,20 +74,20 @@ def main() -> None:
     command = parse_flags(Command, __doc__)
     if command.whole:
         logprobs.SLICE = sys.maxsize
-    model, _ = load_model(command.model)
+    device = pick_device(command.device)
+    model, _ = load_model(command.model, device)
     if command.gradient_checkpointing:
         logprobs.checkpoint_layers(model)
-    config = Config(device="cpu", prompts=1, samples=8, max_new=412, micro_tokens=4096)
+    config = Config(device=device, prompts=1, samples=8, max_new=412, micro_tokens=4096)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()  # Adam's moments are there
     responses = responses_of(model.config.vocab_size)
-    before = megabytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    started = time.time()
+    meter = Meter(device)
+    started = now()
     update(model, None, optimizer, responses, [1.0, -1.0] * 4, 0, config, Alone(config))
-    print(json.dumps({"megabytes": megabytes("VmHWM") - before, "seconds": time.time() - started}))
+    print(json.dumps({"megabytes": meter.more(), "seconds": now() - started}))
 
 
 if __name__ == "__main__":

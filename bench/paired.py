@@ -1,8 +1,8 @@
 """A training run against the same steps without speculation and drafter training, step by step.
 
 The plain run is made here, from the last checkpoint but one of --run (with --whole, or if there is none, from the
-start), unless --plain names a finished one. Both must make the same tokens, so the steps' digests and the held-out
-results are compared as well. The timelines of the last step are drawn into RUN/paired.png.
+start), unless --plain names a finished one. In float32 both must make the same tokens, so the steps' digests and the
+held-out results are compared as well. The timelines of the last step are drawn into RUN/paired.png.
 
 Ratio: seconds per step, plain over TLT.
 """
@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.harness import Metrics, Output, Result, read_metrics, spans_of, tlt_command
+import torch
+
+from bench.harness import Metrics, Output, Result, device_of, read_metrics, spans_of, tlt_command
 from parts.common import UserError, flag, flag_name
+from parts.loading import actor_dtype
 from report import draw_timeline
 
 # phases of a step; rollout: until the last response of all workers
@@ -134,6 +137,17 @@ def check_row(pair: Pair) -> dict:
     }
 
 
+def in_bfloat16(run: Path, device: str) -> str:
+    """What to expect of the tokens, if that is not equality."""
+    settings = json.loads((run / "config.json").read_text())
+    if actor_dtype(settings.get("actor_dtype", "auto"), device) == torch.float32:
+        return ""
+    return (
+        "\nwhat generates is in bfloat16, where checking and plain decoding round differently: the tokens part, and "
+        "with them the policies; --actor-dtype float32 makes the same ones"
+    )
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -151,9 +165,10 @@ def measure(config: Config) -> Result:
     last = pair.steps[-1]
     panels = {f"plain, step {last}": spans_of(plain, last), f"TLT, step {last}": spans_of(run, last)}
     draw_timeline(panels, run / "paired.png")
+    device = device_of(run)
     remarks = f"steps {pair.steps[0]} to {last}; {sum(pair.drafting('steps'))} drafter steps; wrote {run}/paired.png"
     step_ratio = next(row["ratio"] for row in rows if row["phase"] == "step")
-    return Result(step_ratio, rows, remarks)
+    return Result(step_ratio, rows, device, remarks + in_bfloat16(run, device))
 
 
 def table(rows: list[dict]) -> str:

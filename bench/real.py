@@ -10,7 +10,8 @@
     step          one GRPO step, plain and TLT, phase by phase
 
 `make smollm2` makes the model (runs/smollm2). Where two ways part at a token whose scores differ by less than 0.001,
-which is what float32 kernels of other shapes round to, that is counted as a tie; any other parting is an error.
+which is what float32 kernels of other shapes round to, that is counted as a tie; any other parting is an error. (So
+on a GPU `greedy` and `identity` want --actor-dtype float32.)
 
 Ratio: speculative over plain rollout at batch 1, the best fixed length.
 """
@@ -27,7 +28,18 @@ from tqdm import tqdm
 
 from bench.engine import Contest
 from bench.engine import load_models as load_both
-from bench.harness import Result, Settings, room, rounds_flag, take_turns, threads_flag, train
+from bench.harness import (
+    Result,
+    Settings,
+    load,
+    now,
+    room,
+    rounds_flag,
+    take_turns,
+    threads_flag,
+    train,
+    worker_flags,
+)
 from bench.speculation import Rollout
 from bench.step import Party, Steps, row_of
 from drafter import Drafter, LearnedDrafts, Trainer, collect, fit
@@ -35,7 +47,7 @@ from parts import accept
 from parts.common import ROOT, UserError, check_at_least, flag
 from parts.features import FeatureBuffer
 from parts.interfaces import Draft, Group, Strategy
-from parts.loading import load_model, stop_tokens
+from parts.loading import stop_tokens
 from parts.sampling import Sampling, all_words, noise_for, seed_words, sequence_seed
 from parts.vocabulary import WordCounts
 from rollout import Engine
@@ -77,7 +89,7 @@ class Bench:
         self.config = config
         self.task = make_task(config.task, config.data)
         started = time.time()
-        self.model, self.tokenizer = load_model(config.model)
+        self.model, self.tokenizer = load(config)
         self.load_seconds = time.time() - started
         self.stop = stop_tokens(self.model, self.tokenizer)
         torch.manual_seed(config.seed)
@@ -182,7 +194,7 @@ def against_generate(bench: Bench) -> list[dict]:
     prompt; batch 1 is eight prompts one after the other.
     """
     config = bench.config
-    models = load_both(config.model)
+    models = load_both(config)
     rows = []
     for i, batch in enumerate(config.batches):
         contest = Contest(config, models, batch, turns_before=i * config.rounds)
@@ -257,14 +269,14 @@ class Stopwatch:
         self.seconds = 0.0
 
     def __call__(self, *args, **settings):
-        started = time.perf_counter()
+        started = now()
         result = self.function(*args, **settings)
-        self.seconds += time.perf_counter() - started
+        self.seconds += now() - started
         return result
 
 
 def rounds(bench: Bench) -> list[dict]:
-    """Milliseconds of a round, and of its parts."""
+    """Milliseconds of a round, and of its parts. Not replayed: nobody could see its parts then."""
     rows = []
     plain = {}
     for batch in bench.config.batches:
@@ -272,6 +284,7 @@ def rounds(bench: Bench) -> list[dict]:
             groups = bench.groups("test", batch)
             engine = bench.engine(batch, groups, 60)
             engine.stop_at({-1})  # all rows live to the end
+            engine.graphs = None
             sampling = Sampling(max_new=60)
             list(engine.generate(groups, Sampling(max_new=10), of_length(k)))  # memory is touched
             own = accept.sample, accept.sample_columns
@@ -330,7 +343,8 @@ def update(bench: Bench) -> list[dict]:
         "in slices, --gradient-checkpointing": ["--gradient-checkpointing"],
     }
     for name, flags in tqdm(ways.items(), desc="update", unit="way"):
-        command = [sys.executable, "-m", "bench.memory", "--model", bench.config.model, *flags]
+        settings = ["--model", bench.config.model, "--device", bench.config.device]
+        command = [sys.executable, "-m", "bench.memory", *settings, *flags]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             raise UserError(f"{' '.join(command[1:])} failed: {done.stderr[-500:]}")
@@ -343,8 +357,8 @@ def update(bench: Bench) -> list[dict]:
 def step(bench: Bench) -> list[dict]:
     """The second and third step of a run with 4 prompts x 8 samples and 2 workers, seconds by phase."""
     config = bench.config
-    flags = ["--model", config.model, "--task", config.task, "--data", config.data, "--device", "cpu"]
-    flags += ["--workers", 2, "--prompts", 4, "--samples", 8, "--max-new", config.max_new, "--steps", 3]
+    flags = ["--model", config.model, "--task", config.task, "--data", config.data]
+    flags += [*worker_flags(config, 2), "--prompts", 4, "--samples", 8, "--max-new", config.max_new, "--steps", 3]
     flags += ["--lr", 1e-6, "--seed", config.seed]
     parties = {
         "plain": ["--drafter", "off", "--strategy", "off"],
@@ -394,7 +408,7 @@ def measure(config: Config) -> Result:
         print(f"\n{table([row for row in rows if row['part'] == part])}", flush=True)
     alone = [row for row in rows if row.get("batch") == 1 and row["temperature"] == 1]
     ratios = [row["ratio"] for row in alone if row["mode"].startswith("chain")]
-    return Result(max(ratios, default=1.0), rows)
+    return Result(max(ratios, default=1.0), rows, bench.model.device.type)
 
 
 def table(rows: list[dict]) -> str:

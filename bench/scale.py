@@ -1,4 +1,4 @@
-"""Rollout time with 1 to 64 workers of one core each, predicted by a small simulation.
+"""Rollout time with 1 to 64 workers of one core (or GPU) each, predicted by a small simulation.
 
 Measured here, with one worker: how long a round takes by batch size, how many tokens a row gets in it, plain and
 speculative, and how long the responses are. The simulation then deals the same responses, in groups of 16, to more
@@ -149,7 +149,7 @@ def measure(config: Config) -> Result:
     rows = [predict(rollouts, workers, config.slots) for workers in WORKERS]
     seconds = ", ".join(f"{name} {rollout.seconds:.1f} s" for name, rollout in rollouts.items())
     remarks = f"{config.responses} responses; measured with one worker: {seconds}"
-    return Result(rows[-1]["ratio"], rows, remarks)
+    return Result(rows[-1]["ratio"], rows, policy.model.device.type, remarks)
 
 
 def table(rows: list[dict]) -> str:

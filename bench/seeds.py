@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.harness import Metrics, Output, Result, read_metrics
+from bench.harness import Metrics, Output, Result, device_of, read_metrics
 from parts.common import UserError, flag
 from report import pyplot
 
@@ -68,7 +68,7 @@ def measure(config: Config) -> Result:
     draw(runs, rows, Path(config.runs[0]) / "seeds.png")
     ratio = rows[-1]["pass@1"]["mean"] / max(1e-9, rows[0]["pass@1"]["mean"])
     rows.append({"step": "last", "seconds": spread(seconds)})
-    return Result(ratio, rows, f"{len(runs)} runs; wrote {config.runs[0]}/seeds.png")
+    return Result(ratio, rows, device_of(config.runs[0]), f"{len(runs)} runs; wrote {config.runs[0]}/seeds.png")
 
 
 def table(rows: list[dict]) -> str:

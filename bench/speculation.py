@@ -155,7 +155,7 @@ def measure(config: Config) -> Result:
             rows.append(row_of(workload, mode, speed, speeds["plain"], parties[mode].stats))
     if config.json:
         draw(rows, config.workloads, Path(config.json).with_suffix(".png"))
-    return Result(rows[-1]["ratio"], rows)  # goodput is the last mode
+    return Result(rows[-1]["ratio"], rows, policy.model.device.type)  # goodput is the last mode
 
 
 def table(rows: list[dict]) -> str:

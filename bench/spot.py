@@ -1,4 +1,5 @@
-"""What drafter training on one core costs a rollout on another, and what training costs by itself.
+"""What drafter training on one core costs a rollout on another, and what training costs by itself. On GPUs: on one GPU
+and on another; if there is but one, on the same.
 
     alone, beside training   rollouts of 8 rows on one core, while a process on another core trains the drafter, or is
                              stopped, in turns: tokens per second
@@ -27,6 +28,7 @@ from bench.harness import (
     drafted_engine,
     groups_for,
     load_policy,
+    now,
     room,
     rounds_flag,
     take_turns,
@@ -60,6 +62,8 @@ class Config(DrafterSettings):
 def train_forever(config: Config, ready, steps) -> None:
     """The process beside the rollout. ready: an event, set when training begins; steps: a counter of training steps."""
     torch.set_num_threads(1)
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(1)
     policy = load_policy(config)
     engine = drafted_engine(policy, 16)
     trainer = Trainer(policy.drafter)
@@ -176,17 +180,17 @@ def training_speed(drafter: Drafter, responses: list[Response], length: int, ste
     features = sum(len(row.hidden) for row in buffer.rows)
     useful = sum(len(response.hidden) for response in responses) / features  # the share that is not padding
     trainer = Trainer(drafter)
-    started = time.perf_counter()
+    started = now()
     for _ in range(steps):
         trainer.step(buffer)
-    return buffer.entries * useful / (time.perf_counter() - started)
+    return buffer.entries * useful / (now() - started)
 
 
 def seconds_of(action) -> float:
     """How long a call takes."""
-    started = time.perf_counter()
+    started = now()
     action()
-    return time.perf_counter() - started
+    return now() - started
 
 
 def training_costs(policy: Policy, responses: list[Response], rounds: int) -> list[dict]:
@@ -222,7 +226,7 @@ def measure(config: Config) -> Result:
     alone, beside, _ = rows
     responses = list(engine.generate(groups, Sampling(max_new=config.max_new)))
     rows += training_costs(policy, responses, config.rounds)
-    return Result(beside["tokens_per_second"] / alone["tokens_per_second"], rows)
+    return Result(beside["tokens_per_second"] / alone["tokens_per_second"], rows, policy.model.device.type)
 
 
 def table(rows: list[dict]) -> str:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from bench import trl
-from bench.harness import Result, Settings, rounds_flag, train
-from parts.common import check_at_least, flag
+from bench.harness import Result, Settings, rounds_flag, train, worker_flags
+from parts.common import check_at_least, flag, pick_device
 
 # a step's phases, each the sum of the states that a worker can be in (report.STATES)
 PHASES = {
@@ -76,7 +76,7 @@ def parties_of(config: Config) -> list[Party]:
 
 def take_turn(config: Config, party: Party, seed: int, steps: Steps) -> None:
     """Train, and add all steps but the first to `steps`."""
-    flags = ["--model", config.model, "--device", "cpu", "--workers", party.workers, "--max-new", config.max_new]
+    flags = ["--model", config.model, *worker_flags(config, party.workers), "--max-new", config.max_new]
     flags += ["--prompts", config.prompts, "--samples", config.samples, "--steps", config.steps, "--seed", seed]
     with tempfile.TemporaryDirectory() as out:
         rows = train([*flags, *party.flags], out).steps
@@ -118,7 +118,7 @@ def measure(config: Config) -> Result:
     if config.trl:
         rows.append({"party": "TRL", "workers": 1, "step": statistics.mean(trl_seconds)})
     slow = step_seconds(rows, "TRL" if config.trl else "plain")
-    return Result(slow / step_seconds(rows, "TLT"), rows)
+    return Result(slow / step_seconds(rows, "TLT"), rows, pick_device(config.device))
 
 
 def table(rows: list[dict]) -> str:

@@ -40,7 +40,7 @@ def reward(completions: list[str], index: list[int], **kwargs) -> list[float]:
 
 def settings(config, seed: int, out: str) -> dict:
     """Of trl.GRPOConfig. config: step.Config."""
-    on_gpu = pick_device() == "cuda"
+    on_gpu = pick_device(config.device) == "cuda"
     passes = config.prompts * config.samples // config.trl_batch  # forward-backwards of a step
     return {
         "output_dir": out,

@@ -39,7 +39,8 @@ FORMAT = 3  # of checkpoints
 KEPT = 2  # checkpoints
 PATTERN = "checkpoint-??????"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-MAY_CHANGE = ("steps", "resume", "out", "workers", "track")  # settings that a resumed run may change without a word
+# settings that a resumed run may change without a word
+MAY_CHANGE = ("steps", "resume", "out", "workers", "workers_per_gpu", "track")
 
 
 # ---------------------------------------------------------------- the folder
@@ -137,7 +138,16 @@ def save_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 def whole_weights(model) -> dict[str, torch.Tensor]:
     """The policy's weights on rank 0, whole, on the host; nothing elsewhere. All workers take part."""
-    return get_model_state_dict(model, options=WHOLE)
+    return under_one_name(model, get_model_state_dict(model, options=WHOLE))
+
+
+def under_one_name(model, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the second names of weights that are tied, such as a head's that is the embedding. From a GPU, or from
+    several workers, each name comes with a copy of its own, and save_pretrained would write both.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: w for name, w in weights.items() if name not in all_names - names}
 
 
 def save_policy(folder: Path, model, tokenizer, weights: dict[str, torch.Tensor]) -> None:
@@ -157,7 +167,7 @@ def save(out: Path, step: int, model, optimizer, tokenizer, metrics: list[dict],
     folder = out / f"checkpoint-{step:06d}"
 
     def fill(part: Path) -> None:
-        save_policy(part, model, tokenizer, weights)
+        save_policy(part, model, tokenizer, under_one_name(model, weights))
         torch.save(moments, part / "optimizer.pt")
         state = {"format": FORMAT, "step": step, "config": asdict(config) if config else {}, "metrics": metrics}
         (part / "state.json").write_text(json.dumps(state))

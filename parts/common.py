@@ -160,9 +160,11 @@ def check_not_negative(config, *names: str) -> None:
 # ---------------------------------------------------------------- folders and files
 
 
-def pick_device() -> str:
-    """cuda if there is a GPU, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(name: str = "auto") -> str:
+    """cuda or cpu. name: auto takes a GPU if there is one. Raises UserError for cuda where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def find_folder(name: str, flag: str = "--model") -> str:

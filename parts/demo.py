@@ -1,29 +1,200 @@
-"""What `python tlt.py --demo` (`make demo`) runs on this machine."""
+"""What `python tlt.py --demo` (`make demo`) runs on this machine.
+
+Without a GPU: the tiny policy in base/. With GPUs: the first of MODELS whose memory the smallest of them holds. Base
+models of 1.5 billion weights and more learn to search on Countdown; one of half a billion learns the format, guesses
+and stops, so its responses have no long tail.
+
+Memory of a GPU, in bytes:
+
+    16 for each weight     float32 weights, gradients, Adam's two moments (with --shard divided by the workers)
+     2 for each weight     the bfloat16 copy that generates
+    18 for each weight     of the drafter, one layer and fc: learner, average, moments, bfloat16 copy
+    up to 8e9              forward and backward of --micro-tokens with --gradient-checkpointing (logprobs.forward_bytes)
+    1.5e9                  what CUDA and NCCL take, and the logits of a round
+
+and of what is free when all this is counted, four fifths hold rows (rollout.Engine.affordable): keys, values and hidden
+states of MAX_NEW tokens and a prompt. At least ROWS of them are wanted. So Qwen2.5-3B needs 18 x 3.1e9 = 56 GB and a
+GPU of 80 GB, Qwen2.5-1.5B 28 GB and one of 40 GB, or four of 24 GB with --shard, Qwen2.5-0.5B 9 GB and one of 16 GB.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-GPU_MODEL = "Qwen/Qwen2.5-0.5B"
+from parts.common import find_folder
+from parts.interfaces import MAX_DRAFTS
+from parts.logprobs import checkpoint_layers, forward_bytes
+from parts.modeling import SlotCache
+from parts.shard import Sharded
+from parts.workers import Replicated
+
+MAX_NEW = 1024
+PROMPT = 160  # tokens of a prompt of countdown-hard
+ROWS = 32
+MICRO_TOKENS = (16384, 8192, 4096, 2048)
+CUDA_BYTES = 1.5e9
+LARGEST_FORWARD = 8 << 30  # what the engine leaves to it, see workers.Replicated.update_bytes
 ON_A_GPU = (
-    f"--model {GPU_MODEL} --task countdown-hard --lr 1e-6 --max-new 1024 --slots 256 --prompts 32 --steps 100 "
-    "--micro-tokens 16384"
+    f"--task countdown-hard --lr 1e-6 --max-new {MAX_NEW} --slots 256 --prompts 32 --samples 8 --steps 100 "
+    "--gradient-checkpointing"
 )
 ON_A_CPU = "--model base --device cpu --workers 2 --max-new 960 --prompts 8 --samples 8 --steps 60"
 
 
-def demo_flags() -> list[str]:
-    """The settings, and a line that says which and why: a language model if there is a GPU and the hub answers, else
-    the tiny policy in base/.
-    """
-    if not torch.cuda.is_available():
-        why = "torch sees no GPU"
-    else:
-        try:
-            from huggingface_hub import model_info
+class Candidate(NamedTuple):
+    """A model that the demo may take, the first that fits."""
 
-            model_info(GPU_MODEL, timeout=10)
-            print(f"demo: {GPU_MODEL} on countdown-hard, one worker per GPU")
-            return ON_A_GPU.split()
-        except Exception as error:  # many kinds of network failure, one consequence
-            why = f"the hub does not answer ({type(error).__name__})"
-    print(f"demo: the tiny policy in base/ on countdown, two CPU workers, because {why}")
+    name: str
+    config: Qwen2Config
+    shard: bool
+    minutes: int  # of the demo's steps on one H100, by arithmetic
+
+
+def qwen(name: str, layers: int, width: int, inner: int, heads: int, minutes: int, shard: bool = False) -> Candidate:
+    """The shape of a Qwen2.5, without asking the hub."""
+    shape = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+    }
+    config = Qwen2Config(vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True, **shape)
+    return Candidate(name, config, shard, minutes)
+
+
+MODELS = (
+    qwen("Qwen/Qwen2.5-3B", 36, 2048, 11008, 16, 90),
+    qwen("Qwen/Qwen2.5-1.5B", 28, 1536, 8960, 12, 60),
+    qwen("Qwen/Qwen2.5-1.5B", 28, 1536, 8960, 12, 60, shard=True),
+    qwen("Qwen/Qwen2.5-0.5B", 24, 896, 4864, 14, 30),
+)
+TOO_SMALL_TO_SEARCH = 1e9  # weights
+
+
+# ---------------------------------------------------------------- memory
+
+
+class Plan(NamedTuple):
+    """How a model lies in a GPU."""
+
+    weights: int
+    taken: float  # bytes, without rows
+    micro_tokens: int
+    rows: int
+
+
+def plan(config, gpu: float, sharded_over: int = 1) -> Plan | None:
+    """The most micro-tokens, and the rows that fit beside them, in a GPU of so many bytes; None if fewer than ROWS fit
+    beside the fewest. sharded_over: workers; 1: without --shard. See above.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    checkpoint_layers(model)
+    layout = Sharded(sharded_over, "cuda") if sharded_over > 1 else Replicated()
+    weights = sum(p.numel() for p in model.parameters())
+    layer = sum(p.numel() for p in model.get_decoder().layers[0].parameters())
+    drafter = layer + 2 * config.hidden_size**2
+    held = 4 * weights / sharded_over + 2 * weights + 18 * drafter + CUDA_BYTES
+    room = PROMPT + MAX_NEW + MAX_DRAFTS + 1
+    row = SlotCache(config, 1, room, torch.bfloat16, "meta", config.num_hidden_layers + 1).data.nbytes
+    row += 2 * room * config.hidden_size
+    for tokens in MICRO_TOKENS:
+        reserved = layout.update_bytes(model, tokens) + layout.moment_bytes(model)
+        rows = int((0.8 * (gpu - held) - reserved) / row)
+        if rows >= ROWS and forward_bytes(model, tokens) <= LARGEST_FORWARD:
+            return Plan(weights, held + reserved, tokens, rows)
+    return None
+
+
+def choose(gpu: float, gpus: int) -> tuple[Candidate, Plan] | None:
+    """The first candidate that fits GPUs of so many bytes."""
+    for candidate in MODELS:
+        if candidate.shard and gpus == 1:
+            continue
+        found = plan(candidate.config, gpu, gpus if candidate.shard else 1)
+        if found:
+            return candidate, found
+    return None
+
+
+# ---------------------------------------------------------------- what is run, and what to expect
+
+
+def demo_flags(argv: list[str]) -> list[str]:
+    """The settings, after lines that say which, why, and what to expect. argv: what is given by hand, which wins."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", default="")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--workers-per-gpu", type=int, default=1)
+    given, _ = parser.parse_known_args(argv)
+    if given.device == "cpu":
+        return on_a_cpu("--device cpu was given", given.model)
+    if not torch.cuda.is_available():
+        return on_a_cpu("torch sees no GPU", given.model)
+    gpus = range(torch.cuda.device_count())
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in gpus]
+    smallest = min(gpus, key=lambda i: sizes[i])
+    gpu = sizes[smallest] / max(1, given.workers_per_gpu)
+    if given.model:
+        return of_your_own(given.model, gpu)
+    chosen = choose(gpu, len(gpus))
+    if not chosen:
+        return on_a_cpu(f"no language model of the demo fits {gpu / 1e9:.0f} GB of a GPU")
+    candidate, found = chosen
+    try:
+        from huggingface_hub import model_info
+
+        model_info(candidate.name, timeout=10)
+    except Exception as error:  # many kinds of network failure, one consequence
+        return on_a_cpu(f"the hub does not answer ({type(error).__name__}); a model's folder can be given with --model")
+    print(f"demo: {candidate.name} on countdown-hard, GPUs: {len(gpus)}, {torch.cuda.get_device_name(smallest)}")
+    print(expectations(candidate, found, gpu, len(gpus) * max(1, given.workers_per_gpu)))
+    shard = ["--shard"] if candidate.shard else []
+    base = ["--model", candidate.name, "--prompt-style", "base"]  # it never learned to chat
+    return [*base, *ON_A_GPU.split(), "--micro-tokens", str(found.micro_tokens), *shard]
+
+
+def on_a_cpu(why: str, model: str = "") -> list[str]:
+    """The CPU demo."""
+    what = model or "the tiny policy in base/"
+    print(f"demo: {what} on countdown, two CPU workers, because {why}")
     return ON_A_CPU.split()
+
+
+def of_your_own(name: str, gpu: float) -> list[str]:
+    """The GPU demo with a model that is given by hand; the hub is asked for nothing if it is a folder."""
+    folder = find_folder(name)
+    tokens = MICRO_TOKENS[-1]
+    memory = "its memory is not known before it is there"
+    if Path(folder).is_dir():
+        found = plan(AutoConfig.from_pretrained(folder), gpu)
+        tokens = found.micro_tokens if found else tokens
+        sizes = f"{found.taken / 1e9:.0f} GB and {found.rows} rows" if found else "more than that: try --shard"
+        memory = f"of {gpu / 1e9:.0f} GB for each worker it takes {sizes}"
+    print(f"demo: {name} on countdown-hard, GPU settings; {memory}")
+    return [*ON_A_GPU.split(), "--micro-tokens", str(tokens)]
+
+
+def expectations(candidate: Candidate, found: Plan, gpu: float, workers: int) -> str:
+    """What a run on GPUs takes, and what will be seen: lines of text."""
+    to_learn = 16 * found.weights / (workers if candidate.shard else 1)
+    lines = [
+        f"download  {2 * found.weights / 1e9:.1f} GB, once",
+        f"memory    {to_learn / 1e9:.0f} GB to learn and {2 * found.weights / 1e9:.0f} GB to generate; in all "
+        f"{found.taken / 1e9:.0f} of the {gpu / 1e9:.0f} GB of a worker; {found.rows} rows fit beside",
+        f"time      roughly {candidate.minutes} minutes on one H100, less on several; by arithmetic, not measured",
+    ]
+    if found.weights < TOO_SMALL_TO_SEARCH:
+        lines.append("to see    the format is learned, and the reward rises a little. So small a model guesses and")
+        lines.append("          stops: it does not learn to search, and there is no long tail to tame")
+    else:
+        lines.append("to see    the format is learned, then to search: reward and the longest responses grow. While")
+        lines.append("          those are written, workers that are done train the drafter (`d`)")
+    if workers == 1:
+        lines.append("          One worker alone is never done first: --workers-per-gpu 2 makes two of it")
+    lines.append("          In bfloat16 the tokens with and without TLT are of the same distribution, not the same")
+    lines.append("          ones: --actor-dtype float32 shows that they are, more slowly")
+    return "\n".join("  " + line for line in lines)

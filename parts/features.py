@@ -84,21 +84,24 @@ class FeatureBuffer:
         return taken
 
     def pack(self, tokens: int, rng: random.Random) -> Packed:
-        """Random sequences, together about `tokens` long. Of very long ones a random stretch."""
+        """Random sequences, together about `tokens` long, and at most five times that. Of very long ones a random
+        stretch.
+        """
         picked = []
         total = 0
         while total < tokens:
-            picked.append(self.stretch(self.rows[rng.randrange(len(self.rows))], rng))
+            row = self.rows[rng.randrange(len(self.rows))]
+            picked.append(self.stretch(row, min(self.MAX_STRETCH, 4 * tokens), rng))
             total += len(picked[-1].ids)
         return pack(picked)
 
-    def stretch(self, row: Features, rng: random.Random) -> Features:
-        """At most MAX_STRETCH tokens of it, not in the prompt alone, where nothing is learned."""
-        latest = len(row.ids) - self.MAX_STRETCH
+    def stretch(self, row: Features, longest: int, rng: random.Random) -> Features:
+        """At most so many tokens of it, not in the prompt alone, where nothing is learned."""
+        latest = len(row.ids) - longest
         if latest <= 0:
             return row
-        first = rng.randint(min(latest, max(0, row.start - self.MAX_STRETCH // 2)), latest)
-        end = first + self.MAX_STRETCH
+        first = rng.randint(min(latest, max(0, row.start - longest // 2)), latest)
+        end = first + longest
         return Features(row.ids[first:end], row.hidden[first : end - 1], max(0, row.start - first), row.rollout)
 
 

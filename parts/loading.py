@@ -272,13 +272,45 @@ def why_not(model) -> str | None:
 
 
 def stop_tokens(model, tokenizer) -> set[int]:
-    """Ids that end a response: the tokenizer's eos and what the generation config adds. Raises UserError if none."""
+    """Ids that end a response: the tokenizer's eos, what the generation config adds, and what ends a turn in a chat.
+    Raises UserError if none.
+    """
     ids = model.generation_config.eos_token_id
-    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
+    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id} | turn_end(tokenizer)
     ids -= {None}
     if not ids:
         raise UserError(f"{tokenizer.name_or_path} has no end-of-sequence token, so responses could not end")
     return ids
+
+
+def turn_end(tokenizer) -> set[int]:
+    """The special token that stands behind an answer in the tokenizer's chat template, if there is one. Base models
+    have a template, too, and another eos: they would be asked on after their <|im_end|>.
+    """
+    if not tokenizer.chat_template:
+        return set()
+    chat = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # a template is a program, and may fail in any way; then the eos has to do
+        return set()
+    behind = tokenizer.encode(text.rpartition("Yes.")[2].strip(), add_special_tokens=False)[:1]
+    return {token for token in behind if token in tokenizer.all_special_ids}
+
+
+ACTOR_DTYPES = ("auto", "bfloat16", "float32")
+
+
+def actor_dtype(name: str, device: str) -> torch.dtype:
+    """Of the weights that generate. name: bfloat16, float32, or auto: bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        name = "float32" if device == "cpu" else "bfloat16"
+    return getattr(torch, name)
+
+
+def in_dtype(model, dtype: torch.dtype):
+    """The model, loaded in float32, with its weights in that type, in place."""
+    return bfloat16(model) if dtype == torch.bfloat16 else model
 
 
 def bfloat16(model):

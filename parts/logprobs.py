@@ -91,15 +91,20 @@ def checkpoint_layers(model) -> None:
     model.disable_input_require_grads()  # hooks on the embedding that only the other kind of checkpoint needs
 
 
+def numbers_kept(config) -> int:
+    """Numbers that a decoder layer keeps of a token for its backward: those of OLMo 2; Llama's are 10 and 4."""
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    attention = config.num_attention_heads * (getattr(config, "head_dim", None) or 0)
+    return 13 * max(config.hidden_size, attention) + 4 * inner
+
+
 def forward_bytes(model, tokens: int) -> int:
     """Memory that forward and backward of so many tokens take, beside weights and gradients: activations as in float32
     (in bfloat16 they are two thirds), bfloat16 copies of weights, logits of a slice, gradients of the head.
     """
     config = model.config
     vocab, width, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    attention = config.num_attention_heads * (getattr(config, "head_dim", None) or 0)
-    layer = 13 * max(width, attention) + 4 * inner  # numbers that OLMo 2 keeps of a token; Llama: 10 and 4
+    layer = numbers_kept(config)
     weights = sum(p.numel() for p in model.parameters())
     kept = layers * layer
     if model.is_activation_checkpointing:

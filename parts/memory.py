@@ -8,11 +8,15 @@ from parts.common import UserError
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes of GPU memory that torch can still hand out; None on a CPU, where memory is taken as it is touched."""
+    """Bytes of GPU memory that torch can still hand out, of this process's share if several have the same GPU; None on
+    a CPU, where memory is taken as it is touched.
+    """
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+    free, total = torch.cuda.mem_get_info(device)
+    share = total * torch.cuda.get_per_process_memory_fraction(device)
+    return min(free, int(share) - torch.cuda.memory_reserved(device))
 
 
 def rows_that_fit(wanted: int, room: int, row_bytes: int, free: float, reserved: float) -> int:

@@ -1,8 +1,8 @@
 """Policies that do not fit a GPU whole: FSDP2 spreads fp32 weights, gradients and Adam's moments over the workers.
 
 Each worker keeps a slice of every weight, and gathers a layer when it computes with it. What generates is a whole copy
-on each worker, in bfloat16 on a GPU. For 7.6 billion weights on 8 GPUs: 16 bytes x 7.6e9 = 122 GB become 15 GB a GPU,
-the copy is 15 GB.
+on each worker, in bfloat16 on a GPU (--actor-dtype). For 7.6 billion weights on 8 GPUs: 16 bytes x 7.6e9 = 122 GB
+become 15 GB a GPU, the copy is 15 GB.
 
 Each forward gathers weights from all workers, so all must do equally many: shares are filled up with an example that
 weighs nothing. For the same reason no worker can do its part again alone when memory runs out.
@@ -16,7 +16,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from parts.loading import bfloat16
+from parts.loading import actor_dtype, in_dtype
 from parts.logprobs import forward_bytes, logprobs_at
 from parts.workers import Replicated
 
@@ -31,14 +31,15 @@ class Sharded(Replicated):
 
     can_retry = False
 
-    def __init__(self, workers: int, device_type: str):
+    def __init__(self, workers: int, device_type: str, actor_dtype: str = "auto"):
+        super().__init__(actor_dtype)
         self.workers = workers
         self.device_type = device_type  # cpu or cuda
 
     def place(self, model, device):
         """-> (the spread policy, a whole copy that generates)."""
-        actor = copy.deepcopy(model).requires_grad_(False)
-        actor = (bfloat16(actor) if device != "cpu" else actor).to(device)
+        dtype = actor_dtype(self.actor_dtype, device)
+        actor = in_dtype(copy.deepcopy(model).requires_grad_(False), dtype).to(device)
         mesh = init_device_mesh(self.device_type, (self.workers,))
         for part in (*model.get_decoder().layers, model):
             fully_shard(part, mesh=mesh)  # brings its slice to the GPU

@@ -41,11 +41,19 @@ def sum_up(tensors: list[torch.Tensor]) -> None:
 def send(message: list[torch.Tensor]) -> None:
     """Add up these tensors over the workers. One that is contiguous and alone needs no copy."""
     if len(message) == 1 and message[0].is_contiguous():
-        torch.distributed.all_reduce(message[0])
+        all_reduce(message[0])
         return
     if not message:
         return
     flat = torch.cat([view.flatten() for view in message])
-    torch.distributed.all_reduce(flat)
+    all_reduce(flat)
     for view, part in zip(message, flat.split([view.numel() for view in message])):
         view.copy_(part.view_as(view))
+
+
+def all_reduce(tensor: torch.Tensor) -> None:
+    """Add it up over the workers. Those that share a GPU talk through gloo, which lives on the host."""
+    host = tensor.cpu() if torch.distributed.get_backend() == "gloo" else tensor
+    torch.distributed.all_reduce(host)
+    if host is not tensor:
+        tensor.copy_(host)

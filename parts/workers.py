@@ -3,14 +3,16 @@
 `layout` says how the policy lies on them: whole on each (`Replicated`), or spread (shard.Sharded).
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
+from parts.common import pick_device
 from parts.interfaces import Group, Response, Strategy
-from parts.loading import bfloat16
+from parts.loading import actor_dtype, in_dtype
 from parts.logprobs import forward_bytes, logprobs_at
 from report import Clock, WorkerNotes
 from rollout import Engine
@@ -21,10 +23,17 @@ class Replicated:
 
     can_retry = True  # a worker that runs out of memory may do its part again without the others
 
+    def __init__(self, actor_dtype: str = "auto"):
+        """actor_dtype: as Config.actor_dtype."""
+        self.actor_dtype = actor_dtype
+
     def place(self, model, device: str):
-        """-> (the policy that learns, the one that generates: on a GPU a bfloat16 copy, on a CPU the policy itself)."""
+        """-> (the policy that learns, the one that generates: a bfloat16 copy, or in float32 the policy itself)."""
         model.to(device)
-        return model, bfloat16(copy.deepcopy(model).requires_grad_(False)) if device != "cpu" else model
+        dtype = actor_dtype(self.actor_dtype, device)
+        if dtype == torch.float32:
+            return model, model
+        return model, in_dtype(copy.deepcopy(model).requires_grad_(False), dtype)
 
     def logprobs_at(self, model, ids, picked, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
         """As the function of this name."""
@@ -72,12 +81,20 @@ class Alone:
         self.clock = Clock(tell)
         self.micro_tokens = config.micro_tokens  # falls when memory runs out
         self.tis_cap = max(0.0, config.tis_cap)  # 0: no correction; -1 is settled when it is known what generates
-        self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-        self.layout = Replicated()
+        self.device = pick_device(config.device)
+        self.layout = Replicated(config.actor_dtype)
+
+    def loading(self, name: str) -> contextlib.AbstractContextManager:
+        """Around the loading of a model, a folder or a hub name."""
+        return contextlib.nullcontext()
 
     def engine(self, actor, stop: set[int], slots: int, reserve_bytes: int) -> Engine:
         """The engine that generates."""
         return Engine(actor, stop, slots, reserve_bytes=reserve_bytes)
+
+    def idle_bytes(self) -> int:
+        """Memory that is needed while others still generate."""
+        return 0
 
     def rollout(self, engine: Engine, groups: list[Group], sampling, grade, progress, learn: bool) -> list[Response]:
         """All responses to the groups, graded, ordered by (group, sample): the same list on every worker.

@@ -5,17 +5,20 @@ speculation) and "warm" (static drafter), of the same two steps.
 """
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import caught
+from test_group import fake_gpus
 
+import tlt
 from base import smollm2
-from bench import aging, gpu, harness, memory, paired, scale, verdicts
+from bench import aging, engine, gpu, harness, memory, paired, real, scale, verdicts
 from bench.__main__ import TABLES, main
-from parts.common import UserError
+from parts.common import UserError, parse_flags
 from parts.interfaces import Draft, RoundReport, Strategy
 from rollout import Engine
 
@@ -189,7 +192,114 @@ def test_the_spans_of_a_trace(tmp_path):
     assert harness.spans_of(tmp_path, 2) == [[("update", 0.5, 2.0)], [("idle", 1.0, 1.25)]]
 
 
+# ---------------------------------------------------------------- on which device
+
+
+def test_the_device_that_was_used_is_told(monkeypatch):
+    fake_gpus(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert (harness.machine("cuda")["device"], harness.machine("cuda")["gpu"]) == ("cuda", "a GPU")
+    assert (harness.machine("cpu")["device"], harness.machine("cpu")["gpu"]) == ("cpu", None)
+
+
+class Loaded(Exception):
+    """A table has loaded its policy."""
+
+
+def check_tables_load_on_their_device(monkeypatch):
+    """As --device says; auto takes the GPU that is there."""
+    for name in ("engine", "identity", "speculation", "spot", "scale", "real"):
+        for device, wanted in (("auto", "cuda"), ("cuda", "cuda"), ("cpu", "cpu")):
+            places = []
+
+            def load_model(name, device="cpu", dtype=torch.float32, places=places):
+                places.append(device)
+                raise Loaded
+
+            with monkeypatch.context() as patch:
+                fake_gpus(patch, 1)
+                patch.setattr(harness, "load_model", load_model)
+                module = TABLES[name]
+                config = replace(module.Config(), model="base", device=device)
+                with pytest.raises(Loaded):
+                    module.measure(config)
+            assert places == [wanted]
+
+
+def test_tables_generate_where_device_says(monkeypatch):
+    threads = torch.get_num_threads()
+    check_tables_load_on_their_device(monkeypatch)
+    for module in (harness, engine, real):
+        monkeypatch.setattr(module, "load", lambda config: harness.load_model(config.model))
+    caught(check_tables_load_on_their_device, monkeypatch)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "gpus, device, flags",
+    [
+        (0, "auto", "--device cpu --actor-dtype float32 --workers 2 --workers-per-gpu 1"),
+        (1, "auto", "--device cuda --actor-dtype float32 --workers 2 --workers-per-gpu 2"),
+        (2, "cuda", "--device cuda --actor-dtype float32 --workers 2 --workers-per-gpu 1"),
+        (2, "cpu", "--device cpu --actor-dtype float32 --workers 2 --workers-per-gpu 1"),
+    ],
+)
+def test_training_runs_go_where_device_says(gpus, device, flags, monkeypatch):
+    fake_gpus(monkeypatch, gpus)
+    config = harness.Settings(device=device, actor_dtype="float32")
+    assert " ".join(map(str, harness.worker_flags(config, 2))) == flags
+    parse_flags(tlt.TLTConfig, "", list(map(str, harness.worker_flags(config, 2))))  # tlt.py takes them
+
+
+def check_turns_wait_for_the_gpu(monkeypatch):
+    """Before a turn and at its end."""
+    events = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "synchronize", lambda: events.append("waited"))
+        harness.take_turns({"a": lambda: events.append("turn") or 1}, 2, "test")
+    assert events == ["waited", "turn", "waited"] * 2
+
+
+def test_turns_wait_for_the_gpu(monkeypatch):
+    check_turns_wait_for_the_gpu(monkeypatch)
+    monkeypatch.setattr(harness, "now", time.perf_counter)
+    caught(check_turns_wait_for_the_gpu, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "settings, gpus, other",
+    [
+        ({"device": "auto", "actor_dtype": "auto"}, 1, True),
+        ({"device": "auto"}, 1, True),  # written before there was such a flag
+        ({"device": "auto", "actor_dtype": "float32"}, 1, False),
+        ({"device": "auto", "actor_dtype": "auto"}, 0, False),
+        ({"device": "cpu", "actor_dtype": "bfloat16"}, 0, True),
+    ],
+)
+def test_what_to_expect_of_the_tokens_is_told(settings, gpus, other, tmp_path, monkeypatch):
+    fake_gpus(monkeypatch, gpus)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    device = harness.device_of(tmp_path)
+    assert device == ("cuda" if gpus and settings["device"] == "auto" else "cpu")
+    assert ("bfloat16" in paired.in_bfloat16(tmp_path, device)) == other
+
+
+def test_memory_on_a_gpu_is_torchs_own_count(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 << 20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10 << 20)
+    assert memory.Meter("cuda").more() == 7
+
+
 # ---------------------------------------------------------------- on the tiny policy
+
+
+def test_the_engine_against_hugging_face_in_bfloat16(model_folder, run_bench):
+    argv = ["--batches", 1, "--max-new", 5, "--rounds", 1, "--threads", 1, "--actor-dtype", "bfloat16"]
+    result = run_bench("engine", "--model", model_folder, "--device", "cpu", *argv)
+    assert set(result["rows"][0]) == {"batch", "engine", "generate", "prompt lookup", "ratio"}
+    assert result["machine"]["device"] == "cpu"
 
 
 def test_every_table_has_what_main_needs():

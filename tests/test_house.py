@@ -23,7 +23,8 @@ tasks parts.sampling parts.modeling parts.interfaces parts.memory parts.vocabula
 parts.loading parts.logprobs parts.features parts.sums parts.accept parts.graphs
 rollout
 parts.ngram drafter strategy parts.checkpoints parts.journal parts.workers
-base parts.batches parts.shard parts.spot parts.supervise parts.demo export generate
+base parts.batches parts.group parts.shard parts.spot parts.supervise export generate
+parts.demo
 train_grpo
 tlt
 bench test_time

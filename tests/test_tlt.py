@@ -192,8 +192,7 @@ class Scene:
         self.ends = ends
         self.micro_step = micro_step
         self.states: list[str] = []
-        self.buffer = self
-        self.rows = [1] if rows else []
+        self.learns = rows
 
     def enter(self, state: str) -> None:
         self.states.append(state)
@@ -259,6 +258,7 @@ def check_averages_by_steps(average):
             barrier.wait()
             for i, t in enumerate(tensors):
                 t.copy_(sum(sums[other][i] for other in range(3)))
+            barrier.wait()
 
         return sum_up
 
@@ -301,13 +301,22 @@ def test_a_restart_keeps_the_drafter_that_was_trained(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- evaluations teach nobody
 
 
+def team_of_one(monkeypatch, **settings) -> tlt.Team:
+    """Without a process group."""
+
+    def begin(self, config):
+        Alone.__init__(self, config)
+        self.board = Board("", 0, Board.host())
+        self.rollouts = 0
+        self.spot = None
+
+    monkeypatch.setattr(tlt.Team, "__init__", begin)
+    return tlt.Team(TLTConfig(device="cpu", model="base/chain/refit", **settings))
+
+
 def rollout_of(split: str, monkeypatch, learn: bool | None = None) -> tlt.Team:
     """A team of one that has made one rollout on a split."""
-    monkeypatch.setattr(tlt.Team, "__init__", lambda self, config: Alone.__init__(self, config))
-    team = tlt.Team(TLTConfig(device="cpu", warm_start=0.2, model="base/chain/refit", prompts=1))
-    hosted = Board.host()
-    team.board = Board("", 0, hosted)
-    team.rollouts = 0
+    team = team_of_one(monkeypatch, warm_start=0.2, prompts=1)
     engine = team.engine(tiny(), {1}, 8, 0)
     engine.reserve(60)
     groups = [Group((split, i), [5 + i, 9, 30], [7 * i + k for k in range(4)]) for i in range(3)]
@@ -371,9 +380,7 @@ def test_the_rollouts_of_a_step_are_counted_together(monkeypatch):
     "flags, kinds", [({}, ["learned"]), ({"ngram": True}, ["learned", "n-gram"]), ({"drafter": "off"}, [])]
 )
 def test_ngrams_draft_only_where_they_are_asked_for(flags, kinds, monkeypatch):
-    monkeypatch.setattr(tlt.Team, "__init__", lambda self, config: Alone.__init__(self, config))
-    team = tlt.Team(TLTConfig(device="cpu", model="base/chain/refit", **flags))
-    assert list(team.engine(tiny(), {1}, 4, 0).drafters) == kinds
+    assert list(team_of_one(monkeypatch, **flags).engine(tiny(), {1}, 4, 0).drafters) == kinds
 
 
 # ---------------------------------------------------------------- the queue

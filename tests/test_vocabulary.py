@@ -149,7 +149,7 @@ def warm(monkeypatch, agreements: list[float], seconds: float) -> int:
     rows = {id(row.ids) for row in spot.buffer.rows}
     averages = []
     monkeypatch.setattr(Spot, "AVERAGE_EVERY", 0.01)
-    monkeypatch.setattr(Spot, "average", lambda self, all_reduce: averages.append(time.time()))
+    monkeypatch.setattr(Spot, "average", lambda self, all_reduce: averages.append(time.time()) or 1)
     results = iter(agreements)
     right = Spot.agreement
 

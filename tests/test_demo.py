@@ -1,0 +1,188 @@
+"""What the demo runs on which machine. GPUs and the model hub are faked."""
+
+from types import MethodType, SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import caught, tiny
+from test_group import fake_gpus
+from transformers import AutoModelForCausalLM
+
+from base.pretrain import make_tokenizer
+from parts import demo, loading
+from parts.common import parse_flags
+from parts.loading import stop_tokens
+from parts.logprobs import checkpoint_layers
+from parts.workers import Replicated
+from rollout import Engine
+from tlt import TLTConfig
+
+GB = 1e9
+CARDS = {
+    "H100": 85.0 * GB,
+    "L40S": 51.0 * GB,
+    "A100-40": 42.3 * GB,
+    "4090": 25.3 * GB,
+    "T4": 16.9 * GB,
+    "old": 8.5 * GB,
+}
+
+
+def machine(monkeypatch, cards: list[str], hub: bool = True) -> None:
+    """A machine with these GPUs; hub: whether it answers."""
+    fake_gpus(monkeypatch, len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: cards[i])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=CARDS[cards[i]]))
+
+    def model_info(name, timeout):
+        assert hub is not None, "the hub was asked"
+        if not hub:
+            raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+
+
+def settings(*argv) -> TLTConfig:
+    """Of a demo with these flags by hand, as tlt.main parses them."""
+    argv = list(map(str, argv))
+    return parse_flags(TLTConfig, "", demo.demo_flags(argv) + argv)
+
+
+def test_without_a_gpu_it_is_the_tiny_policy(monkeypatch, capsys):
+    fake_gpus(monkeypatch, 0)
+    wanted = TLTConfig(model="base", device="cpu", workers=2, max_new=960, prompts=8, samples=8, steps=60)
+    assert settings() == wanted
+    line = "demo: the tiny policy in base/ on countdown, two CPU workers, because torch sees no GPU\n"
+    assert capsys.readouterr().out == line
+
+
+@pytest.mark.parametrize(
+    "cards, hub, argv, why",
+    [
+        (["H100"], False, [], "the hub does not answer (OSError)"),
+        (["old"], True, [], "fits 8 GB"),
+        (["H100"], None, ["--device", "cpu"], "--device cpu was given"),
+    ],
+)
+def test_else_the_tiny_policy_with_a_reason(cards, hub, argv, why, monkeypatch, capsys):
+    machine(monkeypatch, cards, hub)
+    assert (settings(*argv).model, settings(*argv).device) == ("base", "cpu")
+    assert why in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "cards, argv, model, shard",
+    [
+        (["H100"], [], "3B", False),
+        (["H100", "L40S"], [], "1.5B", False),  # the smallest decides
+        (["H100"], ["--workers-per-gpu", 2], "1.5B", False),
+        (["A100-40"], [], "1.5B", False),
+        (["4090"] * 4, [], "1.5B", True),
+        (["4090"], [], "0.5B", False),
+        (["T4"], [], "0.5B", False),
+    ],
+)
+def test_the_model_is_the_largest_that_fits(cards, argv, model, shard, monkeypatch, capsys):
+    machine(monkeypatch, cards)
+    config = settings(*argv)
+    text = capsys.readouterr().out
+    assert config.model == f"Qwen/Qwen2.5-{model}"
+    assert (config.shard, config.prompt_style, config.gradient_checkpointing) == (shard, "base", True)
+    assert ("does not learn to search" in text) == (model == "0.5B")
+    assert ("--workers-per-gpu 2" in text) == (len(cards) == 1 and not argv)
+    assert min(cards, key=CARDS.get) in text.splitlines()[0]
+    for word in ("download", "memory", "time", "not measured", "bfloat16"):
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_what_is_given_by_hand_wins(monkeypatch):
+    machine(monkeypatch, ["H100"])
+    config = settings("--steps", 3, "--max-new", 200, "--prompt-style", "chat")
+    assert (config.steps, config.max_new, config.prompt_style) == (3, 200, "chat")
+
+
+def test_a_folder_needs_no_hub(model_folder, monkeypatch, capsys):
+    machine(monkeypatch, ["T4"], hub=None)
+    config = settings("--model", model_folder)
+    assert (config.model, config.device, config.task) == (str(model_folder), "auto", "countdown-hard")
+    assert config.micro_tokens == 16384
+    assert "rows" in capsys.readouterr().out
+    monkeypatch.setattr(demo, "plan", lambda config, gpu: None)
+    assert settings("--model", model_folder).micro_tokens == 2048
+    assert "try --shard" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the arithmetic
+
+
+def check_rows_are_those_of_the_engine(plan):
+    """What is promised is what a run finds: the engine's own count on a GPU of that size, with all that lies there."""
+    for candidate in demo.MODELS[:2] + demo.MODELS[3:]:
+        for gpu in CARDS.values():
+            found = plan(candidate.config, gpu)
+            if not found:
+                continue
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(candidate.config, dtype=torch.bfloat16)
+            checkpoint_layers(model)
+            layout = Replicated()
+            drafter = sum(p.numel() for p in model.get_decoder().layers[0].parameters())
+            drafter += 2 * candidate.config.hidden_size**2
+            engine = SimpleNamespace(model=model, slots=4096, slots_wanted=4096, drafters={"learned": None})
+            engine.row_bytes = MethodType(Engine.row_bytes, engine)
+            engine.keep_hidden = True
+            engine.logits_at_once = 0  # they are among what CUDA takes
+            engine.reserve_bytes = layout.update_bytes(model, found.micro_tokens) + layout.moment_bytes(model)
+            free = gpu - demo.CUDA_BYTES - 6 * found.weights - 18 * drafter
+            room = demo.PROMPT + demo.MAX_NEW + 17
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("rollout.free_memory", lambda device, free=free: free)
+                assert Engine.affordable(engine, room) == min(4096, found.rows)
+
+
+def test_the_demo_counts_as_a_run_does(monkeypatch):
+    check_rows_are_those_of_the_engine(demo.plan)
+    monkeypatch.setattr(Replicated, "moment_bytes", lambda self, model: 0)
+    plans = {}
+    for candidate in demo.MODELS:
+        for gpu in CARDS.values():
+            plans[id(candidate.config), gpu] = demo.plan(candidate.config, gpu)
+    monkeypatch.undo()
+    caught(check_rows_are_those_of_the_engine, lambda config, gpu: plans[id(config), gpu])
+
+
+@pytest.mark.parametrize("i, billions", [(0, 3.09), (1, 1.54), (3, 0.494)])
+def test_the_models_are_as_large_as_they_say(i, billions):
+    found = demo.plan(demo.MODELS[i].config, 200 * GB)
+    assert found.weights / 1e9 == pytest.approx(billions, rel=3e-3)
+
+
+# ---------------------------------------------------------------- where responses end
+
+
+def chat_tokenizer(template: str):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def check_turn_ends_stop(stop):
+    """Of a base model, whose eos is another."""
+    model = tiny()
+    tokenizer = chat_tokenizer(CHATML)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert stop(model, tokenizer) == {tokenizer.eos_token_id, end}
+    for other in ("{% for m in messages %}{{ m.content }}{% endfor %}", "{{ raise_exception('no') }}", None):
+        assert stop(model, chat_tokenizer(other)) == {tokenizer.eos_token_id}
+
+
+def test_a_turns_end_ends_a_response(monkeypatch):
+    check_turn_ends_stop(stop_tokens)
+    monkeypatch.setattr(loading, "turn_end", lambda tokenizer: set())
+    caught(check_turn_ends_stop, stop_tokens)

@@ -1,0 +1,274 @@
+"""How workers come together: who downloads, who waits how long, and several of them on one GPU. The GPUs are faked."""
+
+import threading
+from types import SimpleNamespace
+
+import accelerate
+import pytest
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from conftest import caught
+from test_memory import tensors_of
+
+import tlt
+from parts import group, memory, sums
+from parts.common import UserError
+from tlt import Board, TLTConfig
+
+# ---------------------------------------------------------------- a model that is downloaded
+
+
+class Loading:
+    """Workers of some hosts load a model at the same time, each in a thread. Those who are the first on their host wait
+    for `downloaded`, the others only load.
+    """
+
+    def __init__(self, hosts: list[str], monkeypatch, load=tlt.Team.loading):
+        self.hosts = hosts
+        self.load = load
+        self.began: list[int] = []
+        self.went_on: list[int] = []
+        self.downloaded = [threading.Event() for _ in hosts]
+        self.here = threading.local()
+        monkeypatch.setattr(tlt.platform, "node", lambda: self.here.host)
+        hosted = Board.host()
+        self.teams = []
+        for i, host in enumerate(hosts):
+            team = object.__new__(tlt.Team)
+            team.board = Board("127.0.0.1", hosted.port)
+            team.size = len(hosts)
+            team.first_here = hosts.index(host) == i
+            self.teams.append(team)
+        self.board = Board("", 0, hosted)
+        self.threads = [threading.Thread(target=self.work, args=(i,), daemon=True) for i in range(len(hosts))]
+
+    def work(self, i: int) -> None:
+        self.here.host = self.hosts[i]
+        with self.load(self.teams[i], "owner/name"):
+            self.began.append(i)
+            assert self.downloaded[i].wait(20)
+        self.went_on.append(i)
+
+    def until(self, condition) -> None:
+        """Wait for it, for 10 s at most."""
+        event = threading.Event()
+        for _ in range(1000):
+            if condition():
+                return
+            event.wait(0.01)
+        raise AssertionError("it did not come")
+
+
+def settle() -> None:
+    """Time in which something that must not happen could."""
+    threading.Event().wait(0.15)
+
+
+def check_one_downloads(monkeypatch, load):
+    """Hosts a (workers 0, 1, 2) and b (3, 4): the first of each loads, then the others of this host; nobody goes on
+    before all have loaded.
+    """
+    loading = Loading(["a", "a", "a", "b", "b"], monkeypatch, load)
+    for thread in loading.threads:
+        thread.start()
+    try:
+        loading.until(lambda: {0, 3} <= set(loading.began))
+        settle()
+        assert sorted(loading.began) == [0, 3]
+        loading.downloaded[0].set()
+        loading.until(lambda: {1, 2} <= set(loading.began))
+        settle()
+        assert sorted(loading.began) == [0, 1, 2, 3]
+        for i in (1, 2, 3):
+            loading.downloaded[i].set()
+        loading.until(lambda: 4 in loading.began)
+        settle()
+        assert not loading.went_on
+        loading.downloaded[4].set()
+        loading.until(lambda: len(loading.went_on) == 5)
+    finally:
+        for event in loading.downloaded:
+            event.set()
+        for thread in loading.threads:
+            thread.join()
+
+
+def test_one_worker_of_each_host_downloads_and_nobody_goes_on_alone(monkeypatch):
+    right = tlt.Team.loading
+    check_one_downloads(monkeypatch, right)
+
+    def all_at_once(team, name):
+        team.first_here = True
+        return right(team, name)
+
+    def alone(team, name):
+        team.size = 1
+        return right(team, name)
+
+    caught(check_one_downloads, monkeypatch, all_at_once)
+    caught(check_one_downloads, monkeypatch, alone)
+
+
+def test_a_folder_is_loaded_by_all_at_once(model_folder):
+    team = object.__new__(tlt.Team)
+    team.board = Board("", 0, Board.host())
+    team.size = 1
+    team.first_here = False
+    with team.loading(str(model_folder)):
+        pass
+
+
+# ---------------------------------------------------------------- several workers on one GPU
+
+
+def fake_gpus(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What `group.join` asks for, on two GPUs: backend, timeout, share of the memory; in a group or alone."""
+    fake_gpus(monkeypatch, 2)
+    asked = SimpleNamespace(backend=None, seconds=0.0, share=1.0, cpu=None)
+
+    def accelerator(cpu, kwargs_handlers):
+        settings = kwargs_handlers[0].to_kwargs()
+        asked.cpu = cpu
+        asked.backend = settings.get("backend")
+        asked.seconds = settings["timeout"].total_seconds()
+        return SimpleNamespace(device=torch.device("cuda:1"))
+
+    def limit(share, device):
+        assert device == torch.device("cuda:1")
+        asked.share = share
+
+    monkeypatch.setattr(accelerate, "Accelerator", accelerator)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
+
+    def ask(in_group: bool = True, **settings) -> SimpleNamespace:
+        asked.share = 1.0
+        with monkeypatch.context() as patch:
+            if in_group:
+                patch.setenv("RANK", "1")
+            group.join(TLTConfig(**settings))
+        return asked
+
+    return ask
+
+
+def test_workers_that_share_a_gpu_use_gloo_and_divide_its_memory(joined):
+    asked = joined()
+    assert (asked.cpu, asked.backend, asked.share) == (False, None, 1.0)  # None: accelerate's own, which is NCCL
+    asked = joined(workers_per_gpu=2)
+    assert (asked.cpu, asked.backend, asked.share) == (False, "gloo", 0.5)
+    asked = joined(in_group=False, workers_per_gpu=2)
+    assert (asked.backend, asked.share) == (None, 0.5)
+    asked = joined(workers_per_gpu=2, device="cpu")
+    assert (asked.cpu, asked.backend, asked.share) == (True, None, 1.0)
+
+
+@pytest.mark.parametrize("patience, seconds", [(600.0, 3600), (7200.0, 14400), (float("inf"), 86400)])
+def test_a_collective_waits_longer_than_a_worker_may_be_silent(joined, patience, seconds):
+    assert joined(patience=patience).seconds == seconds
+
+
+def test_accelerate_deals_the_gpus_out(monkeypatch):
+    """It is relied on for that: worker i of a host gets the GPU i modulo their number."""
+    fake_gpus(monkeypatch, 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    devices = []
+    for i in range(4):
+        state = SimpleNamespace(device=None, distributed_type=DistributedType.MULTI_GPU, local_process_index=i)
+        PartialState.set_device(state)
+        devices.append(str(state.device))
+    assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize(
+    "gpus, flags, count", [(2, [], 2), (2, ["--workers-per-gpu", "2"], 4), (1, ["--workers-per-gpu", "2"], 2)]
+)
+def test_one_worker_for_each_gpu_or_more(gpus, flags, count, model_folder, tmp_path, monkeypatch):
+    fake_gpus(monkeypatch, gpus)
+    started = []
+    monkeypatch.setattr(tlt, "spawn", lambda worker, config, *rest: started.append(rest))
+    argv = ["tlt.py", "--model", str(model_folder), "--out", str(tmp_path), "--max-new", "64", *flags]
+    monkeypatch.setattr("sys.argv", argv)
+    tlt.main()
+    assert started == [(count, 600.0, True)]
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"workers": 3}, "only 2 GPUs here; raise --workers-per-gpu"),
+        ({"workers": 5, "workers_per_gpu": 2}, "only 2 GPUs"),
+        ({"workers_per_gpu": 0}, "--workers-per-gpu 0"),
+        ({"workers_per_gpu": 2, "shard": True}, "--shard"),
+    ],
+)
+def test_too_many_workers_for_the_gpus_are_refused(settings, words, monkeypatch):
+    fake_gpus(monkeypatch, 2)
+    TLTConfig(workers=4, workers_per_gpu=2)
+    with pytest.raises(UserError, match=words):
+        TLTConfig(**settings)
+
+
+def test_so_they_are_under_torchrun(monkeypatch):
+    fake_gpus(monkeypatch, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--workers 2: there are only 1 GPUs"):
+        TLTConfig()
+    TLTConfig(workers_per_gpu=2)
+
+
+def check_free_memory(monkeypatch, free_memory):
+    """Of a GPU of 100 bytes, of which 40 are free; this process holds 15."""
+    gpu = torch.device("cuda:0")
+    for share, wanted in ((1.0, 40), (0.5, 35), (0.2, 5)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "mem_get_info", lambda device: (40, 100))
+            patch.setattr(torch.cuda, "memory_reserved", lambda device: 15)
+            patch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share)
+            assert free_memory(gpu) == wanted
+
+
+def test_what_is_free_is_this_workers_share(monkeypatch):
+    check_free_memory(monkeypatch, memory.free_memory)
+    caught(check_free_memory, monkeypatch, lambda device: torch.cuda.mem_get_info(device)[0])
+    assert memory.free_memory(torch.device("cpu")) is None
+
+
+# ---------------------------------------------------------------- sums through the host
+
+
+class OnTheHost(torch.Tensor):
+    """A tensor that came from the GPU: the only kind that gloo takes here."""
+
+
+def check_sums_through_the_host(monkeypatch, backend: str):
+    """Two workers with the same tensors: everything doubles. The tensors count as being on a GPU."""
+    kinds = set()
+
+    def gloo(tensor):
+        kinds.add(type(tensor) is OnTheHost)
+        tensor.mul_(2)
+
+    tensors = tensors_of(0, 1)
+    wanted = [2 * t for t in tensors]
+    with monkeypatch.context() as patch:
+        patch.setattr(sums, "MESSAGE", 1000)
+        patch.setattr(torch.distributed, "get_backend", lambda: backend)
+        patch.setattr(torch.distributed, "all_reduce", gloo)
+        patch.setattr(torch.Tensor, "cpu", lambda self: self.clone().as_subclass(OnTheHost))
+        sums.sum_up(tensors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, wanted))
+    assert kinds == {backend == "gloo"}
+
+
+def test_gloo_sums_on_the_host_and_nccl_where_the_tensors_are(monkeypatch):
+    check_sums_through_the_host(monkeypatch, "gloo")
+    check_sums_through_the_host(monkeypatch, "nccl")
+    monkeypatch.setattr(sums, "all_reduce", lambda tensor: torch.distributed.all_reduce(tensor.cpu()))
+    caught(check_sums_through_the_host, monkeypatch, "gloo")  # the sum does not come back
