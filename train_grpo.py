@@ -4,7 +4,7 @@ same loop.
 One step:
 
     rollout   G samples from each of P prompts                                  rollout.py
-    reward    r = 1 if the verifier accepts the answer, else 0                  tasks.py
+    reward    r = 1 if the verifier accepts the answer, else 0, or any number   tasks.py
     advantage A = (r - mean of its group) / std of its group                    0 where all rewards of a group are equal
     update    maximise  sum_t w * min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)  - kl * w * k3
               rho = p(token) / p_old(token)
@@ -51,17 +51,14 @@ from parts.logprobs import checkpoint_layers, token_logprobs
 from parts.sampling import Sampling, sequence_seed
 from parts.workers import Alone
 from report import evaluation, model_card, show_samples
-from tasks import Problem, encode_prompt, make_task
+from tasks import Problem, TaskFlags, encode_prompt, make_task
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TaskFlags):
     """All settings, each a command-line flag."""
 
     model: str = flag("base", "policy to start from: a folder or a hub name")
-    task: str = flag("countdown", "countdown, countdown-hard (numbers to 99, for real language models), chain or gsm8k")
-    data: str = flag("", "gsm8k: a local folder with train.jsonl and test.jsonl instead of the hub")
-    prompt_style: str = flag("auto", "how problems become prompts", ("auto", "trace", "chat", "base"))
     out: str = flag("runs/grpo", "folder for metrics, pictures, checkpoints and the final policy")
     resume: bool = flag(False, "go on from the newest checkpoint in --out; without it an earlier run there is replaced")
     seed: int = flag(0, "seed of prompts and samples")
@@ -243,10 +240,10 @@ def add_up(stats: UpdateStats, loss, logp, behaviour, ref, on_policy: bool, conf
 
 def check(config: Config) -> None:
     """Everything that can be known to be wrong before anything is started or replaced. Raises UserError."""
-    task = make_task(config.task, config.data)
+    task = make_task(config.task, config.data, config.columns)
     tokenizer = load_tokenizer(config.model)
     for split in ("train", "test"):
-        prompt = encode_prompt(task.problem(split, 0), tokenizer, config.prompt_style)
+        prompt = encode_prompt(task.problem(split, 0), tokenizer, config.prompt_style, config.system, config.chat_args)
         check_context(config.model, len(prompt) + config.max_new)
     out = Path(config.out)
     if config.resume and not checkpoints.restarted() and not any(out.glob(checkpoints.PATTERN)):
@@ -263,7 +260,7 @@ class Training:
         self.out = Path(config.out)
         self.writes = team.rank == 0
         start = checkpoints.start_from(self.out, config.resume, tqdm.write if self.writes else lambda text: None)
-        self.task = make_task(config.task, config.data)
+        self.task = make_task(config.task, config.data, config.columns)
         self.problems: dict[tuple[str, int], Problem] = {}  # of the rollout that is running
         # on the host: a policy that is to be sharded may not fit a GPU whole
         model, self.tokenizer = load_model(str(start or config.model))
@@ -306,7 +303,7 @@ class Training:
         self.problems = {(split, i): self.task.problem(split, i) for i in indices}
         groups = []
         for (_, i), problem in self.problems.items():
-            prompt = encode_prompt(problem, self.tokenizer, config.prompt_style)
+            prompt = encode_prompt(problem, self.tokenizer, config.prompt_style, config.system, config.chat_args)
             groups.append(Group((split, i), prompt, [sequence_seed(config.seed, *seed, i, k) for k in range(samples)]))
         self.engine.reserve(max(len(group.prompt) for group in groups) + config.max_new)
         total = len(groups) * samples
@@ -332,7 +329,7 @@ class Training:
         indices = range(step * config.prompts, (step + 1) * config.prompts)
         responses = self.ask("train", indices, config.samples, step)
         team.clock.enter("update")
-        rewards = torch.tensor([float(r.grade.strict) for r in responses]).view(config.prompts, config.samples)
+        rewards = torch.tensor([r.grade.reward for r in responses]).view(config.prompts, config.samples)
         advantage = advantages(rewards, config.loss).flatten().tolist()
         stats = update(self.model, self.reference, self.optimizer, responses, advantage, step, config, team)
         self.engine.reserve_bytes = self.update_bytes  # Adam has its moments now
