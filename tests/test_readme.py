@@ -33,7 +33,7 @@ def test_the_example_of_a_task_runs_as_printed(tmp_path, monkeypatch):
     (tmp_path / "reverse.py").write_text(block("class Reverse"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "reverse", raising=False)
-    import_line, entry = re.search(r"two lines: `(.*?)`, `(.*?)`", TEXT).groups()
+    import_line, entry = re.search(r"the lines `(.*?)`, `(.*?)`", TEXT).groups()
     code = inspect.getsource(tasks.make_task).replace("    makers = {", f"    {import_line}\n    makers = {{{entry}")
     names = dict(vars(tasks))
     exec(code, names)
