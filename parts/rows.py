@@ -80,7 +80,7 @@ def load_splits(data: str, check: Check) -> dict[str, list]:
     if os.path.exists(path):
         return {Path(path).stem: read_jsonl(Path(path), check)}
     owner, _, name = data.partition("/")
-    if not owner.strip(".~") or not name or "/" in name or name.endswith(".jsonl") or os.path.isdir(owner):
+    if not owner or owner[0] in ".~" or not name or "/" in name or name.endswith(".jsonl") or os.path.isdir(owner):
         raise UserError(f"--data {data}: no such file or folder (a data set of the hub is named owner/name)")
     return read_hub(data, check)
 
