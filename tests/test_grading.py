@@ -221,8 +221,10 @@ import time
 __main__.SECONDS = {seconds}
 class LatexExtractionConfig:
     def __init__(self, **settings): pass
+parsed = []
 def parse(text, how, parsing_timeout):
     assert parsing_timeout is None
+    parsed.append(text)
     print("a library prints")
     if "raise" in text: raise ValueError(text)
     if "slow" in text:
@@ -233,18 +235,18 @@ def parse(text, how, parsing_timeout):
     return text
 def verify(gold, given, timeout_seconds):
     assert timeout_seconds is None
-    return "same" in given
+    return parsed.count(gold) == 1 if "once" in given else "same" in given
 start = time.process_time()
 """
 
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """A math_verify whose texts say what it does -> a function that sets the seconds for a question."""
+    """A math_verify whose texts say what it does -> a function that writes another one."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    def write(seconds: float = 0.1) -> None:
-        (tmp_path / "math_verify.py").write_text(STUB.replace("{seconds}", str(seconds)))
+    def write(seconds: float = 0.1, more: str = "") -> None:
+        (tmp_path / "math_verify.py").write_text(STUB.replace("{seconds}", str(seconds)) + more)
 
     write()
     return write
@@ -278,6 +280,27 @@ def test_a_child_whose_time_is_up_is_replaced(stub, referee, monkeypatch):
     referee.close()
     referee.ask.cache_clear()
     caught(check_slow, referee)
+
+
+FORGETFUL = """
+import functools
+import sympy.parsing.sympy_parser
+import sympy.physics.units
+functools.lru_cache = lambda maxsize: lambda function: function
+"""
+
+
+def check_gold_is_parsed_once():
+    referee = Referee()
+    verdicts = [referee.equal("1", text) for text in ("another", "once", "and once more")]
+    referee.close()
+    assert verdicts == [False, True, True]
+
+
+def test_a_gold_answer_is_parsed_once(stub):
+    check_gold_is_parsed_once()
+    stub(more=FORGETFUL)
+    caught(check_gold_is_parsed_once)
 
 
 def test_answers_are_compared_in_threads_and_whatever_they_hold(stub, referee):

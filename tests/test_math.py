@@ -29,11 +29,18 @@ class Equality:
         return f"is ${gold}$" in text
 
 
+def is_installed(monkeypatch, answer: bool) -> None:
+    """Whether math-verify seems to be."""
+    find_spec = importlib.util.find_spec
+    found = "a spec" if answer else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found if name == "math_verify" else find_spec(name))
+
+
 @pytest.fixture(autouse=True)
 def installed(request, monkeypatch):
     """Most tests do without math-verify."""
     if "real" not in request.fixturenames:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+        is_installed(monkeypatch, True)
         monkeypatch.setattr(tasks, "Referee", Equality)
 
 
@@ -179,7 +186,7 @@ def test_an_end_of_line_inside_a_text_is_none(tmp_path):
 
 
 def test_a_missing_package_is_one_line_at_the_start(model_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    is_installed(monkeypatch, False)
     flags = ["--task", "math", "--data", write(tmp_path / "all.jsonl", ROWS), "--out", tmp_path / "out", *SMALL]
     with pytest.raises(SystemExit) as end:
         run_main(monkeypatch, "--model", model_folder, *flags)
