@@ -8,9 +8,9 @@
 
 The text is a policy's, and anything may be in it: `9^{9^{9^9}}`, a sum to 10^{10}. So before each question a timer is
 set, of this process's own CPU time: a busy machine does not change a grade. When it runs out the kernel ends the
-process, whatever it does just then; no reply is the reply. math-verify's own timeout is off: it would need this signal.
-Its plain-number patterns are off, too, since they hand text to Python's evaluator, and so does sympy with the numbers
-in LaTeX; `only_a_word` lets nothing else pass.
+process, whatever it does just then; no reply is the reply. math-verify's own timeout is off: it waits for C code to
+return, and an `except` may swallow it. Its plain-number patterns are off, too, since they hand text to Python's
+evaluator. So does sympy with the numbers in LaTeX; `only_a_word` lets nothing else pass.
 
 No project file is imported: this process has to be small, and torch is not.
 """
