@@ -42,7 +42,7 @@ from parts.modeling import PACK_FROM, Linear, SlotCache, attend, fuse, kv_heads,
 from parts.sampling import Sampling, sequence_seed
 from parts.vocabulary import WordCounts
 from rollout import Engine
-from tasks import encode_prompt, make_task
+from tasks import TaskFlags, encode_prompt, make_task
 
 
 class PolicyParts(NamedTuple):
@@ -375,15 +375,12 @@ def warm_start(drafter, engine: Engine, groups, sampling: Sampling, seconds: flo
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(TaskFlags):
     """Settings, each a command-line flag."""
 
     model: str = flag("base", "policy: a folder or a hub name")
     out: str = flag("runs/drafter", "folder for drafter.safetensors")
     start: str = flag("", "go on from the drafter in this folder; empty: from random weights")
-    task: str = flag("countdown", "whose prompts are rolled out, see tasks.py")
-    data: str = flag("", "gsm8k: a local folder with train.jsonl and test.jsonl instead of the hub")
-    prompt_style: str = flag("auto", "how problems become prompts", ("auto", "trace", "chat", "base"))
     prompts: int = flag(64, "prompts to roll out, 16 samples each")
     seconds: float = flag(60.0, "training time")
     draft_vocab: int = flag(0, "words that the drafter may guess; 0: all, of a large vocabulary those that are used")
@@ -410,7 +407,7 @@ def main() -> None:
     if command.threads:
         torch.set_num_threads(command.threads)
     torch.manual_seed(command.seed)
-    task = make_task(command.task, command.data)
+    task = make_task(command.task, command.data, command.columns)
     model, tokenizer = load_model(command.model, pick_device())
     drafter = Drafter(model)
     if command.start:
@@ -422,7 +419,8 @@ def main() -> None:
     def groups(split: str, prompts: int, samples: int) -> list[Group]:
         result = []
         for i in range(prompts):
-            prompt = encode_prompt(task.problem(split, i), tokenizer, command.prompt_style)
+            problem = task.problem(split, i)
+            prompt = encode_prompt(problem, tokenizer, command.prompt_style, command.system, command.chat_args)
             seeds = [sequence_seed(command.seed, split, i, k) for k in range(samples)]
             result.append(Group(i, prompt, seeds))
         engine.reserve(max(len(group.prompt) for group in result) + command.max_new)

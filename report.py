@@ -104,6 +104,8 @@ def describe(
     workers and sum to the step. Equal digests: the same tokens, every one.
     """
     lengths = sorted(len(r.tokens) for r in responses)
+    samples = rewards.shape[1]
+    right = [[r.grade.strict for r in responses[i : i + samples]] for i in range(0, len(responses), samples)]
 
     def quantile(q: float) -> int:
         return lengths[min(len(lengths) - 1, int(q * len(lengths)))]
@@ -113,7 +115,7 @@ def describe(
     return {
         "step": step,
         "reward": rewards.mean().item(),
-        "solved": (rewards > 0).any(1).float().mean().item(),
+        "solved": sum(any(group) for group in right) / len(right),
         "flat_groups": int((rewards == rewards[:, :1]).all(1).sum()),
         "lenient": sum(r.grade.lenient for r in responses) / len(responses),
         "length": {
@@ -270,7 +272,7 @@ def gantt(spans: list[Span], started: float, seconds: float, width: int = 96) ->
 
 def show_samples(say: Callable[[str], None], responses, tokenizer) -> None:
     """The best and the worst response of a step, in short."""
-    ranked = sorted(responses, key=lambda r: (r.grade.strict, r.grade.lenient, -len(r.tokens)))
+    ranked = sorted(responses, key=lambda r: (r.grade.reward, r.grade.strict, r.grade.lenient, -len(r.tokens)))
     for name, r in (("best", ranked[-1]), ("worst", ranked[0])):
         text = tokenizer.decode(r.prompt + r.tokens)
         if len(text) >= 400:
@@ -418,10 +420,12 @@ def draw_curves(metrics: list[dict], path, config) -> None:
     steps, evals = split_metrics(metrics)
     figure, (scores, lengths, seconds) = plt.subplots(1, 3, figsize=(13, 3.6))
     x = [m["step"] for m in steps]
-    scores.plot(x, [m["reward"] for m in steps], lw=1, color="0.6", label="reward (training)")
+    rewards = [m["reward"] for m in steps]
+    scores.plot(x, rewards, lw=1, color="0.6", label="reward (training)")
     for name in evals[0]["eval"] if evals else []:
         scores.plot([m["step"] for m in evals], [m["eval"][name] for m in evals], "o-", label=f"held-out {name}")
-    scores.set(title=f"{config.task}, {config.loss}, seed {config.seed}", xlabel="RL step", ylim=(0, 1))
+    scores.set(title=f"{config.task}, {config.loss}, seed {config.seed}", xlabel="RL step")
+    scores.set_ylim(min([0, *rewards]), max([1, *rewards]))
     scores.legend()
     for name in ("mean", "p50", "p95", "max"):
         lengths.plot(x, [m["length"][name] for m in steps], label=name)

@@ -13,24 +13,38 @@ Countdown is one task at two scales. A language model reads the well-known promp
 think in <think>, answer in <answer>); the tiny model of base/pretrain.py reads `3,7,8=29<think>` and writes search
 traces. Both end in `<answer> expression </answer>`, so one verifier serves both.
 
-Verifiers are total: any text, of any length, gets a grade in bounded time. A policy under RL will write everything,
-so the expression is never handed to Python's evaluator: it is cut to a short ASCII string, parsed by `ast`, and
-walked with + - * / over exact fractions. (The widespread regex-then-evaluate verifiers hang on `97**98**99`.)
+Verifiers are total: any text, of any length, gets a grade in bounded time, since a policy under RL will write
+everything. How texts are read is in parts/grading.py, how problems are read from files in parts/rows.py.
 
-Left out: format rewards (they are easily farmed), partial credit, code execution tasks.
+The reward is 1 for a text that is strictly right, else 0, unless the task's grade says another number.
+
+Left out: format rewards (they are easily farmed), code execution tasks.
 """
 
-import ast
+import importlib.util
 import json
-import operator
+import math
 import random
 import re
 import zlib
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
-from parts.common import UserError
+from parts.common import UserError, flag, reason
+from parts.grading import LOOKED_AT, Referee, answer_tag, boxed_answer, evaluate, last_number
+from parts.rows import halves, load_splits, pick_columns, read_hub, read_jsonl
+
+
+@dataclass(frozen=True)
+class TaskFlags:
+    """Settings that say what is asked, and how; each a command-line flag."""
+
+    task: str = flag("countdown", "countdown, countdown-hard (numbers to 99, for language models), chain, gsm8k, math")
+    data: str = flag("", "gsm8k, math: a folder with train.jsonl and test.jsonl; math: or a .jsonl file, or owner/name")
+    columns: str = flag("", "math: the data's columns of problem and answer, e.g. prompt,target; empty: found by name")
+    prompt_style: str = flag("auto", "how problems become prompts", ("auto", "trace", "chat", "base"))
+    system: str = flag("", "system prompt, for chat templates")
+    chat_args: str = flag("", "arguments of the chat template, as JSON, e.g. '{\"enable_thinking\": false}'")
 
 
 @dataclass(frozen=True)
@@ -39,15 +53,23 @@ class Problem:
 
     prompt: str  # the question in words, for a language model
     trace: str  # the same question for the tiny model ("" if the task has no such form)
-    answer: object  # (numbers, target), or the gold number
+    answer: object  # (numbers, target), or the gold number, or the gold answer in LaTeX
 
 
 @dataclass(frozen=True)
 class Grade:
-    """Of a text."""
+    """Of a text. pass@k and all shares of right responses count `strict`, whatever the reward is."""
 
     strict: bool
     lenient: bool
+    reward: float | None = None  # what the policy is rewarded with: any finite number; None: 1.0 if strict, else 0.0
+
+    def __post_init__(self):
+        """Raises UserError for a reward that is no number: it would spoil the whole step."""
+        reward = float(self.strict if self.reward is None else self.reward)
+        if not math.isfinite(reward):
+            raise UserError(f"a task's reward is {reward}: it must be a finite number")
+        object.__setattr__(self, "reward", reward)  # frozen: the way to set a field once
 
 
 class Task:
@@ -71,40 +93,7 @@ class Task:
         raise NotImplementedError
 
 
-def answer_tag(text: str) -> str | None:
-    """The text between the last <answer> and the </answer> after it, or None. Linear time: plain searches, no regex."""
-    start = text.rfind("<answer>")
-    end = text.find("</answer>", start)
-    return None if start < 0 or end < 0 else text[start + len("<answer>") : end]
-
-
 # ---------------------------------------------------------------- Countdown
-
-OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-MAX_EXPRESSION = 120  # characters; with 6 numbers of 2 digits and all brackets one needs about 40
-
-
-def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
-    """(value, numbers used) of an arithmetic expression over whole numbers with + - * / and brackets; None if it is
-    anything else.
-    """
-    if len(expression) > MAX_EXPRESSION or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
-        return None
-    numbers = []
-
-    def walk(node):
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            numbers.append(node.value)
-            return Fraction(node.value)
-        if isinstance(node, ast.BinOp) and type(node.op) in OPS:
-            return OPS[type(node.op)](walk(node.left), walk(node.right))
-        raise ValueError(f"not arithmetic: {type(node).__name__}")
-
-    # the walk covers ** and // (not in OPS), calls such as 3(4), and signs; the parser itself gives up on deep brackets
-    try:
-        return walk(ast.parse(expression.strip(), mode="eval").body), numbers
-    except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
-        return None
 
 
 class Countdown(Task):
@@ -136,7 +125,7 @@ class Countdown(Task):
             return got is not None and got[0] == target and sorted(got[1]) == sorted(numbers)
 
         tag = answer_tag(text)
-        strict = tag is not None and right(tag)
+        strict = tag is not None and right(tag.strip())
         # lenient: any of the last 20 stretches of arithmetic in the last 2,000 characters ("... so 7*3+8 = 29")
         candidates = re.findall(r"[0-9+\-*/() ]{3,}", text[-2000:])[-20:]
         return Grade(strict, strict or any(right(c) for c in candidates))
@@ -223,7 +212,7 @@ class Chain(Task):
 
     def final(self, text):
         """As Task.final."""
-        _, mark, rest = text.rpartition("#")
+        _, mark, rest = text[-LOOKED_AT:].rpartition("#")
         match = re.match(r"\s*([0-9]{1,3})(?![0-9])", rest) if mark else None
         return str(int(match[1])) if match else None
 
@@ -233,14 +222,6 @@ class Chain(Task):
 
 
 # ---------------------------------------------------------------- GSM8K
-
-NUMBER = re.compile(r"[-+]?\d{1,15}(?:,\d{3}){0,5}(?:\.\d{1,10})?", re.ASCII)
-
-
-def last_number(text: str) -> Fraction | None:
-    """The last number in the last 400 characters of the text, as an exact fraction; None if there is none."""
-    numbers = NUMBER.findall(text[-400:])
-    return Fraction(numbers[-1].replace(",", "")) if numbers else None
 
 
 class GSM8K(Task):
@@ -258,20 +239,11 @@ class GSM8K(Task):
 
     def rows(self, split):
         """All rows of a split, read once. Raises UserError."""
-        if split not in self.splits:
-            local = Path(self.source) / f"{split}.jsonl"
-            self.splits[split] = self.from_hub(split) if self.source == "hub" else read_jsonl(local)
+        if split not in self.splits and self.source == "hub":
+            self.splits = read_hub("openai/gsm8k:main", gsm8k_row)
+        elif split not in self.splits:
+            self.splits[split] = read_jsonl(Path(self.source) / f"{split}.jsonl", gsm8k_row)
         return self.splits[split]
-
-    def from_hub(self, split: str) -> list[dict]:
-        """The rows of the hub's data set. Raises UserError."""
-        try:
-            from datasets import load_dataset
-
-            return list(load_dataset("openai/gsm8k", "main", split=split))
-        except Exception as error:  # the hub's failures have many types; the mend is the same for all
-            problem = f"cannot load openai/gsm8k from the hub ({type(error).__name__})"
-            raise UserError(f"{problem}: give a local folder with --data") from error
 
     def problem(self, split, index):
         rows = self.rows(split)
@@ -283,7 +255,7 @@ class GSM8K(Task):
         """As Task.final. A gold solution ends in "#### 72": models know that format, too."""
         stated = answer_tag(text)
         if stated is None:
-            _, mark, rest = text.rpartition("####")
+            _, mark, rest = text[-LOOKED_AT:].rpartition("####")
             stated = rest if mark else None
         number = last_number(stated) if stated is not None and len(stated) < 100 else None
         return None if number is None else str(number)
@@ -293,31 +265,74 @@ class GSM8K(Task):
         return Grade(strict, strict or last_number(text) == problem.answer)
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows with a "question" and a gold "answer" ending in `#### number`. Raises UserError naming the file and the
-    line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    rows = [parse_row(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise UserError(f"{path}: holds no problems")
-    return rows
-
-
-def parse_row(line: str, where: str) -> dict:
-    """One line of the file. Raises UserError naming `where`."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
+def gsm8k_row(row, where: str) -> dict:
+    """A row with a "question" and a gold "answer" ending in `#### number`. Raises UserError naming `where`."""
     if not (isinstance(row, dict) and isinstance(row.get("question"), str) and isinstance(row.get("answer"), str)):
         raise UserError(f'{where}: wants an object with the strings "question" and "answer"')
     if last_number(row["answer"].split("####")[-1]) is None or "####" not in row["answer"]:
         raise UserError(f"{where}: the answer must end in `#### number`, got ...{row['answer'][-40:]!r}")
     return row
+
+
+# ---------------------------------------------------------------- Math
+
+
+class Math(Task):
+    r"""Mathematics with answers in LaTeX, from any data set with problems and answers. Compared by math-verify.
+
+    data: as parts/rows.py says. If it is not divided, an eighth of the problems is held out, chosen by their text. The
+    order is shuffled, since such files are often sorted by subject. columns: the names in the data of problem and
+    answer, parted by a comma; "": those of COLUMNS that come first. An answer may be a whole solution: then what stands
+    in its last \boxed{}, or behind ####, counts.
+
+    strict: the last \boxed{} of the text, behind </think> if there is one, equals the gold answer. lenient: or else the
+    number that comes last does, or, in a text without \boxed{}, the answer that math-verify finds at its end.
+    """
+
+    COLUMNS = {"problem": ("problem", "question", "prompt"), "answer": ("answer", "final_answer", "solution")}
+
+    def __init__(self, data: str, columns: str = ""):
+        """Raises UserError."""
+        if not data:
+            raise UserError("--task math: --data FOLDER, FILE.jsonl or owner/name is wanted, with problems and answers")
+        names = [name.strip() for name in columns.split(",")]
+        if columns and (len(names) != 2 or not all(names)):
+            raise UserError(f"--columns {columns}: two names are wanted, of the problem and the answer: problem,answer")
+        if importlib.util.find_spec("math_verify") is None:
+            raise UserError("--task math: a package is missing that compares answers: pip install math-verify")
+        self.data = data
+        self.columns = dict(zip(self.COLUMNS, [[name] for name in names])) if columns else self.COLUMNS
+        self.splits: dict[str, list[tuple[str, str]]] = {}
+        self.referee = Referee()
+
+    def rows(self, split):
+        """(problem, gold answer) of a split, read once. Raises UserError."""
+        if not self.splits:
+            self.splits = halves(load_splits(self.data, self.take))
+            for name, rows in self.splits.items():
+                random.Random(f"math {name}").shuffle(rows)
+        if not self.splits[split]:
+            raise UserError(f"--data {self.data}: too few problems, none is in the {split} split; add train and test")
+        return self.splits[split]
+
+    def take(self, row, where: str) -> tuple[str, str]:
+        """(problem, gold answer) of a row of the data. Raises UserError naming `where`."""
+        problem, answer = pick_columns(row, self.columns, where)
+        return problem, boxed_answer(answer) or answer.rpartition("####")[2].strip()
+
+    def problem(self, split, index):
+        rows = self.rows(split)
+        question, gold = rows[index % len(rows)]
+        return Problem(f"{question}\nReason step by step, and put the final answer in \\boxed{{}}.", "", gold)
+
+    def grade(self, problem, text):
+        gold = problem.answer
+        text = text[-LOOKED_AT:].rpartition("</think>")[2]
+        boxed = boxed_answer(text)
+        strict = boxed is not None and self.referee.equal(gold, boxed)
+        number = last_number(gold) if re.fullmatch(r"-?[0-9,.]+", gold) else None
+        is_last = number is not None and last_number(text) == number
+        return Grade(strict, strict or is_last or (boxed is None and self.referee.found(gold, text)))
 
 
 # ---------------------------------------------------------------- from problem to tokens
@@ -349,15 +364,20 @@ def encode(text: str, tokenizer, special: bool = False) -> list[int]:
     return found["input_ids"]
 
 
-def encode_prompt(problem: Problem, tokenizer, style: str = "auto") -> list[int]:
+def encode_prompt(problem: Problem, tokenizer, style: str = "auto", system: str = "", chat_args: str = "") -> list[int]:
     """Token ids of the prompt, a list of int.
 
     style: "trace" (the tiny model's own language), "chat" (the tokenizer's chat template), "base" (a plain-text
-    dialogue for models without one), or "auto": what the tokenizer's config says, else chat. Raises UserError if the
-    style does not fit.
+    dialogue for models without one), or "auto": what the tokenizer's config says, else chat. system, chat_args: see
+    TaskFlags; for chat only. Raises UserError if the style, or one of the two, does not fit.
     """
     if style == "auto":
         style = tokenizer.init_kwargs.get("prompt_style", "chat")
+    if style not in ("trace", "base", "chat"):
+        raise UserError(f"prompt style {style!r} is none of auto, trace, chat, base")
+    if style != "chat" and (system or chat_args):
+        name = "--system" if system else "--chat-args"
+        raise UserError(f"{name}: only chat prompts have one, and this model's are of the style {style}")
     if style == "trace":
         if not problem.trace:
             raise UserError(
@@ -366,24 +386,42 @@ def encode_prompt(problem: Problem, tokenizer, style: str = "auto") -> list[int]
         return encode(problem.trace, tokenizer)
     if style == "base":
         return encode(BASE_PROMPT.format(problem.prompt), tokenizer, special=True)
-    if style != "chat":
-        raise UserError(f"prompt style {style!r} is none of auto, trace, chat, base")
+    return encode(chat_text(problem.prompt, tokenizer, system, chat_args), tokenizer)
+
+
+def chat_text(question: str, tokenizer, system: str, chat_args: str) -> str:
+    """The question in the tokenizer's chat template, up to where the response begins. Whatever the template puts there
+    (an opened <think>, or a closed one) belongs to the prompt. Raises UserError.
+    """
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path} has no chat template: use --prompt-style base")
-    chat = [{"role": "user", "content": problem.prompt}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return encode(text, tokenizer)
+    try:
+        args = json.loads(chat_args or "{}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--chat-args {chat_args}: not JSON ({error})") from error
+    if not isinstance(args, dict):
+        raise UserError(f'--chat-args {chat_args}: wants names and values, such as {{"enable_thinking": false}}')
+    for name in args:
+        if name not in str(tokenizer.chat_template):
+            raise UserError(f"--chat-args {chat_args}: the chat template knows no {name}")
+    chat = [{"role": "system", "content": system}] if system else []
+    chat.append({"role": "user", "content": question})
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **args)
+    except Exception as error:  # a template is a program, and some refuse a system prompt
+        raise UserError(f"the chat template of {tokenizer.name_or_path} fails: {reason(error)}") from error
 
 
-def make_task(name: str, data: str = "") -> Task:
-    """The task of that name. data: "" for its default source, or a folder. A new task is one line here. Raises
-    UserError.
+def make_task(name: str, data: str = "", columns: str = "") -> Task:
+    """The task of that name. data: "" for its default source; data and columns as in TaskFlags. A new task is one line
+    here. Raises UserError.
     """
     makers = {
         "countdown": Countdown,
         "countdown-hard": lambda: Countdown(sizes=(3, 4), high=99),  # the scale for real language models
         "chain": Chain,
         "gsm8k": lambda: GSM8K(data or "hub"),
+        "math": lambda: Math(data, columns),
     }
     if name not in makers:
         raise UserError(f"--task {name}: is none of {', '.join(makers)}")

@@ -4,7 +4,7 @@ same loop.
 One step:
 
     rollout   G samples from each of P prompts                                  rollout.py
-    reward    r = 1 if the verifier accepts the answer, else 0                  tasks.py
+    reward    r = 1 if the verifier accepts the answer, else 0, or any number   tasks.py
     advantage A = (r - mean of its group) / std of its group                    0 where all rewards of a group are equal
     update    maximise  sum_t w * min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)  - kl * w * k3
               rho = p(token) / p_old(token)
@@ -60,17 +60,14 @@ from parts.sampling import Sampling, sequence_seed
 from parts.tracking import check_tracker
 from parts.workers import Alone
 from report import evaluation, model_card, show_samples
-from tasks import Problem, encode_prompt, make_task
+from tasks import Problem, TaskFlags, encode_prompt, make_task
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TaskFlags):
     """All settings, each a command-line flag."""
 
     model: str = flag("base", "policy to start from: a folder or a hub name")
-    task: str = flag("countdown", "countdown, countdown-hard (numbers to 99, for real language models), chain or gsm8k")
-    data: str = flag("", "gsm8k: a local folder with train.jsonl and test.jsonl instead of the hub")
-    prompt_style: str = flag("auto", "how problems become prompts", ("auto", "trace", "chat", "base"))
     out: str = flag("runs/grpo", "folder for metrics, pictures, checkpoints and the final policy")
     config: str = flag("", "a JSON file with settings, such as an earlier run's config.json; other flags override it")
     resume: bool = flag(False, "go on from the newest checkpoint in --out; without it an earlier run there is replaced")
@@ -265,10 +262,10 @@ def accumulate(model, reference, batches, on_policy: bool, config: Config, team)
 def check(config: Config) -> None:
     """Everything that can be known to be wrong before anything is started or replaced. Raises UserError."""
     check_tracker(config.track)
-    task = make_task(config.task, config.data)
+    task = make_task(config.task, config.data, config.columns)
     tokenizer = load_tokenizer(config.model)
     for split in ("train", "test"):
-        prompt = encode_prompt(task.problem(split, 0), tokenizer, config.prompt_style)
+        prompt = encode_prompt(task.problem(split, 0), tokenizer, config.prompt_style, config.system, config.chat_args)
         check_context(config.model, len(prompt) + config.max_new)
     out = Path(config.out)
     if config.resume and not checkpoints.restarted() and not any(out.glob(checkpoints.PATTERN)):
@@ -285,7 +282,7 @@ class Training:
         self.out = Path(config.out)
         self.writes = team.rank == 0
         start = checkpoints.start_from(self.out, config.resume, tqdm.write if self.writes else lambda text: None)
-        self.task = make_task(config.task, config.data)
+        self.task = make_task(config.task, config.data, config.columns)
         self.problems: dict[tuple[str, int], Problem] = {}  # of the rollout that is running
         # on the host: a policy that is to be sharded may not fit a GPU whole
         with team.loading(str(start or config.model)):
@@ -331,7 +328,7 @@ class Training:
         self.problems = {(split, i): self.task.problem(split, i) for i in indices}
         groups = []
         for (_, i), problem in self.problems.items():
-            prompt = encode_prompt(problem, self.tokenizer, config.prompt_style)
+            prompt = encode_prompt(problem, self.tokenizer, config.prompt_style, config.system, config.chat_args)
             groups.append(Group((split, i), prompt, [sequence_seed(config.seed, *seed, i, k) for k in range(samples)]))
         self.engine.reserve(max(len(group.prompt) for group in groups) + config.max_new)
         total = len(groups) * samples
@@ -362,7 +359,7 @@ class Training:
             first = step * limit + len(responses) // config.samples
             responses += self.ask("train", range(first, first + wanted), config.samples, step)
             seconds.append(time.time() - started)
-            rewards = torch.tensor([float(r.grade.strict) for r in responses]).view(-1, config.samples)
+            rewards = torch.tensor([r.grade.reward for r in responses]).view(-1, config.samples)
             wanted = min(missing_groups(rewards, config.prompts), limit - len(rewards))
         extra = {"groups": len(rewards) - config.prompts, "seconds": sum(seconds[1:])}
         return responses, rewards, {"extra": extra} if config.dynamic_sampling else {}

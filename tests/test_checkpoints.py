@@ -28,7 +28,7 @@ from parts.common import UserError
 @pytest.fixture
 def parity(monkeypatch):
     """Rewards must vary for the weights to move."""
-    monkeypatch.setattr(train_grpo, "make_task", lambda name, data: Parity())
+    monkeypatch.setattr(train_grpo, "make_task", lambda *settings: Parity())
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from parts import common
 
 # a file may import files of the lines above its own, nothing else of the project
 ORDER = """
-parts.common custom_generate
+parts.common parts.symbolic custom_generate
+parts.grading parts.rows
 tasks parts.sampling parts.modeling parts.interfaces parts.memory parts.vocabulary parts.losses parts.tracking report
 parts.loading parts.logprobs parts.features parts.sums parts.accept parts.graphs
 rollout

@@ -150,7 +150,7 @@ class Parity(Countdown):
 
 @pytest.fixture
 def parity(monkeypatch):
-    monkeypatch.setattr(train_grpo, "make_task", lambda name, data: Parity())
+    monkeypatch.setattr(train_grpo, "make_task", lambda *settings: Parity())
 
 
 def run_main(monkeypatch, *argv):

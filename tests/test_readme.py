@@ -1,7 +1,9 @@
 """The README's examples run as printed, and its commands and files exist."""
 
+import inspect
 import random
 import re
+import sys
 
 import pytest
 import torch
@@ -26,10 +28,18 @@ def block(words: str) -> str:
     return code
 
 
-def test_the_example_of_a_task_runs_as_printed():
+def test_the_example_of_a_task_runs_as_printed(tmp_path, monkeypatch):
+    """reverse.py is the block and nothing else; make_task gets the two lines that are named."""
+    (tmp_path / "reverse.py").write_text(block("class Reverse"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "reverse", raising=False)
+    import_line, entry = re.search(r"the lines `(.*?)`, `(.*?)`", TEXT).groups()
+    code = inspect.getsource(tasks.make_task).replace("    makers = {", f"    {import_line}\n    makers = {{{entry}")
     names = dict(vars(tasks))
-    exec(block("class Reverse"), names)
-    task = names["Reverse"]()
+    exec(code, names)
+    task = names["make_task"]("reverse")
+    train, test = ({task.problem(split, i).answer for i in range(50)} for split in ("train", "test"))
+    assert train and test and not train & test
     problem = task.problem("train", 3)
     assert problem == task.problem("train", 3)
     assert task.grade(problem, f"<answer> {problem.answer} </answer>") == tasks.Grade(True, True)

@@ -2,19 +2,27 @@ import json
 import random
 import re
 import tempfile
-import time
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from conftest import cases, caught
+import torch
+from conftest import cases, caught, tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from test_loop import SMALL, rows_of, run_main
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+import drafter
+import train_grpo
 from base.pretrain import make_tokenizer, trace
 from parts.common import UserError
-from tasks import GSM8K, Countdown, Problem, answer_tag, encode_prompt, evaluate, last_number, make_task, read_jsonl
+from parts.grading import answer_tag, evaluate, last_number
+from parts.rows import read_jsonl
+from parts.workers import Alone
+from tasks import GSM8K, Countdown, Grade, Problem, encode_prompt, gsm8k_row, make_task
+from train_grpo import advantages
 
 PROBLEM = Problem("", "3,7,8=29<think>", ((3, 7, 8), 29))
 HOSTILE = [
@@ -54,15 +62,11 @@ HOSTILE = [
 ]
 
 
-def test_verifiers_are_total_and_fast():
-    task = Countdown()
-    gsm = GSM8K()
+def test_verifiers_are_total():
     for text in HOSTILE:
         for wrapped in (text, f"<answer>{text}</answer>", f"#### {text}"):
-            started = time.process_time()
-            task.grade(PROBLEM, wrapped)
-            gsm.grade(Problem("", "", Fraction(3)), wrapped)
-            assert time.process_time() - started < 2, text[:40]  # a hang, not a benchmark
+            Countdown().grade(PROBLEM, wrapped)
+            GSM8K().grade(Problem("", "", Fraction(3)), wrapped)
 
 
 @cases(600)
@@ -116,6 +120,10 @@ def test_evaluate_agrees_with_an_independent_stack_machine(expression):
     [
         ("...</think><answer>(7*3)+8</answer>", True, True),
         ("<answer> 8 + 3*7 </answer>", True, True),
+        ("<answer>\n7*3+8\n</answer>", True, True),
+        ("<answer>\r\n\t7*3+8\r\n</answer>\n", True, True),
+        ("<answer>7*3\n+8</answer>", False, False),
+        ("<answer>\n7*3+8\n29</answer>", False, True),
         ("so (7*3)+8 = 29 it is", False, True),
         ("<answer>(7*3)+8", False, True),
         ("<answer>7*3+8=29</answer>", False, True),
@@ -129,6 +137,20 @@ def test_evaluate_agrees_with_an_independent_stack_machine(expression):
 def test_countdown_grades(text, strict, lenient):
     grade = Countdown().grade(PROBLEM, text)
     assert (grade.strict, grade.lenient) == (strict, lenient)
+
+
+def check_line_of_its_own():
+    assert Countdown().grade(PROBLEM, "<answer>\n7*3+8\n</answer>").strict
+
+
+def test_an_answer_on_a_line_of_its_own_gets_the_reward(monkeypatch):
+    class Unstripped(str):
+        def strip(self):
+            return self
+
+    check_line_of_its_own()
+    monkeypatch.setattr("tasks.answer_tag", lambda text: Unstripped(answer_tag(text)))
+    caught(check_line_of_its_own)
 
 
 def check_every_number_once(task):
@@ -146,20 +168,37 @@ def test_numbers_must_be_used_once_and_a_lax_verifier_is_caught(monkeypatch):
     caught(check_every_number_once, Countdown())
 
 
-def test_gsm8k_grades_and_numbers():
-    problem = Problem("", "", last_number("#### 1,234.50"))
-    assert problem.answer == Fraction("1234.5")
+def check_gsm8k(task):
+    problem = Problem("", "", Fraction("1234.5"))
     for text, strict, lenient in [
         ("<answer>$1,234.5</answer>", True, True),
-        ("... #### 1234.5", True, True),
+        ("<answer>\n1 234.50\n</answer>", True, True),
+        ("<answer>2469/2 apples</answer>", True, True),
+        ("... #### 1{,}234.5", True, True),
         ("it is 1234.50", False, True),
         ("<answer>1234</answer> 1234.5", False, True),
+        ("<answer>1234.5</answer> or 7", True, True),
+        ("<answer>\u22121234.5</answer>", False, False),
+        ("<answer>1/1234.5</answer>", False, False),
+        ("<answer>1e1234.5</answer>", False, False),
+        ("<answer>1234.5" + " " * 100 + "</answer>", False, True),
         ("", False, False),
-        ("١٢٣٤", False, False),
+        ("\u0661\u0662\u0663\u0664", False, False),
     ]:
-        grade = GSM8K().grade(problem, text)
+        grade = task.grade(problem, text)
         assert (grade.strict, grade.lenient) == (strict, lenient), text
-    assert last_number("-5") == -5 and last_number("3/4") == 4 and last_number("none") is None
+
+
+def test_gsm8k_grades(monkeypatch):
+    check_gsm8k(GSM8K())
+
+    def by_pattern(text):
+        """Whatever looks like a number."""
+        numbers = re.findall(r"[-+]?[0-9]{1,15}(?:,[0-9]{3})*(?:\.[0-9]+)?", text)
+        return Fraction(numbers[-1].replace(",", "")) if numbers else None
+
+    monkeypatch.setattr("tasks.last_number", by_pattern)
+    caught(check_gsm8k, GSM8K())
 
 
 def test_gsm8k_reads_local_jsonl_and_names_bad_lines(tmp_path):
@@ -177,13 +216,13 @@ def test_gsm8k_reads_local_jsonl_and_names_bad_lines(tmp_path):
     ):
         (tmp_path / "bad.jsonl").write_text(good + "\n" + bad)
         with pytest.raises(UserError, match="line 2"):
-            read_jsonl(tmp_path / "bad.jsonl")
+            read_jsonl(tmp_path / "bad.jsonl", gsm8k_row)
     for content in (b"", b"\xff\xfe"):
         (tmp_path / "bad.jsonl").write_bytes(content)
         with pytest.raises(UserError, match="bad.jsonl"):
-            read_jsonl(tmp_path / "bad.jsonl")
+            read_jsonl(tmp_path / "bad.jsonl", gsm8k_row)
     with pytest.raises(UserError, match="missing.jsonl"):
-        read_jsonl(tmp_path / "missing.jsonl")
+        read_jsonl(tmp_path / "missing.jsonl", gsm8k_row)
 
 
 LINES = [
@@ -206,7 +245,7 @@ def test_any_file_is_problems_or_a_named_mistake(content):
         file.write(content)
         file.flush()
         try:
-            rows = read_jsonl(Path(file.name))
+            rows = read_jsonl(Path(file.name), gsm8k_row)
         except UserError as error:
             assert file.name in str(error)
         else:
@@ -265,3 +304,195 @@ def test_prompt_styles(tmp_path):
     assert encode_prompt(Problem("<pad>3,4=7", "", 7), tokenizer, "chat")  # a <pad> that is written is meant
     with pytest.raises(UserError, match="no token for 'U'"):
         encode_prompt(problem, tokenizer, "chat")
+
+
+# ---------------------------------------------------------------- chat templates
+
+TEMPLATE = (  # such as a model has that thinks unless it is told not to
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]<think>"
+    "{% if enable_thinking is defined and enable_thinking is false %}</think>{% endif %}{% endif %}"
+)
+NO_THINKING = '{"enable_thinking": false}'
+
+
+def chat_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character."""
+    words = ["<pad>", "<eos>", "\n", *map(chr, range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def check_chat(encode_prompt):
+    tokenizer = chat_tokenizer()
+    problem = Problem("1+1?", "", 2)
+    for system, chat_args, text in [
+        ("", "", "[user]1+1?[assistant]<think>"),
+        ("Be brief.", "", "[system]Be brief.[user]1+1?[assistant]<think>"),
+        ("", NO_THINKING, "[user]1+1?[assistant]<think></think>"),
+        ("S", '{"enable_thinking": true}', "[system]S[user]1+1?[assistant]<think>"),
+    ]:
+        assert tokenizer.decode(encode_prompt(problem, tokenizer, "auto", system, chat_args)) == text
+
+
+def test_a_chat_template_gets_system_prompt_and_arguments_and_ends_as_it_says():
+    check_chat(encode_prompt)
+    caught(check_chat, lambda problem, tokenizer, style, system, args: encode_prompt(problem, tokenizer, style, system))
+    caught(
+        check_chat, lambda problem, tokenizer, style, system, args: encode_prompt(problem, tokenizer, style, "", args)
+    )
+
+    def without_generation_prompt(problem, tokenizer, *settings):
+        tokenizer.chat_template = tokenizer.chat_template.replace("add_generation_prompt", "false")
+        return encode_prompt(problem, tokenizer, *settings)
+
+    caught(check_chat, without_generation_prompt)
+
+
+def test_mistakes_in_chat_settings_are_one_line():
+    problem = Problem("1+1?", "1+1=", 2)
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    for tokenizer, settings, words in [
+        (chat_tokenizer(), ("chat", "", "{"), "--chat-args {: not JSON"),
+        (chat_tokenizer(), ("chat", "", "[" * 100_000), "not JSON"),
+        (chat_tokenizer(), ("chat", "", "[1]"), "wants names and values"),
+        (chat_tokenizer(), ("chat", "", '{"enable_thinkng": false}'), "knows no enable_thinkng"),
+        (chat_tokenizer(), ("chat", "", '{"tokenize": true}'), "knows no tokenize"),
+        (chat_tokenizer(), ("chat", "", '{"add_generation_prompt": false}'), "template of .* fails"),
+        (chat_tokenizer(no_system), ("chat", "S", ""), "no system role"),
+        (chat_tokenizer("{% if"), ("chat", "", ""), "template of .* fails"),
+        (chat_tokenizer(""), ("chat", "S", ""), "no chat template"),
+        (chat_tokenizer(), ("base", "S", ""), "--system: only chat prompts"),
+        (make_tokenizer(), ("auto", "", NO_THINKING), "--chat-args: only chat prompts.*style trace"),
+        (chat_tokenizer(), ("chatty", "", ""), "none of auto, trace, chat, base"),
+    ]:
+        with pytest.raises(UserError, match=words) as error:
+            encode_prompt(problem, tokenizer, *settings)
+        assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    """A random policy with a chat template."""
+    folder = tmp_path_factory.mktemp("chat")
+    tiny(LlamaConfig, max_position_embeddings=512).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def listener(prompts, keep=3, last=None):
+    """An encode_prompt that notes what it makes. keep: of its settings; last: prompts after which it ends the run."""
+
+    def listen(problem, tokenizer, *settings):
+        ids = encode_prompt(problem, tokenizer, *settings[:keep])
+        prompts.append(tokenizer.decode(ids))
+        if len(prompts) == last:
+            raise UserError("enough")
+        return ids
+
+    return listen
+
+
+CHAT_FLAGS = ["--system", "Be brief.", "--chat-args", NO_THINKING]
+
+
+def check_prompts(prompts):
+    assert prompts
+    for prompt in prompts:
+        assert prompt.startswith("[system]Be brief.[user]Using the numbers")
+        assert prompt.endswith("[assistant]<think></think>")
+
+
+def test_training_asks_with_system_prompt_and_arguments(chat_folder, tmp_path, monkeypatch):
+    for keep in (3, 2):
+        prompts = []
+        monkeypatch.setattr(train_grpo, "encode_prompt", listener(prompts, keep))
+        flags = [*SMALL, "--steps", 1, "--max-new", 4, "--out", tmp_path / str(keep), *CHAT_FLAGS]
+        run_main(monkeypatch, "--model", chat_folder, *flags)
+        assert len(prompts) == 2 + 3  # in the check at the start, and in the step
+        if keep == 3:
+            check_prompts(prompts)
+        else:
+            caught(check_prompts, prompts)
+
+
+def test_the_drafter_is_warmed_up_with_system_prompt_and_arguments(chat_folder, tmp_path, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(drafter, "encode_prompt", listener(prompts, last=2))
+    monkeypatch.setattr("sys.argv", ["drafter.py", "--model", str(chat_folder), "--out", str(tmp_path), *CHAT_FLAGS])
+    with pytest.raises(UserError, match="enough"):
+        drafter.main()
+    check_prompts(prompts)
+
+
+def test_bad_chat_settings_end_a_run_before_it_begins(chat_folder, model_folder, tmp_path, monkeypatch, capsys):
+    for folder, words in ((chat_folder, "not JSON"), (model_folder, "--chat-args: only chat prompts")):
+        with pytest.raises(SystemExit) as end:
+            run_main(monkeypatch, "--model", folder, "--out", tmp_path / "out", *SMALL, "--chat-args", "{")
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert end.value.code == 2
+        assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- rewards that are numbers
+
+
+def test_a_grade_has_a_reward():
+    assert [Grade(True, True).reward, Grade(False, True).reward] == [1.0, 0.0]
+    assert Grade(True, True) == Grade(True, True, 1.0) != Grade(True, True, 0.5)
+    assert Grade(False, False, -2).reward == -2.0
+    for reward in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="finite number"):
+            Grade(True, True, reward)
+
+
+class Measured(Countdown):
+    """Right is a text of even length; the reward is another thing, and often below 0."""
+
+    def grade(self, problem, text):
+        return Grade(len(text) % 2 == 0, True, reward=0.3 - len(text) / 40)
+
+
+def check_numbers(model_folder, out, monkeypatch):
+    """The update gets the rewards; what counts right ones counts right ones."""
+    seen = []
+
+    def listen(rewards, loss):
+        seen.append(rewards)
+        return advantages(rewards, loss)
+
+    def rollout(*args, **settings):
+        responses = whole(*args, **settings)
+        (held_out if not settings["learn"] else taught).extend(responses)
+        return responses
+
+    taught, held_out = [], []
+    whole = Alone.rollout
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo, "make_task", lambda *settings: Measured())
+        patch.setattr(train_grpo, "advantages", listen)
+        patch.setattr(Alone, "rollout", rollout)
+        run_main(patch, "--model", model_folder, "--out", out, *SMALL, "--steps", 1, "--eval-every", 1)
+    lengths = [len(make_tokenizer().decode(r.tokens)) for r in taught]
+    wanted = torch.tensor([0.3 - n / 40 for n in lengths]).view(3, 4)
+    assert torch.equal(torch.cat(seen), wanted)
+    assert len({n % 2 for n in lengths}) == 2 and (wanted < 0).any()
+    before, step, _ = rows_of(out)
+    assert step["reward"] == pytest.approx(wanted.mean().item())
+    even = torch.tensor([n % 2 == 0 for n in lengths]).view(3, 4)
+    assert step["solved"] == pytest.approx(even.any(1).float().mean().item())
+    assert before["eval"]["pass@1"] == pytest.approx(sum(r.grade.strict for r in held_out[:8]) / 8)
+
+
+def test_rewards_may_be_any_numbers(model_folder, tmp_path, monkeypatch):
+    check_numbers(model_folder, tmp_path / "good", monkeypatch)
+
+    def only_right_or_wrong(self):
+        object.__setattr__(self, "reward", float(self.strict))
+
+    monkeypatch.setattr(Grade, "__post_init__", only_right_or_wrong)
+    caught(check_numbers, model_folder, tmp_path / "broken", monkeypatch)

@@ -1,0 +1,222 @@
+"""Answers found in texts and compared: what the tasks' verifiers are made of.
+
+    answer_tag      what stands in <answer> </answer>
+    boxed_answer    what stands in \\boxed{}
+    evaluate        the value of + - * / over whole numbers
+    last_number     the number that a text ends with
+    Referee         whether two answers in LaTeX are equal
+
+All of them are total: any text, of any length, gets an answer in bounded time. They look at the last LOOKED_AT
+characters of a text only, and walk through these a fixed number of times. Nothing is handed to Python's evaluator. (The
+widespread regex-then-evaluate verifiers hang on `97**98**99`.)
+
+Equality in LaTeX is a matter for a computer algebra system, and such a system can work for hours on ten characters. So
+the work is done by a child process (parts/symbolic.py), which the kernel ends when its time is up. Signals in this
+process would not do: they reach the main thread only, and not while C code runs.
+
+Left out: mixed numbers (`1 1/2`), powers of ten (`4.2e1`), number words; a text that ends with one has no number.
+"""
+
+import ast
+import functools
+import json
+import operator
+import re
+import subprocess
+import sys
+from fractions import Fraction
+
+from parts.common import ROOT, UserError
+
+LOOKED_AT = 100_000  # characters, from the end of a text
+ANSWER_LOOKED_AT = 500  # characters of an answer in LaTeX; the longest of MATH's 5,000 test problems has 81
+
+
+def answer_tag(text: str) -> str | None:
+    """The text between the last <answer> and the </answer> after it, or None."""
+    text = text[-LOOKED_AT:]
+    start = text.rfind("<answer>")
+    end = text.find("</answer>", start)
+    return None if start < 0 or end < 0 else text[start + len("<answer>") : end]
+
+
+def boxed_answer(text: str) -> str | None:
+    """What stands in the last \\boxed{}, with its inner brackets in pairs, or None; also if it is longer than 500
+    characters.
+    """
+    text = text[-LOOKED_AT:]
+    start = text.rfind("\\boxed{") + len("\\boxed{")
+    if start < len("\\boxed{"):
+        return None
+    text = text[start : start + ANSWER_LOOKED_AT]
+    depth = 1
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # \{ and \} are no brackets
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if not depth:
+            return text[: match.start()].strip()
+    return None
+
+
+# ---------------------------------------------------------------- arithmetic
+
+OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+MAX_EXPRESSION = 120  # characters; with 6 numbers of 2 digits and all brackets one needs about 40
+
+
+def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
+    """(value, numbers used) of an arithmetic expression over whole numbers with + - * / and brackets; None if it is
+    anything else. It is parsed by `ast` and walked over exact fractions.
+    """
+    if len(expression) > MAX_EXPRESSION or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
+        return None
+    numbers = []
+
+    def walk(node):
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            numbers.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp) and type(node.op) in OPS:
+            return OPS[type(node.op)](walk(node.left), walk(node.right))
+        raise ValueError(f"not arithmetic: {type(node).__name__}")
+
+    # the walk covers ** and // (not in OPS), calls such as 3(4), and signs; the parser itself gives up on deep brackets
+    try:
+        return walk(ast.parse(expression.strip(), mode="eval").body), numbers
+    except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+# ---------------------------------------------------------------- the number at a text's end
+
+NUMBER_LOOKED_AT = 400  # characters, from the end of a text
+GROUPED = r"\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)"  # 1,234 and 1 234
+NUMBER = re.compile(rf"(?:{GROUPED}|\d+)(?:\.\d+)?|(?<![\w.])\.\d+", re.ASCII)
+ASIDE = re.compile(r"[\s(){}\[\]$€£]")
+# Two numbers are one expression if this stands between them, ASIDE left out: 10-20, 6 * 7, 2(42), 1e42 ...
+JOINS = re.compile(r"|[-+]{1,2}|(?:\*\*?|[/^×÷·_xXeE]|\\times|\\cdot|\\div)[-+]?")
+JOINS_WITHOUT_SPACE = {",", ".", ":", "'"}  # ... or this alone: 1,42 and 10:42, but not "1. 42"
+OPENING = " $€£([{*"  # may stand between a sign and its number
+SPELLINGS = str.maketrans(
+    {
+        **dict.fromkeys("\u2212\u2013\u2010\u2011\uff0d", "-"),  # minus signs, hyphens, the dash of ranges
+        **dict.fromkeys("\u00a0\u2007\u2009\u202f~", " "),  # spaces that do not break a line
+    }
+)
+LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+
+
+def last_number(text: str) -> Fraction | None:
+    """The number that comes last in the last 400 characters of the text, exact; None if there is none.
+
+    It is read as a person would. 1,234 and 1 234 and 1{,}234 are one number, 84/2 is a fraction. A number that is part
+    of something else is none: 10-20, 6*7, 1e42, 0x42, 2^42, x42.
+    """
+    end = text[-NUMBER_LOOKED_AT:].translate(SPELLINGS).replace("{,}", ",").replace("\\,", " ")
+    end = LATEX_FRACTION.sub(r"(\1)/(\2)", end)
+    found = list(NUMBER.finditer(end))
+    if not found or end[found[-1].end() :][:1].isdigit():  # a superscript, or a digit of another script
+        return None
+    first = len(found) - 1
+    value = number_of(found[first])
+    if first and ASIDE.sub("", end[found[first - 1].end() : found[first].start()]) == "/":
+        first -= 1
+        value = number_of(found[first]) / value if value else None
+    is_cut = len(text) > NUMBER_LOOKED_AT and found[first].start() == 0
+    sign = sign_before(end, found[first].start(), found[first - 1].end() if first else 0)
+    return sign * value if sign and value is not None and not is_cut else None
+
+
+def number_of(match: re.Match) -> Fraction:
+    """The value of what NUMBER matches."""
+    return Fraction(re.sub("[ ,]", "", match[0]))
+
+
+def sign_before(text: str, start: int, previous: int) -> int:
+    """1 or -1: the sign of the number that starts there; 0: it is part of something else.
+
+    previous: where the number before it ends; 0: there is none.
+    """
+    gap = text[previous:start]
+    if previous and (gap in JOINS_WITHOUT_SPACE or joins(gap)):
+        return 0
+    head = text[:start].rstrip(OPENING)
+    opening = text[len(head) : start]
+    left = head[:-1].rstrip(" ")[-1:]  # what stands before a sign
+    is_apart = left != head[-2:-1]
+    if head[-1:] == "-":
+        if left.isalnum() and not is_apart:
+            return 0  # x-42
+        is_dash = " " in opening and (left.isalnum() or left == "\n")  # "the answer - 42", or a list
+        return 1 if is_dash else -1
+    if head[-1:] == "+":
+        return 0 if left.isalnum() else 1
+    is_operand = head[-1:].isalnum() and opening[:1] in ("", "(", "[", "*")  # x42, f(42), x*42; not \boxed{42}, US$42
+    return 0 if is_operand or head.endswith(("^", "_", "/", "√", "×", "÷", "·", "\\times", "\\cdot", "sqrt")) else 1
+
+
+def joins(gap: str) -> bool:
+    """Whether two numbers with this between them are one expression."""
+    core = ASIDE.sub("", gap)
+    return bool(JOINS.fullmatch(core)) and (bool(core) or "\n" not in gap)
+
+
+# ---------------------------------------------------------------- equal answers in LaTeX
+
+TEXT_LOOKED_AT = 1000  # characters, from the end of a text in which an answer is searched
+
+
+class Referee:
+    """Says whether two answers are equal. It asks parts/symbolic.py, in a child process that starts with the first
+    question and ends with this process.
+
+    A question that takes the child more than its time or memory ends the child; the answer is then no, and the next
+    question starts another one. Pairs are remembered, so that what is slow is slow once.
+    """
+
+    def __init__(self):
+        self.child: subprocess.Popen | None = None
+        self.ask = functools.lru_cache(maxsize=4096)(self.ask_child)
+
+    def equal(self, gold: str, answer: str) -> bool:
+        """Both in LaTeX. Raises UserError if there can be no child."""
+        if "".join(gold.split()) == "".join(answer.split()):
+            return True
+        return self.ask("equal", gold, answer)
+
+    def found(self, gold: str, text: str) -> bool:
+        """Whether the answer that math-verify finds at the text's end equals the gold one. Raises UserError."""
+        return self.ask("found", gold, text[-TEXT_LOOKED_AT:])
+
+    def ask_child(self, *question: str) -> bool:
+        """Without memory."""
+        if self.child is None:
+            self.child = start_child()
+        try:
+            self.child.stdin.write(json.dumps(question) + "\n")
+            self.child.stdin.flush()
+            reply = self.child.stdout.readline()
+        except BrokenPipeError:
+            reply = ""
+        if not reply:
+            self.close()
+        return reply == "yes\n"
+
+    def close(self) -> None:
+        """End the child."""
+        if self.child is not None:
+            self.child.kill()
+            self.child.communicate()
+            self.child = None
+
+
+def start_child() -> subprocess.Popen:
+    """parts/symbolic.py, ready for questions. Raises UserError."""
+    command = [sys.executable, "-m", "parts.symbolic"]
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    said = child.stdout.readline().strip()
+    if said != "ready":
+        child.kill()
+        child.communicate()
+        raise UserError(f"math-verify does not start ({said or 'no reason given'}): pip install math-verify")
+    return child

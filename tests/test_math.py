@@ -1,0 +1,251 @@
+"""The task math: problems from any data set with the columns, and grades that math-verify decides."""
+
+import importlib.util
+import json
+import re
+import zlib
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from conftest import caught
+from test_loop import SMALL, run_main
+
+import tasks
+from parts import rows
+from parts.common import UserError
+from tasks import Math, Problem, make_task
+
+ROWS = [{"problem": f"{n} + 1 = ?", "solution": f"Add: $\\boxed{{{n + 1}}}$.", "answer": str(n + 1)} for n in range(40)]
+
+
+class Equality:
+    """A referee without math-verify: answers are equal as texts, and nothing is found."""
+
+    def equal(self, gold, answer):
+        return gold == answer
+
+    def found(self, gold, text):
+        return f"is ${gold}$" in text
+
+
+def is_installed(monkeypatch, answer: bool) -> None:
+    """Whether math-verify seems to be."""
+    find_spec = importlib.util.find_spec
+    found = "a spec" if answer else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found if name == "math_verify" else find_spec(name))
+
+
+@pytest.fixture(autouse=True)
+def installed(request, monkeypatch):
+    """Most tests do without math-verify."""
+    if "real" not in request.fixturenames:
+        is_installed(monkeypatch, True)
+        monkeypatch.setattr(tasks, "Referee", Equality)
+
+
+def write(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def pairs(task, split, count=100):
+    """(question, gold answer)"""
+    problems = [task.problem(split, i) for i in range(count)]
+    return {(p.prompt.splitlines()[0], p.answer) for p in problems}
+
+
+WANTED = {(row["problem"], row["answer"]) for row in ROWS}
+
+
+# ---------------------------------------------------------------- where problems come from
+
+
+def check_division(data):
+    """Nothing is lost, an eighth or so is held out, and a problem that comes twice is twice in the same split."""
+    task = make_task("math", data)
+    train = pairs(task, "train")
+    test = pairs(task, "test")
+    assert train | test == WANTED
+    assert not train & test
+    assert 1 <= len(test) <= 12
+
+
+def test_a_file_or_a_folder_with_one_is_divided(tmp_path, monkeypatch):
+    data = write(tmp_path / "data" / "all.jsonl", ROWS + ROWS)
+    check_division(data)
+    check_division(str(tmp_path / "data"))
+    first = make_task("math", data)
+    again = make_task("math", data)
+    assert [first.problem("test", i) for i in range(9)] == [again.problem("test", i) for i in range(9)]
+
+    def by_index(splits):
+        (found,) = splits.values()
+        return {"train": found[5:], "test": found[:5]}
+
+    monkeypatch.setattr(tasks, "halves", by_index)
+    caught(check_division, data)
+
+
+def test_a_folder_with_both_splits_keeps_them(tmp_path):
+    for name, part in (("train", ROWS[:30]), ("test", ROWS[30:]), ("other", ROWS)):
+        write(tmp_path / f"{name}.jsonl", part)
+    task = make_task("math", str(tmp_path))
+    assert pairs(task, "train") == {(row["problem"], row["answer"]) for row in ROWS[:30]}
+    assert pairs(task, "test") == {(row["problem"], row["answer"]) for row in ROWS[30:]}
+
+
+def test_problems_are_shuffled(tmp_path):
+    """Such files are often sorted by subject."""
+    write(tmp_path / "train.jsonl", ROWS)
+    write(tmp_path / "test.jsonl", ROWS)
+    task = make_task("math", str(tmp_path))
+    order = [task.problem("train", i).answer for i in range(40)]
+    assert sorted(order, key=int) == [row["answer"] for row in ROWS] != order
+
+
+def test_a_hub_data_set_by_name_and_config(monkeypatch):
+    asked = []
+
+    def load_dataset(path, config):
+        asked.append((path, config))
+        return {"train": iter(ROWS[:30]), "test": iter(ROWS[30:])} if path == "a/both" else {"test": iter(ROWS)}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(pairs(make_task("math", "a/both:algebra"), "train")) == 30
+    check_division("a/one")
+    assert asked == [("a/both", "algebra"), ("a/one", None)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config: {}["no network"])
+    with pytest.raises(UserError, match="cannot load a/c from the hub .KeyError.*--data"):
+        make_task("math", "a/c").problem("train", 0)
+
+
+GOLD = [
+    ({"problem": "p", "answer": "\\frac12"}, "\\frac12"),
+    ({"question": "p", "answer": 204}, "204"),
+    ({"question": "p", "answer": "six threes\n#### 18"}, "18"),
+    ({"prompt": "p", "solution": "so \\boxed{\\frac{1}{2}} it is, \\boxed{2}."}, "2"),
+    ({"problem": "p", "solution": "\\boxed{3}", "answer": "4"}, "4"),
+    ({"problem": "p", "question": "q", "final_answer": " 5 "}, "5"),
+]
+
+
+def check_columns(columns):
+    task = make_task("math", "unused", columns)
+    for row, gold in GOLD:
+        assert task.take(row, "here") == ("p", gold)
+
+
+def test_columns_are_found_by_their_names(monkeypatch):
+    check_columns("")
+    with monkeypatch.context() as patch:
+        patch.setitem(Math.COLUMNS, "answer", ("solution", "answer", "final_answer"))
+        caught(check_columns, "")
+    task = make_task("math", "unused", "text, gold")
+    assert task.take({"problem": "x", "text": "p", "answer": "1", "gold": "2"}, "here") == ("p", "2")
+
+
+def test_mistakes_in_the_data_are_one_line(tmp_path):
+    def error(data, columns=""):
+        with pytest.raises(UserError) as caught_error:
+            make_task("math", data, columns).problem("test", 0)
+        assert "\n" not in str(caught_error.value)
+        return str(caught_error.value)
+
+    good = ROWS[0]
+    trained = next(row for row in ROWS if zlib.crc32(row["problem"].encode()) % 8)
+    assert re.search(
+        "bad.jsonl, line 2: no column for the answer .*--columns; has problem, text",
+        error(write(tmp_path / "bad.jsonl", [good, {"problem": "p", "text": "t"}])),
+    )
+    assert "no column for the problem (text)" in error(write(tmp_path / "bad.jsonl", [good]), "text,answer")
+    assert "line 1: no column for the problem" in error(write(tmp_path / "bad.jsonl", [[1]]))
+    assert "answer must be a text that is not empty" in error(write(tmp_path / "bad.jsonl", [{**good, "answer": " "}]))
+    assert "answer must be a text" in error(write(tmp_path / "bad.jsonl", [{**good, "answer": ["1"]}]))
+    assert "too few problems" in error(write(tmp_path / "bad.jsonl", [trained]))
+    assert "two names are wanted" in error("x.jsonl", "problem")
+    assert "two names are wanted" in error("x.jsonl", "problem,")
+    assert "--data FOLDER" in error("")
+    (tmp_path / "empty").mkdir()
+    assert "has no .jsonl file" in error(str(tmp_path / "empty"))
+    write(tmp_path / "two" / "a.jsonl", ROWS)
+    write(tmp_path / "two" / "b.jsonl", ROWS)
+    assert "has a.jsonl, b.jsonl" in error(str(tmp_path / "two"))
+    nowhere = ["no-such", "no/such/folder", "no/such.jsonl", str(tmp_path / "no"), "~nobody/x", "a/", "x" * 5000]
+    for name in [*nowhere, "tests/no"]:  # its owner is a folder here
+        assert "no such file or folder" in error(name), name
+
+
+def test_an_end_of_line_inside_a_text_is_none(tmp_path):
+    """JSON may hold characters that Python's splitlines takes for the end of a line."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"problem": "a\u2028b\x85c"}, ensure_ascii=False), encoding="utf-8")
+    assert rows.read_jsonl(path, lambda row, where: row) == [{"problem": "a\u2028b\x85c"}]
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_a_missing_package_is_one_line_at_the_start(model_folder, tmp_path, monkeypatch, capsys):
+    is_installed(monkeypatch, False)
+    flags = ["--task", "math", "--data", write(tmp_path / "all.jsonl", ROWS), "--out", tmp_path / "out", *SMALL]
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, "--model", model_folder, *flags)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert "pip install math-verify" in line
+
+
+# ---------------------------------------------------------------- grades
+
+
+def check_grades(task):
+    for gold, text, strict, lenient in [
+        ("7", "so \\boxed{7}", True, True),
+        ("7", "\\boxed{8} no, \\boxed{7}", True, True),
+        ("7", "\\boxed{7} no, \\boxed{8}", False, False),
+        ("7", "<think>\\boxed{8}</think>\\boxed{7}", True, True),
+        ("7", "<think>\\boxed{7}</think> It is 8.", False, False),
+        ("7", "<think>\\boxed{7}", True, True),  # a model that does not know </think>
+        ("7", "It is 7.", False, True),
+        ("7", "It is 77.", False, False),
+        ("1,234", "It is 1234.", False, True),
+        ("(1, 2)", "It is 2.", False, False),
+        ("x", "It is $x$.", False, True),
+        ("x", "\\boxed{x", False, False),
+        ("7", "", False, False),
+        ("7", "\\boxed{7}" + "x" * 200_000, False, False),
+    ]:
+        grade = task.grade(Problem("", "", gold), text)
+        assert (grade.strict, grade.lenient) == (strict, lenient), text[:40]
+
+
+def test_the_last_box_behind_the_thinking_is_graded(monkeypatch):
+    check_grades(make_task("math", "unused"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "boxed_answer", lambda text: text.partition("\\boxed{")[2].partition("}")[0] or None)
+        caught(check_grades, make_task("math", "unused"))
+    whole = SimpleNamespace(grade=lambda problem, text: Math.grade(task, problem, text.replace("</think>", "")))
+    task = make_task("math", "unused")
+    caught(check_grades, whole)
+
+
+@pytest.fixture
+def real():
+    """Where math-verify is installed."""
+    pytest.importorskip("math_verify")
+    task = make_task("math", "unused")
+    yield task
+    task.referee.close()
+
+
+def test_grades_with_math_verify(real):
+    for gold, text, strict, lenient in [
+        ("\\frac{3}{4}", "Hence $\\boxed{0.75}$.", True, True),
+        ("\\frac{3}{4}", "The final answer is $0.75$.", False, True),
+        ("\\frac{3}{4}", "The final answer is $0.7$.", False, False),
+        ("\\left(3, \\frac{\\pi}{2}\\right)", "\\boxed{(3, \\pi/2)}", True, True),
+        ("42", "\\boxed{1e42}", False, False),
+        ("42", "\\boxed{\ud800\\frac{}", False, False),
+    ]:
+        grade = real.grade(Problem("", "", gold), text)
+        assert (grade.strict, grade.lenient) == (strict, lenient), text
