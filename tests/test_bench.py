@@ -351,8 +351,8 @@ def test_a_real_model_part_by_part(model_folder, run_bench, tmp_path):
 def test_a_wrong_engine_is_no_tie(model_folder, run_bench, tmp_path, monkeypatch):
     right = Engine.to_host
 
-    def last_token_changed(self, verdict, emitted):
-        accepted, tokens = right(self, verdict, emitted)
+    def last_token_changed(self, outcome):
+        accepted, tokens = right(self, outcome)
         return accepted, [[*row[:-1], row[-1] ^ 1] if len(row) > 1 else row for row in tokens]
 
     monkeypatch.setattr(Engine, "to_host", last_token_changed)
