@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import bench
-from bench import aging, engine, gpu, identity, paired, real, scale, seeds, speculation, spot, step
+from bench import aging, engine, gpu, identity, losses, paired, real, scale, seeds, speculation, spot, step
 from bench.harness import machine
 from parts.common import parse_flags, run, write_atomically
 
@@ -22,6 +22,7 @@ TABLES = {
     "seeds": seeds,
     "real": real,
     "gpu": gpu,
+    "losses": losses,
 }
 
 

@@ -1,0 +1,127 @@
+"""Losses side by side: the same short training run with each of them, several seeds.
+
+Every run makes the demo's steps with one worker on one core, `--jobs` runs at a time. With two updates per rollout:
+with one rho is 1, then grpo and gspo are the same, and so are dapo and cispo. Runs that are there already are read.
+
+    grpo, dr_grpo, dapo, gspo, cispo    --loss
+    dynamic                             grpo, and up to 8 further prompts for groups whose rewards are all equal
+    lora                                grpo, adapters of rank 16 instead of all weights, ten times the learning rate
+
+Held-out pass@1 with its 95 % interval: over the seeds' means, by Student's t. Ratio: the best pass@1 over grpo's.
+"""
+
+import os
+import statistics
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from bench.harness import Output, Result, read_metrics, tlt_command
+from parts.common import UserError, check_at_least, flag
+
+VARIANTS = {
+    "grpo": (),
+    "dr_grpo": ("--loss", "dr_grpo"),
+    "dapo": ("--loss", "dapo", "--clip-high", "0.28"),
+    "gspo": ("--loss", "gspo", "--clip-low", "0.003", "--clip-high", "0.004"),
+    "cispo": ("--loss", "cispo"),
+    "dynamic": ("--dynamic-sampling", "8"),
+    "lora": ("--lora-rank", "16", "--lr", "1e-3"),
+}
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # of Student's t, by number of seeds
+
+
+@dataclass(frozen=True)
+class Config(Output):
+    """Settings of this table."""
+
+    variants: tuple[str, ...] = flag(tuple(VARIANTS), "which", tuple(VARIANTS))
+    seeds: tuple[int, ...] = flag((0, 1, 2), "seeds of the runs")
+    model: str = flag("base", "the policy: a folder or a hub name")
+    steps: int = flag(24, "steps of a run")
+    prompts: int = flag(8, "prompts per step")
+    samples: int = flag(8, "samples per prompt")
+    max_new: int = flag(960, "longest response in tokens")
+    eval_problems: int = flag(128, "held-out problems, 4 samples each")
+    jobs: int = flag(2, "runs at a time, each on one core")
+    out: str = flag("runs/losses", "folder for the runs")
+
+    def __post_init__(self):
+        """Raises UserError."""
+        check_at_least(self, 1, "steps", "prompts", "samples", "max_new", "eval_problems", "jobs")
+        if not 2 <= len(self.seeds) <= max(T_95):
+            raise UserError(f"--seeds: {len(self.seeds)} are given; 2 to {max(T_95)} make an interval")
+
+
+def folder_of(config: Config, variant: str, seed: int) -> Path:
+    """Of a run."""
+    return Path(config.out) / f"{variant}-{seed}"
+
+
+def run(config: Config, variant: str, seed: int) -> None:
+    """Train, unless it is done. Raises UserError if it fails."""
+    out = folder_of(config, variant, seed)
+    if (out / "policy/config.json").exists():
+        return
+    flags = ["--model", config.model, "--device", "cpu", "--workers", 1, "--seed", seed, "--minibatches", 2]
+    flags += ["--steps", config.steps, "--prompts", config.prompts, "--samples", config.samples, "--slots", 64]
+    flags += ["--max-new", config.max_new, "--eval-every", max(1, config.steps // 2)]
+    flags += ["--eval-problems", config.eval_problems, "--show-every", 0, "--save-every", 1_000_000, "--out", out]
+    command = tlt_command([*flags, *VARIANTS[variant]])
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
+
+
+def interval(values: list[float]) -> dict:
+    """Mean, and half the width of its 95 % interval."""
+    half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": statistics.mean(values), "half": half}
+
+
+def row_of(config: Config, variant: str) -> dict:
+    """What the runs of a variant came to."""
+    finals, lengths, seconds, tokens = [], [], [], []
+    for seed in config.seeds:
+        metrics = read_metrics(folder_of(config, variant, seed))
+        last = metrics.evaluations[max(metrics.evaluations)]
+        finals.append(last["eval"]["pass@1"])
+        lengths.append(last["length"])
+        seconds.append(statistics.mean(row["seconds"]["step"] for row in metrics.steps.values()))
+        tokens.append(statistics.mean(row["tokens"] for row in metrics.steps.values()))
+    return {
+        "variant": variant,
+        "pass@1": interval(finals),
+        "length": statistics.mean(lengths),
+        "seconds": statistics.mean(seconds),
+        "tokens": statistics.mean(tokens),
+    }
+
+
+def measure(config: Config) -> Result:
+    """One row for each variant."""
+    todo = [(variant, seed) for seed in config.seeds for variant in config.variants]
+    with ThreadPoolExecutor(config.jobs) as pool:
+        results = [pool.submit(run, config, *job) for job in todo]
+        for result in tqdm(results, desc="losses", unit="run"):
+            result.result()
+    rows = [row_of(config, variant) for variant in config.variants]
+    scores = {row["variant"]: row["pass@1"]["mean"] for row in rows}
+    best = max(scores.values())
+    return Result(best / max(1e-9, scores.get("grpo", best)), rows, "cpu")
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text."""
+    lines = [f"{'':>9} {'pass@1 (95 %)':>18} {'length':>7} {'s/step':>7} {'tokens/step':>12}"]
+    for row in rows:
+        score = f"{row['pass@1']['mean']:.3f} +- {row['pass@1']['half']:.3f}"
+        lines.append(
+            f"{row['variant']:>9} {score:>18} {row['length']:7.0f} {row['seconds']:7.2f} {row['tokens']:12.0f}"
+        )
+    return "\n".join(lines)
