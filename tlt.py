@@ -89,6 +89,8 @@ class TLTConfig(Config):
         if self.drafter_from and not (Path(self.drafter_from) / "drafter.safetensors").exists():
             folder = f"--drafter-from {self.drafter_from}"
             raise UserError(f"{folder}: no drafter.safetensors there; `make drafter` writes one")
+        if self.shard and self.lora_rank:
+            raise UserError("--shard with --lora-rank: a policy that stays as it is is not spread; leave one out")
         check_at_least(self, 0, "warm_start", "workers", "draft_vocab")
         check_at_least(self, 1, "workers_per_gpu")
         if not self.warm_start < float("inf"):

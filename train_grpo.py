@@ -48,7 +48,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from parts import checkpoints
+from parts import adapters, checkpoints
 from parts.batches import Example, UpdateStats, combine, micro_batches, per_token, precision, score, with_less_memory
 from parts.common import UserError, check_at_least, check_not_negative, flag, parse_flags, pick_device, run
 from parts.interfaces import Group, Response
@@ -58,7 +58,7 @@ from parts.logprobs import checkpoint_layers, token_logprobs, token_scores
 from parts.losses import choose, missing_groups, sequence_old, set_rate, truncated_importance
 from parts.sampling import Sampling, sequence_seed
 from parts.tracking import check_tracker
-from parts.workers import Alone
+from parts.workers import Alone, trainable
 from report import evaluation, model_card, show_samples
 from tasks import Problem, TaskFlags, encode_prompt, make_task
 
@@ -99,6 +99,7 @@ class Config(TaskFlags):
     minibatches: int = flag(1, "updates per pass")
     micro_tokens: int = flag(2048, "tokens, padding included, in one forward-backward")
     gradient_checkpointing: bool = flag(False, "keep only the inputs of layers in the update: less memory, more time")
+    lora_rank: int = flag(0, "learn adapters of this rank (LoRA, needs peft), not all weights; --lr 10 times as high")
     bf16: bool = flag(False, "bfloat16 autocast in the update (always on for GPUs)")
 
     eval_every: int = flag(15, "steps between evaluations (also before the first step and after the last); 0: never")
@@ -117,7 +118,7 @@ class Config(TaskFlags):
                 f"--temperature {self.temperature}: learning needs samples that differ, so it must be above 0"
             )
         check_not_negative(self, "lr", "kl", "clip_low", "clip_high", "grad_clip", "warmup", "weight_decay")
-        check_not_negative(self, "eval_every", "show_every", "dynamic_sampling", "overlong_penalty")
+        check_not_negative(self, "eval_every", "show_every", "dynamic_sampling", "overlong_penalty", "lora_rank")
         if self.tis_cap != -1:
             check_not_negative(self, "tis_cap")
         pick_device(self.device)
@@ -262,6 +263,7 @@ def accumulate(model, reference, batches, on_policy: bool, config: Config, team)
 def check(config: Config) -> None:
     """Everything that can be known to be wrong before anything is started or replaced. Raises UserError."""
     check_tracker(config.track)
+    adapters.check_installed(config.lora_rank)
     task = make_task(config.task, config.data, config.columns)
     tokenizer = load_tokenizer(config.model)
     for split in ("train", "test"):
@@ -284,9 +286,9 @@ class Training:
         start = checkpoints.start_from(self.out, config.resume, tqdm.write if self.writes else lambda text: None)
         self.task = make_task(config.task, config.data, config.columns)
         self.problems: dict[tuple[str, int], Problem] = {}  # of the rollout that is running
-        # on the host: a policy that is to be sharded may not fit a GPU whole
-        with team.loading(str(start or config.model)):
-            model, self.tokenizer = load_model(str(start or config.model))
+        source = str(config.model if config.lora_rank or not start else start)  # a checkpoint of adapters holds no more
+        with team.loading(source):  # on the host: a policy that is to be sharded may not fit a GPU whole
+            model, self.tokenizer = load_model(source)
         if self.writes:
             checkpoints.prepare(self.out, config, start)
         self.model, self.actor = team.layout.place(model, team.device)
@@ -295,9 +297,10 @@ class Training:
         if config.gradient_checkpointing:
             checkpoint_layers(self.model)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+            trainable(self.model), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
         )
         self.first_step, metrics = checkpoints.load(start, self.model, self.optimizer)
+        team.layout.refresh(self.actor, self.model)
         if len(set(team.gather(self.first_step))) > 1:
             raise UserError(f"--out {self.out}: not every worker finds the same checkpoint; all hosts must share it")
         self.model.generation_config.update(**self.deployed_sampling())

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
+from parts import adapters
 from parts.common import UserError, cannot_write, write_atomically
 
 FORMAT = 3  # of checkpoints
@@ -137,7 +138,11 @@ def save_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def whole_weights(model) -> dict[str, torch.Tensor]:
-    """The policy's weights on rank 0, whole, on the host; nothing elsewhere. All workers take part."""
+    """The policy's weights on rank 0, whole, merged with adapters, on the host; nothing elsewhere. All workers take
+    part.
+    """
+    if adapters.layers_of(model):
+        return under_one_name(model, adapters.merged_weights(model))
     return under_one_name(model, get_model_state_dict(model, options=WHOLE))
 
 
@@ -151,8 +156,10 @@ def under_one_name(model, weights: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def save_policy(folder: Path, model, tokenizer, weights: dict[str, torch.Tensor]) -> None:
-    """A Hugging Face folder."""
+    """A Hugging Face folder; of adapters the merged weights, and in adapter/ what they are merged from."""
     model.save_pretrained(folder, state_dict=weights)
+    if adapters.layers_of(model):
+        adapters.save(folder / "adapter", model)
     tokenizer.save_pretrained(folder)
 
 
@@ -161,13 +168,17 @@ def save(out: Path, step: int, model, optimizer, tokenizer, metrics: list[dict],
 
     The newest two of this run are kept. Those of an earlier run go, since one of this run is whole now.
     """
+    adapted = bool(adapters.layers_of(model))
     weights, moments = get_state_dict(model, optimizer, options=WHOLE)
     if not writes:
         return
     folder = out / f"checkpoint-{step:06d}"
 
     def fill(part: Path) -> None:
-        save_policy(part, model, tokenizer, under_one_name(model, weights))
+        if adapted:
+            adapters.save(part, model)
+        else:
+            save_policy(part, model, tokenizer, under_one_name(model, weights))
         torch.save(moments, part / "optimizer.pt")
         state = {"format": FORMAT, "step": step, "config": asdict(config) if config else {}, "metrics": metrics}
         (part / "state.json").write_text(json.dumps(state))
@@ -232,6 +243,8 @@ def load(checkpoint: Path | None, model, optimizer) -> tuple[int, list[dict]]:
     if checkpoint is None:
         return 0, []
     state = read_state(checkpoint)
+    if adapters.layers_of(model):
+        adapters.load(checkpoint, model)
     moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
     return state["step"], state["metrics"]

@@ -10,12 +10,18 @@ from pathlib import Path
 
 import torch
 
+from parts import adapters
 from parts.common import pick_device
 from parts.interfaces import Group, Response, Strategy
 from parts.loading import actor_dtype, in_dtype
 from parts.logprobs import forward_bytes, logprobs_at
 from report import Clock, WorkerNotes
 from rollout import Engine
+
+
+def trainable(model) -> list[torch.nn.Parameter]:
+    """The weights that learn."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 class Replicated:
@@ -45,11 +51,11 @@ class Replicated:
 
     def sum_and_clip(self, model, limit: float, team: "Alone") -> float:
         """Sum the gradients over the workers, scale them to a norm of at most `limit` -> their norm before."""
-        for p in model.parameters():
+        for p in trainable(model):
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        team.all_reduce([p.grad for p in model.parameters()])
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+        team.all_reduce([p.grad for p in trainable(model)])
+        return torch.nn.utils.clip_grad_norm_(trainable(model), limit).item()
 
     def refresh(self, actor, model) -> None:
         """After an update: what generates becomes what has learned."""
@@ -61,12 +67,33 @@ class Replicated:
         """Memory that an update takes beside the engine: gradients, and what a micro-batch of so many tokens needs; of
         that at most 8 GB, since an update that runs out of memory is cut finer.
         """
-        weights = sum(p.numel() for p in model.parameters())
+        weights = sum(p.numel() for p in trainable(model))
         return 4 * weights + min(8 << 30, forward_bytes(model, tokens))
 
     def moment_bytes(self, model) -> int:
         """Memory that Adam's moments take from the first update on."""
-        return 8 * sum(p.numel() for p in model.parameters())
+        return 8 * sum(p.numel() for p in trainable(model))
+
+
+class Adapted(Replicated):
+    """Adapters learn beside a policy that stays as it was (parts/adapters.py); the copy that generates has them
+    merged.
+    """
+
+    def __init__(self, config):
+        """config: train_grpo.Config."""
+        super().__init__(config.actor_dtype)
+        self.rank = config.lora_rank
+        self.seed = config.seed
+
+    def place(self, model, device):
+        model.to(device)
+        actor = in_dtype(copy.deepcopy(model).requires_grad_(False), actor_dtype(self.actor_dtype, device))
+        adapters.add(model, self.rank, self.seed)
+        return model, actor
+
+    def refresh(self, actor, model):
+        adapters.merge_into(actor, model)
 
 
 class Alone:
@@ -82,7 +109,7 @@ class Alone:
         self.micro_tokens = config.micro_tokens  # falls when memory runs out
         self.tis_cap = max(0.0, config.tis_cap)  # 0: no correction; -1 is settled when it is known what generates
         self.device = pick_device(config.device)
-        self.layout = Replicated(config.actor_dtype)
+        self.layout = Adapted(config) if config.lora_rank else Replicated(config.actor_dtype)
 
     def loading(self, name: str) -> contextlib.AbstractContextManager:
         """Around the loading of a model, a folder or a hub name."""

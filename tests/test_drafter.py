@@ -89,7 +89,7 @@ def check_alignment(packer):
             for i, row in enumerate(engine.live):
                 t = row.length - 1  # the newest entry with a true feature
                 if 0 <= t < int((batch.owner == i).sum()):
-                    wanted = drafter.policy.head(trained[batch.owner == i][t])
+                    wanted = learned.SHARPEN * drafter.policy.head(trained[batch.owner == i][t])
                     assert torch.allclose(wanted, guess.first[i, 0], atol=1e-4), (i, t)
                     checked += 1
             grown = [min(len(r.tokens), n + rng.randint(1, 5)) for r, n in zip(rows, grown)]

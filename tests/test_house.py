@@ -21,7 +21,7 @@ ORDER = """
 parts.common parts.symbolic custom_generate
 parts.grading parts.rows
 tasks parts.sampling parts.modeling parts.interfaces parts.memory parts.vocabulary parts.losses parts.tracking report
-parts.loading parts.logprobs parts.features parts.sums parts.accept parts.graphs
+parts.loading parts.logprobs parts.features parts.sums parts.accept parts.graphs parts.adapters
 rollout
 parts.ngram drafter strategy parts.checkpoints parts.journal parts.workers
 base parts.batches parts.group parts.shard parts.spot parts.supervise export generate
