@@ -53,6 +53,12 @@ smollm2: .venv/installed  ## a real language model to try things on: SmolLM2-135
 bench-real: .venv/installed  ## a real language model in the engine: right, fast, a drafter, a GRPO step (`make smollm2` first; an hour on 2 cores; ARGS="--model ... --task gsm8k --data ...")
 	$(RUN) -m bench real --json runs/bench-real.json $(ARGS)
 
+bench-gpu: .venv/installed  ## the GPU path: what is claimed of it, measured, with verdicts (9 minutes on one GPU; without one all of it runs small)
+	$(RUN) -m bench gpu --json runs/bench-gpu.json $(ARGS)
+
+losses: .venv/installed  ## the same short training run with each loss, with dynamic sampling and with LoRA, three seeds (40 minutes on 2 cores)
+	$(RUN) -m bench losses --json runs/losses.json $(ARGS)
+
 seeds: .venv/installed  ## the demo's run with three seeds, for the learning curves (15 minutes on 2 cores)
 	for seed in $(SEEDS); do $(RUN) tlt.py --demo --seed $$seed --out runs/seed-$$seed || exit 1; done
 	$(RUN) -m bench seeds --runs $(SEEDS:%=runs/seed-%) --json runs/seeds.json
@@ -87,4 +93,4 @@ base: .venv/installed  ## make base/ again: the tiny policy from scratch, and it
 clean:  ## remove runs and the virtual environment
 	rm -rf runs .venv .pytest_cache .hypothesis .ruff_cache __pycache__ */__pycache__
 
-.PHONY: help demo test soak fuzz bench-quick bench seeds figures drafter test-time chain large base smollm2 bench-real clean
+.PHONY: help demo test soak fuzz bench-quick bench seeds figures drafter test-time chain large base smollm2 bench-real bench-gpu losses clean

@@ -15,6 +15,9 @@ Tables that generate take --device (a GPU if there is one) and --actor-dtype, as
     paired        a training run against the same steps without speculation
     drafter       a drafter that is trained along against one that stands still     (aging.py)
     seeds         learning curves of the same run with several seeds
+    real          a real language model in the engine, part by part
+    gpu           what is claimed of the GPU path, with verdicts
+    losses        the same short training run with each loss
 
 Each table is a module with three things, which __main__.py puts together:
 
@@ -39,4 +42,6 @@ with rows of
                   preempted
     drafter       steps, adaptive, static
     seeds         step, length, pass@1, pass@k: mean, low, high; then seconds of the last steps
+    gpu           part; name, value, unit, or rows, k, way, ms, tokens, or claim, verdict, measured, bound, at_least
+    losses        variant; pass@1: mean, half of the 95 % interval; length, seconds and tokens per step
 """
