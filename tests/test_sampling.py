@@ -134,6 +134,12 @@ def test_broken_pieces_and_words_are_caught(monkeypatch):
     check_ways(1, 20, 300, Sampling())
 
 
+def test_the_ids_of_a_vocabulary_stay_where_they_are():
+    """Recorded rounds know their address."""
+    where = [all_words(vocab, CPU).data_ptr() for vocab in range(100, 120)]
+    assert [all_words(vocab, CPU).data_ptr() for vocab in range(100, 120)] == where
+
+
 def test_a_gpu_without_a_compiler_samples_with_the_plain_function(monkeypatch, capsys):
     def broken(function, dynamic):
         def fail(*args):
