@@ -109,9 +109,11 @@ class Recorder:
         is computed now.
         """
         graph = torch.cuda.CUDAGraph()
+        # A recording that fails does not leave its stream: what is around it does. And what torch itself makes as it
+        # begins is changed by others that record, in or out of inference mode.
+        here, outside = torch.cuda.stream(torch.cuda.current_stream()), torch.inference_mode(False)
         recording = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
-        # one that fails does not leave its stream: the outer block does
-        with torch.cuda.stream(torch.cuda.current_stream()), recording:
+        with here, outside, recording, torch.inference_mode():
             out = function()
         self.newest = graph
 

@@ -169,6 +169,9 @@ class Compiled:
     def __call__(self, *args):
         """As the function."""
         if self.function is None:
+            from torch._inductor import config  # seconds: only where it is used
+
+            config.compile_threads = 1  # for a few kernels no worker needs 32 processes beside it
             self.function = torch.compile(self.plain, dynamic=True)
         try:
             return self.function(*args)

@@ -18,6 +18,7 @@ class Device:
 
     def __init__(self, monkeypatch):
         self.now = "usual"  # stream
+        self.begun_in_inference_mode = False
         self.taken: dict[int, bool] = {}  # pool -> whether a graph has been in it
         self.graphs: list[tuple] = []  # (reference to a graph, pool)
         for name in ("graph", "stream", "current_stream", "graph_pool_handle"):
@@ -44,6 +45,7 @@ class Device:
         alive = any(place == pool and reference() for reference, place in self.graphs)
         assert alive or not self.taken[pool], "use_count > 0"
         before, self.now = self.now, "recording"
+        self.begun_in_inference_mode = torch.is_inference_mode_enabled()
         try:
             yield
         except RuntimeError:
@@ -107,3 +109,21 @@ def test_a_failed_recording_leaves_nothing(monkeypatch, capsys):
     check_a_failed_recording_leaves_nothing(device, capsys)
     monkeypatch.setattr(torch.cuda, "stream", lambda name: contextlib.nullcontext())
     caught(check_a_failed_recording_leaves_nothing, device, capsys)
+
+
+@torch.inference_mode()
+def check_what_torch_makes_is_no_inference_tensor(device: Device) -> None:
+    """A recording begins outside of inference mode, as a rollout's rounds do not."""
+    modes = []
+    graphs = Graphs(lambda shape: modes.append(torch.is_inference_mode_enabled()), Recorder())
+    graphs.run(SHAPE)
+    graphs.run(SHAPE)
+    assert modes == [True, True]
+    assert not device.begun_in_inference_mode
+
+
+def test_what_torch_makes_is_no_inference_tensor(monkeypatch):
+    device = Device(monkeypatch)
+    check_what_torch_makes_is_no_inference_tensor(device)
+    monkeypatch.setattr(torch, "inference_mode", lambda enabled=True: contextlib.nullcontext())
+    caught(check_what_torch_makes_is_no_inference_tensor, device)
