@@ -311,6 +311,8 @@ FUNCTIONS = {
 def attempt(name: str, place: Place) -> Found:
     """A part. If it fails, that is what was found: the other parts are to be seen, too."""
     try:
+        gc.collect()
+        torch.cuda.empty_cache()  # what the part before has left
         return FUNCTIONS[name](place)
     except Exception as error:  # whatever a new machine, driver or torch has in store
         traceback.print_exc()
@@ -338,9 +340,6 @@ def measure(config: Config) -> Result:
         part.append({"part": name, "name": "the part took", "value": time.time() - started, "unit": "s"})
         tqdm.write(table(part))
         rows += part
-        gc.collect()
-        if place.gpu:
-            torch.cuda.empty_cache()
     counts = {word: sum(row.get("verdict") == word for row in rows) for word in ("CONFIRMED", "REFUTED", "NOT TESTED")}
     return Result(ratio, rows, device, json.dumps(counts))
 
