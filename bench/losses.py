@@ -3,7 +3,7 @@
 Every run makes the demo's steps with one worker on one core, `--jobs` runs at a time. With two updates per rollout:
 with one rho is 1, then grpo and gspo are the same, and so are dapo and cispo. Runs that are there already are read.
 
-    grpo, dr_grpo, dapo, gspo, cispo    --loss
+    grpo, dr_grpo, dapo, gspo, cispo    --loss, with the clip that its authors take (gspo: ten times theirs)
     dynamic                             grpo, and up to 8 further prompts for groups whose rewards are all equal
     lora                                grpo, adapters of rank 16 instead of all weights, ten times the learning rate
 
@@ -27,7 +27,7 @@ VARIANTS = {
     "dr_grpo": ("--loss", "dr_grpo"),
     "dapo": ("--loss", "dapo", "--clip-high", "0.28"),
     "gspo": ("--loss", "gspo", "--clip-low", "0.003", "--clip-high", "0.004"),
-    "cispo": ("--loss", "cispo"),
+    "cispo": ("--loss", "cispo", "--clip-low", "1", "--clip-high", "4"),
     "dynamic": ("--dynamic-sampling", "8"),
     "lora": ("--lora-rank", "16", "--lr", "1e-3"),
 }
