@@ -154,6 +154,7 @@ class LearnedDrafts(Drafts):
         self.fused_layer = None  # a FusedLayer, or None: the module itself
         self.fc: torch.Tensor | None = None  # (D, 2D), for embeddings as they are
         self.rows: torch.Tensor | None = None  # (N, D) of the policy's head
+        self.bias: torch.Tensor | None = None  # (N,)
         self.head: Linear | None = None  # features (B, T, D) -> logits (B, T, N)
         self.words: torch.Tensor | None = None  # as Drafter.words
         self.cache: SlotCache | None = None
@@ -161,7 +162,7 @@ class LearnedDrafts(Drafts):
 
     def begin(self):
         """As Drafts.begin: take the drafter's weights as they are now."""
-        before = [self.fc, self.rows, self.words]
+        before = [self.fc, self.rows, self.bias, self.words]
         if self.fc is None:
             fused_layers = fuse([self.drafter.layer], self.drafter.policy.config, self.drafter.policy.rotary)
             self.fused_layer = fused_layers[0] if fused_layers else None
@@ -170,12 +171,11 @@ class LearnedDrafts(Drafts):
         self.fc = refilled(self.fc, self.drafter.plain_weights()["fc.weight"])
         rows, bias = self.drafter.head_rows()
         self.rows = refilled(self.rows, rows * self.SHARPEN)
-        bias = None if bias is None else bias * self.SHARPEN
-        self.head = Linear([(self.rows, bias)], pack=rows.numel() >= PACK_FROM)
-        self.words = self.drafter.words
-        if self.words is not None:
-            self.words = refilled(before[2], self.words.to(rows.device))
-        return any(new is not old for new, old in zip((self.fc, self.rows, self.words), before))
+        self.bias = None if bias is None else refilled(self.bias, bias * self.SHARPEN)
+        self.head = Linear([(self.rows, self.bias)], pack=rows.numel() >= PACK_FROM)
+        words = self.drafter.words
+        self.words = None if words is None else refilled(self.words, words.to(rows.device))
+        return any(new is not old for new, old in zip((self.fc, self.rows, self.bias, self.words), before))
 
     def reserve(self, engine, slots, room):
         """As Drafts.reserve."""

@@ -97,6 +97,7 @@ class Engine:
     logprobs: torch.Tensor  # (slots, room) of x_t
     hidden: torch.Tensor | None  # (slots, room, D) h_t, if they are kept
     live_count: torch.Tensor  # () how many rows live, for rounds of more rows
+    stop: torch.Tensor  # (V,) bool: tokens that end a response
 
     def __init__(
         self,
@@ -132,13 +133,15 @@ class Engine:
         self.graphs = Graphs(self.compute) if on_gpu and self.bucketed else None
         self.marks = Marks(model.device)
         self.weights_read = False
+        self.stop = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
         self.stop_at(stop_tokens)
         self.reserve(context)
 
     def stop_at(self, tokens: Iterable[int]) -> None:
         """From now on these tokens end a response. Call it between rollouts."""
         self.stop_set = set(tokens)
-        self.stop = torch.tensor(sorted(self.stop_set), device=self.model.device)
+        self.stop.zero_()  # in place: recorded rounds look there
+        self.stop[[token for token in self.stop_set if 0 <= token < len(self.stop)]] = True
 
     def reserve(self, context: int) -> None:
         """Make room for sequences of `context` tokens, prompt and response together, between rollouts. Raises
@@ -152,6 +155,7 @@ class Engine:
         self.context = context
         config, dtype, device = self.model.config, self.model.dtype, self.model.device
         room = context + MAX_DRAFTS + 1  # rejected drafts may stand beyond the end
+        room = -(-room // 8) * 8  # a GPU's attention wants masks of such a length, and copies others for every layer
         self.cache = self.tokens = self.logprobs = self.hidden = None  # what was there makes room
         slots = self.slots = self.row_limit = self.affordable(room)
         self.cache = SlotCache(config, slots, room, dtype, device)
@@ -295,10 +299,12 @@ class Engine:
         if self.bucketed:
             self.live_count.fill_(len(self.live))
         asks_host = self.rule is not Coupled or (draft.k and self.drafters[draft.kind].asks_host)
-        outcome = self.compute(shape) if asks_host or self.graphs is None else self.graphs.run(shape)
+        graphs = None if asks_host else self.graphs
+        outcome = graphs.run(shape) if graphs else self.compute(shape)
         accepted, new_tokens = self.to_host(outcome)
         ended = self.extend_rows(new_tokens, sampling, outcome.shape[1] - 3, on_token)
-        strategy.observe(self.tell(draft, accepted, sum(map(len, new_tokens)), started))
+        report = self.tell(draft, accepted, sum(map(len, new_tokens)), started)
+        strategy.observe(report._replace(first=graphs is not None and graphs.first))
         return ended
 
     def shape_of(self, draft: Draft, sampling: Sampling) -> Shape:
@@ -345,7 +351,7 @@ class Engine:
         rows = slice(0, n)
         steps = self.cache.numbers[:columns]
         # a stop token or the length limit may come inside the accepted run
-        stops = (verdict.tokens[..., None] == self.stop).any(-1)
+        stops = self.stop[verdict.tokens]
         before_stop = torch.where(stops, steps, columns).amin(1)
         emitted = torch.minimum(verdict.accepted, before_stop) + 1
         emitted = torch.minimum(emitted, sampling.max_new - index[:, 0])

@@ -114,12 +114,12 @@ class Goodput(Strategy):
             total *= self.KEEP_RIGHT**n
             total[: arm.k] += np.sum(new, 0)
         rows = sum(report.rows for report in self.reports) / n
-        seconds = [report.seconds for report in self.reports]
-        self.reports = []
         for other in self.kinds:
-            self.credit[other] += self.PROBES * sum(seconds)
+            self.credit[other] += self.PROBES * sum(report.seconds for report in self.reports)
         if self.kind_changed:
-            del seconds[0]  # in the first round a drafter catches up with what it has missed
+            del self.reports[0]  # in the first round a drafter catches up with what it has missed
+        seconds = [report.seconds for report in self.reports if not report.first]
+        self.reports = []
         if seconds:
             self.rounds_seen[kind] += len(seconds)
             self.learn_time(arm, rows, median_low(seconds))  # median: a hiccup is one round of many
@@ -203,6 +203,8 @@ class Bandit(Strategy):
         return max(self.arms, key=lambda arm: median(rewards[arm]))
 
     def observe(self, report: RoundReport) -> None:
+        if report.first:
+            return
         reward = (report.rows + sum(report.right)) / report.seconds
         self.rewards[bucket(report.rows)][report.draft].append(reward)
 

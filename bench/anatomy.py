@@ -60,12 +60,16 @@ SHAPES = {
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype):
-    """A model of that shape for the engine, made on the device itself."""
+    """A model of that shape for the engine, made on the device itself. Its logits are near 0, so that its tokens follow
+    from the noise alone: rounding, which is another in each way, parts no response from what the oracle knows.
+    """
     config = Qwen2Config(**SHAPES[shape], max_position_embeddings=4096)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="slots")
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    model.get_output_embeddings().weight.mul_(1e-3)
+    return model
 
 
 class Oracle(LearnedDrafts):
@@ -206,7 +210,9 @@ def count_operators(subject: Subject, k: int) -> float:
 
 
 def anatomy(model, rows_of: tuple[int, ...], ks: tuple[int, ...], prompt: int, tokens: int, ways) -> list[dict]:
-    """A row for each number of rows, draft length and way: milliseconds, tokens per row and round."""
+    """A row for each number of rows, draft length and way: milliseconds, tokens per row and round; whether there are
+    fused layers.
+    """
     result = []
     own = sampler.compiled_draw.function
     for rows in rows_of:
@@ -215,7 +221,8 @@ def anatomy(model, rows_of: tuple[int, ...], ks: tuple[int, ...], prompt: int, t
         for k in ks:
             for way in ways:
                 set_way(subject, way, fused_layers)
-                result.append({"rows": rows, "k": k, "way": way, **time_rounds(subject, k)})
+                row = {"rows": rows, "k": k, "way": way, "fused": fused_layers is not None}
+                result.append({**row, **time_rounds(subject, k)})
         subject.engine.fused_layers = fused_layers
     sampler.compiled_draw.function = own
     return result

@@ -15,7 +15,7 @@ from parts.common import ROOT
 from parts.graphs import Graphs
 from parts.interfaces import Draft, Response, Strategy
 from parts.loading import bfloat16, load_model, stop_tokens
-from parts.sampling import Sampling, all_words, gumbel, seed_words, sequence_seed
+from parts.sampling import Sampling, all_words, compiled_draw, draw, gumbel, sample, seed_words, sequence_seed
 from rollout import Engine
 from strategy import Goodput, arms
 from tasks import Countdown
@@ -28,6 +28,22 @@ def noise_gap(place: Place) -> tuple[float, float]:
     here = gumbel(seeds, index, all_words(50_000, torch.device("cpu")))
     there = gumbel(seeds.to(place.device), index.to(place.device), all_words(50_000, torch.device(place.device))).cpu()
     return (here - there).abs().max().item(), (here.argmax(-1) != there.argmax(-1)).float().mean().item()
+
+
+@torch.inference_mode()
+def sampler_gap(place: Place) -> tuple[float, float]:
+    """The sampler as the engine calls it, on a GPU compiled, against the plain function: (share of rows with the same
+    token, largest gap of their log-probabilities).
+    """
+    vocab = 100_000 if place.gpu else 3000
+    logits = 3 * torch.randn(64, vocab, device=place.device).bfloat16()
+    seeds = seed_words(torch.tensor([sequence_seed(0, i) for i in range(64)], device=place.device))
+    index = torch.arange(64, device=place.device)
+    words = torch.arange(vocab, dtype=torch.int32, device=place.device)
+    tokens, logprobs = sample(logits, Sampling(), seeds, index, words)
+    plain, plain_logprobs = draw(logits, Sampling(), seeds, index, words)
+    same = tokens == plain
+    return same.float().mean().item(), (logprobs - plain_logprobs)[same].abs().max().item()
 
 
 def engine_for(model, tokenizer, drafter, groups, max_new: int, **settings) -> Engine:
@@ -70,7 +86,7 @@ def exact_part(place: Place) -> Found:
     gap, other_word = noise_gap(place)
     rows = [{"name": "noise: largest gap to the CPU's", "value": gap, "unit": ""}]
     claim = "noise is the CPU's: rows whose largest is another word"
-    verdicts = [Verdict(claim, other_word if place.gpu else None, 1e-3, at_least=False)]
+    verdicts = [Verdict(claim, other_word if place.gpu else None, 1e-3, at_least=False), *sampler_verdicts(place)]
 
     engine = engine_for(model, tokenizer, drafter, groups, sampling.max_new, bucketed=False)
     plain = responses_of(engine, groups, sampling)
@@ -90,11 +106,24 @@ def exact_part(place: Place) -> Found:
     for name, party, graphs, strategy in ways:
         party.graphs = graphs
         share = share_same(responses_of(party, groups, sampling, strategy), plain)
+        if graphs and not graphs.replays:
+            share = 0.0  # of rounds that were not replayed at all
         tested = place.gpu or graphs is None
         verdicts.append(Verdict(f"float32: {name} makes plain decoding's responses", share if tested else None, 0.99))
     rows.append({"name": "recorded rounds", "value": float(len(replayed.replays)), "unit": ""})
     bf16 = bfloat16_verdicts(model, tokenizer, groups, sampling, plain)
     return Found(rows + bf16.rows, verdicts + bf16.verdicts)
+
+
+def sampler_verdicts(place: Place) -> list[Verdict]:
+    """What becomes of the sampler where it is compiled."""
+    share, gap = sampler_gap(place)
+    is_compiled = float(compiled_draw.function not in (None, draw))
+    return [
+        Verdict("the sampler is compiled", is_compiled if place.gpu else None, 1.0),
+        Verdict("it draws the plain sampler's tokens: share", share if place.gpu else None, 0.98),
+        Verdict("gap of their log-probabilities", gap if place.gpu else None, 1e-3, at_least=False),
+    ]
 
 
 def bfloat16_verdicts(model, tokenizer, groups, sampling, exact: dict) -> Found:

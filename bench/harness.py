@@ -282,10 +282,15 @@ def tlt_command(flags: list) -> list[str]:
 
 
 def train(flags: list, out) -> Metrics:
-    """Run tlt.py, silently, without evaluations and with no checkpoint but the last. Raises UserError if it fails."""
+    """Run tlt.py, without evaluations and with no checkpoint but the last. What it prints is not shown, but for what
+    makes it slow. Raises UserError if it fails.
+    """
     quiet = ["--out", out, "--eval-every", 0, "--show-every", 0, "--save-every", 1_000_000]
     command = tlt_command([*flags, *quiet])
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise UserError(f"tlt.py {' '.join(map(str, flags))} failed:\n{done.stdout[-2000:]}")
+    for line in done.stdout.splitlines():
+        if "slower for it" in line:  # rounds that are not replayed, a sampler that is not compiled
+            tqdm.write(line)
     return read_metrics(out)

@@ -16,7 +16,8 @@ Rows beyond the live ones are free slots: they compute, with whatever is in them
 beyond a row's length are masked. So the tokens are those of rounds of exact size; only the time differs.
 
 A shape's first round runs as usual, which also sets up what kernels set up when they are first called. The second is
-recorded. Prompts, long catch-ups, n-gram drafts and the rules for study always run as usual.
+recorded. Both take longer than those that follow, so strategies do not learn from their times. Prompts, long catch-ups,
+n-gram drafts and the rules for study always run as usual.
 
 Left out: graphs of prompts, and recording ahead of time (rows shrink as a rollout goes on, so the largest come first by
 themselves, and the memory that they share is as large as it will be).
@@ -24,7 +25,9 @@ themselves, and the memory that they share is as large as it will be).
 
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -99,14 +102,20 @@ class Recorder:
 
     def __init__(self):
         self.pool = torch.cuda.graph_pool_handle()
+        self.newest: torch.cuda.CUDAGraph | None = None  # kept: a pool that all graphs have left takes no new one
 
     def __call__(self, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """-> what does again what the function does, into the same tensor. The function is called, but nothing of it
         is computed now.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        # A recording that fails does not leave its stream: what is around it does. And what torch itself makes as it
+        # begins is changed by others that record, in or out of inference mode.
+        here, outside = torch.cuda.stream(torch.cuda.current_stream()), torch.inference_mode(False)
+        recording = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        with here, outside, recording, torch.inference_mode():
             out = function()
+        self.newest = graph
 
         def replay() -> torch.Tensor:
             graph.replay()
@@ -125,6 +134,7 @@ class Graphs:
         self.compute = compute
         self.record = record or Recorder()
         self.broken = False
+        self.first = False  # the last round took longer than others of its shape: it was the first, or was recorded
         self.replays: dict[Shape, Callable[[], torch.Tensor]] = {}  # that used last stands last
         self.seen: set[Shape] = set()
 
@@ -135,8 +145,10 @@ class Graphs:
 
     def run(self, shape: Shape) -> torch.Tensor:
         """A round of this shape, replayed if it can be."""
+        self.first = False
         if self.broken or shape.gap > LONGEST_GAP:
             return self.compute(shape)
+        self.first = shape not in self.replays
         if shape not in self.seen:
             self.seen.add(shape)
             return self.compute(shape)
@@ -153,7 +165,11 @@ class Graphs:
         try:
             return self.record(lambda: self.compute(shape))
         except RuntimeError as error:  # also torch's own: out of memory, a kernel that asks the host
-            print(f"rounds are not replayed as CUDA graphs, and slower for it: {reason(error)}", file=sys.stderr)
+            cause = error.__context__ or error  # a recording that has failed fails once more when it ends
+            place = traceback.extract_tb(cause.__traceback__)[-1]
+            where = f"{Path(place.filename).name}, line {place.lineno}"
+            problem = f"{reason(cause)} ({where})"
+            print(f"rounds are not replayed as CUDA graphs, and slower for it: {problem}", file=sys.stderr)
             self.broken = True
             self.forget()
             return None

@@ -110,6 +110,7 @@ class RoundReport(NamedTuple):
     seconds: float
     tried: list[int]  # k numbers, by depth: rows whose guess at that depth was reached
     right: list[int]  # k numbers, by depth: rows whose guess at that depth was accepted
+    first: bool = False  # it took longer than the next ones like it will (parts/graphs.py)
 
 
 class Strategy:

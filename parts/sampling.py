@@ -75,9 +75,9 @@ def gumbel(seeds: torch.Tensor, index: torch.Tensor, words: torch.Tensor) -> tor
     return u.neg_().log1p_().neg_().log_().neg_()  # -log(-log(1 - u))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def all_words(vocab: int, device: torch.device) -> torch.Tensor:
-    """The ids 0 .. V-1, (V,) int32."""
+    """The ids 0 .. V-1, (V,) int32. Kept for good: recorded rounds look there."""
     return torch.arange(vocab, dtype=torch.int32, device=device)
 
 
@@ -169,6 +169,9 @@ class Compiled:
     def __call__(self, *args):
         """As the function."""
         if self.function is None:
+            from torch._inductor import config  # seconds: only where it is used
+
+            config.compile_threads = 1  # for a few kernels no worker needs 32 processes beside it
             self.function = torch.compile(self.plain, dynamic=True)
         try:
             return self.function(*args)

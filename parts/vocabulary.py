@@ -49,5 +49,5 @@ class WordCounts:
         if not size:
             written = self.counts[order].cumsum(0)
             covering = int((written < COVER * written[-1]).sum()) + 1
-            size = min(max(covering, FEWEST), MOST, vocab)
+            size = min(-(-covering // FEWEST) * FEWEST, MOST, vocab)  # few sizes: another one ends all recordings
         return order[: max(size, len(self.always))].sort().values.int()

@@ -22,6 +22,7 @@ from helpers import (
     make_drafter,
     make_engine,
     tiny_of,
+    tokens_of,
     trained_drafter,
 )
 from hypothesis import given
@@ -42,7 +43,8 @@ def addresses(engine: Engine) -> list:
     """Where everything lies that a round of the engine reads or writes."""
     learned = engine.drafters["learned"]
     tensors = [engine.lens, engine.start, engine.seeds, engine.tokens, engine.logprobs, engine.hidden, engine.stop]
-    tensors += [engine.cache.data, engine.live_count, learned.cache.data, learned.fc, learned.rows, learned.words]
+    tensors += [engine.cache.data, engine.live_count, learned.cache.data]
+    tensors += [learned.fc, learned.rows, learned.bias, learned.words]
     for layer in engine.fused_layers or ():
         tensors += [linear.weight for linear in layer.projections]
     if learned.fused_layer:
@@ -266,6 +268,44 @@ def test_recordings_end_when_something_moves(monkeypatch):
     caught(check_after_moves, *taped(model, make_drafter(model), context=50), model)
 
 
+def check_other_stops(engine: Engine, tape: Tape) -> None:
+    """Recorded rounds end where they are told to end now."""
+    groups = groups_of(12, random.Random(3))
+    for stops in ({1}, {1, 2, 3, 4}, {5, -1, 1000}, set()):
+        engine.stop_at(stops)
+        exact = make_engine(tiny())
+        exact.stop_at(stops)
+        wanted = tokens_of(exact.generate(groups, SAMPLINGS[0]))
+        assert tokens_of(engine.generate(groups, SAMPLINGS[0])) == wanted
+    assert tape.plays > 30
+
+
+def test_recorded_rounds_end_at_other_tokens_when_told_so(monkeypatch):
+    check_other_stops(*taped(tiny()))
+
+    def elsewhere(self, tokens):
+        stop_at(self, tokens)
+        self.stop = self.stop.clone()
+
+    stop_at = Engine.stop_at
+    engine, tape = taped(tiny())
+    monkeypatch.setattr(Engine, "stop_at", elsewhere)
+    caught(check_other_stops, engine, tape)
+
+
+def test_a_drafter_of_a_head_with_bias_stays_where_it_is():
+    model = tiny()
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(118))
+    learned = make_engine(model).drafters["learned"]
+    assert learned.begin()
+    where = learned.head.bias.data_ptr()
+    with torch.no_grad():
+        model.lm_head.bias.mul_(2)
+    assert not learned.begin()
+    assert learned.head.bias.data_ptr() == where
+    assert torch.allclose(learned.head.bias, model.lm_head.bias * learned.SHARPEN)
+
+
 def test_what_is_filled_anew_stays_where_it_is():
     rng = random.Random(0)
     for _ in range(30):
@@ -333,6 +373,38 @@ def test_a_rounded_shape_holds_the_round(rows, view, gap, k):
     assert key.gap >= gap
     assert (key.gap > 0) == (gap > 0)
     assert rounded(key, slots, room) == key
+
+
+def test_views_are_of_lengths_that_attention_takes_without_a_copy():
+    for context in (50, 51, 130, 200):
+        room = make_engine(tiny(), context=context).tokens.shape[1]
+        for view in range(1, room + 1):
+            assert rounded(Shape(1, view, 0, Draft(), Sampling()), 10, room).view % 8 == 0
+
+
+def check_first_rounds_are_told() -> None:
+    """A shape's first round, and the one that is recorded, are not what its rounds will take."""
+    model = tiny()
+    engine, tape = taped(model, trained_drafter(model))
+    strategy = fixed("learned", 4)
+    reports = []
+    strategy.observe = reports.append
+    list(engine.generate(groups_of(14, random.Random(1)), SAMPLINGS[0], strategy))
+    assert sum(report.first for report in reports) == len(engine.graphs.seen) + tape.count
+    assert tape.plays > tape.count > 0
+
+
+def test_first_rounds_are_told(monkeypatch):
+    check_first_rounds_are_told()
+    right = Graphs.run
+
+    def not_told(self, shape):
+        out = right(self, shape)
+        self.first = False
+        return out
+
+    monkeypatch.setattr(Graphs, "run", not_told)
+    caught(check_first_rounds_are_told)
 
 
 def test_few_shapes_in_a_rollout():

@@ -5,6 +5,7 @@ import torch
 from conftest import cases, caught
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._inductor import config
 
 from parts import sampling as sampling_module
 from parts.common import UserError
@@ -134,6 +135,12 @@ def test_broken_pieces_and_words_are_caught(monkeypatch):
     check_ways(1, 20, 300, Sampling())
 
 
+def test_the_ids_of_a_vocabulary_stay_where_they_are():
+    """Recorded rounds know their address."""
+    where = [all_words(vocab, CPU).data_ptr() for vocab in range(100, 120)]
+    assert [all_words(vocab, CPU).data_ptr() for vocab in range(100, 120)] == where
+
+
 def test_a_gpu_without_a_compiler_samples_with_the_plain_function(monkeypatch, capsys):
     def broken(function, dynamic):
         def fail(*args):
@@ -142,9 +149,11 @@ def test_a_gpu_without_a_compiler_samples_with_the_plain_function(monkeypatch, c
         return fail
 
     monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(config, "compile_threads", 32)
     double = Compiled(lambda x: 2 * x)
     assert [double(3), double(4)] == [6, 8]
     assert capsys.readouterr().err.count("no compiler here") == 1
+    assert config.compile_threads == 1
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda x: function(x) + 1)
     assert Compiled(lambda x: 2 * x)(3) == 7
 

@@ -69,6 +69,24 @@ def test_a_small_vocabulary_is_used_whole_and_a_large_one_by_what_is_written(mon
     assert len(words.choose()) in range(28, 36)  # 95 % of what was written
 
 
+def check_few_sizes():
+    """From rollout to rollout the number of words hardly changes: another one ends all recorded rounds."""
+    rng = random.Random(0)
+    sizes = set()
+    for spread in range(2000, 18_000, 800):
+        words = WordCounts(30_000)
+        words.add([rng.randrange(spread) for _ in range(20_000)])
+        sizes.add(len(words.choose()))
+    assert len(sizes) > 1
+    assert all(size % 4096 == 0 for size in sizes)
+
+
+def test_few_sizes(monkeypatch):
+    check_few_sizes()
+    monkeypatch.setattr(vocabulary, "FEWEST", 4000)
+    caught(check_few_sizes)
+
+
 def test_what_was_written_before_fades():
     words = counts_of([[7] * 10])
     for _ in range(6):
