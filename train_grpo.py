@@ -55,7 +55,7 @@ from parts.interfaces import Group, Response
 from parts.journal import Journal
 from parts.loading import ACTOR_DTYPES, check_context, load_model, load_tokenizer, stop_tokens
 from parts.logprobs import checkpoint_layers, token_logprobs, token_scores
-from parts.losses import choose, missing_groups, sequence_old, set_rate, truncated_importance
+from parts.losses import choose, missing_groups, sequence_old, set_rate, truncated_importance, uneven
 from parts.sampling import Sampling, sequence_seed
 from parts.tracking import check_tracker
 from parts.workers import Alone, trainable
@@ -132,8 +132,7 @@ def advantages(rewards: torch.Tensor, loss: str) -> torch.Tensor:
     centred = rewards - rewards.mean(1, keepdim=True)
     if loss != "dr_grpo":
         centred = centred / (rewards.std(1, keepdim=True, correction=0) + 1e-6)
-    flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    return torch.where(flat, torch.zeros_like(rewards), centred)
+    return centred.where(uneven(rewards)[:, None], 0.0)
 
 
 def token_weights(lengths: list[int], loss: str, max_new: int) -> list[float]:
@@ -303,22 +302,23 @@ class Training:
         team.layout.refresh(self.actor, self.model)
         if len(set(team.gather(self.first_step))) > 1:
             raise UserError(f"--out {self.out}: not every worker finds the same checkpoint; all hosts must share it")
-        self.model.generation_config.update(**self.deployed_sampling())
+        stop = stop_tokens(self.model, self.tokenizer)
+        self.model.generation_config.update(**self.deployed_sampling(sorted(stop)))
         self.reference = load_model(config.model, team.device)[0].requires_grad_(False) if config.kl else None
         self.sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
         longest = max(config.micro_tokens, config.max_new)  # a response is never split
         self.update_bytes = team.layout.update_bytes(self.model, longest)
         moments = 0 if start else team.layout.moment_bytes(self.model)
         slots = max(config.slots, config.samples, config.eval_samples)
-        stop = stop_tokens(self.model, self.tokenizer)
         self.engine = team.engine(self.actor, stop, slots, self.update_bytes + moments)
         self.journal = Journal(config, metrics, self.first_step, self.writes)
         self.bad_steps = 0  # in a row, with a gradient that was not finite
 
-    def deployed_sampling(self) -> dict:
-        """Settings with which the saved policy's `generate` samples as it was trained."""
-        limits = {"temperature": self.config.temperature, "max_new_tokens": self.config.max_new}
-        return {"do_sample": True, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, **limits}
+    def deployed_sampling(self, stop: list[int]) -> dict:
+        """Settings with which the saved policy's `generate` samples, and stops, as it was trained."""
+        limits = {"max_new_tokens": self.config.max_new, "eos_token_id": stop if len(stop) > 1 else stop[0]}
+        narrowed = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+        return {"do_sample": True, "temperature": self.config.temperature, **narrowed, **limits}
 
     def grade(self, response: Response) -> None:
         """Fill in a response's grade."""

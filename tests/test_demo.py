@@ -5,14 +5,12 @@ from types import MethodType, SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import caught, tiny
+from conftest import caught
 from test_group import fake_gpus
 from transformers import AutoModelForCausalLM
 
-from base.pretrain import make_tokenizer
-from parts import demo, loading
+from parts import demo
 from parts.common import parse_flags
-from parts.loading import stop_tokens
 from parts.logprobs import checkpoint_layers
 from parts.workers import Replicated
 from rollout import Engine
@@ -157,32 +155,3 @@ def test_the_demo_counts_as_a_run_does(monkeypatch):
 def test_the_models_are_as_large_as_they_say(i, billions):
     found = demo.plan(demo.MODELS[i].config, 200 * GB)
     assert found.weights / 1e9 == pytest.approx(billions, rel=3e-3)
-
-
-# ---------------------------------------------------------------- where responses end
-
-
-def chat_tokenizer(template: str):
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-
-
-def check_turn_ends_stop(stop):
-    """Of a base model, whose eos is another."""
-    model = tiny()
-    tokenizer = chat_tokenizer(CHATML)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert stop(model, tokenizer) == {tokenizer.eos_token_id, end}
-    for other in ("{% for m in messages %}{{ m.content }}{% endfor %}", "{{ raise_exception('no') }}", None):
-        assert stop(model, chat_tokenizer(other)) == {tokenizer.eos_token_id}
-
-
-def test_a_turns_end_ends_a_response(monkeypatch):
-    check_turn_ends_stop(stop_tokens)
-    monkeypatch.setattr(loading, "turn_end", lambda tokenizer: set())
-    caught(check_turn_ends_stop, stop_tokens)
