@@ -282,7 +282,7 @@ class Training:
         self.team = team
         self.out = Path(config.out)
         self.writes = team.rank == 0
-        start = checkpoints.start_from(self.out, config.resume, tqdm.write if self.writes else lambda text: None)
+        start = checkpoints.start_from(config, tqdm.write if self.writes else lambda text: None)
         self.task = make_task(config.task, config.data, config.columns)
         self.problems: dict[tuple[str, int], Problem] = {}  # of the rollout that is running
         source = str(config.model if config.lora_rank or not start else start)  # a checkpoint of adapters holds no more
