@@ -20,7 +20,7 @@ from base.pretrain import make_tokenizer
 from drafter import Drafter, Trainer, drafter_loss
 from parts import checkpoints, spot
 from parts.features import FeatureBuffer, Features, pack
-from parts.loading import bfloat16
+from parts.loading import in_dtype
 from parts.spot import Spot, allocate_moments, step_bytes, train_until
 from parts.workers import Replicated
 from report import Clock
@@ -385,8 +385,8 @@ SHAPES = [
 def check_step_is_counted(count):
     """What a micro-step holds at most is less than is counted, and not much less."""
     for shape in SHAPES:
-        for cast in (bfloat16, lambda model: model):
-            model = cast(tiny(**shape))
+        for dtype in (torch.bfloat16, torch.float32):
+            model = in_dtype(tiny(**shape), dtype)
             learner = Drafter(model, torch.float32)
             for tokens in (64, 300):
                 hidden = torch.randn(tokens + 1, model.config.hidden_size).to(model.dtype)
