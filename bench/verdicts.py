@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
-
 
 class Verdict(NamedTuple):
     """A claim, and what became of it."""
@@ -36,9 +34,3 @@ class Found(NamedTuple):
 
     rows: list[dict]
     verdicts: list[Verdict]
-
-
-def wait(place: Place) -> None:
-    """Until the device has done what it was told."""
-    if place.gpu:
-        torch.cuda.synchronize()

@@ -99,12 +99,6 @@ def test_mistakes_are_named(argv, message, monkeypatch, tmp_path):
         main(argv)
 
 
-def test_settings_become_flags_again():
-    settings = {"steps": 3, "max_new": 96, "lr": 1e-4, "out": "a b", "data": "", "resume": True, "bf16": False}
-    flags = ["--steps=3", "--max-new=96", "--lr=0.0001", "--out=a b", "--data=", "--resume", "--no-bf16"]
-    assert paired.flags_of(settings) == flags
-
-
 # ---------------------------------------------------------------- by hand
 
 
