@@ -36,7 +36,7 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # of St
 class Config(Output):
     """Settings of this table."""
 
-    variants: tuple[str, ...] = flag(tuple(VARIANTS), "which", tuple(VARIANTS))
+    variants: tuple[str, ...] = flag(tuple(VARIANTS), "losses and settings, see above", tuple(VARIANTS))
     seeds: tuple[int, ...] = flag((0, 1, 2), "seeds of the runs")
     model: str = flag("base", "the policy: a folder or a hub name")
     steps: int = flag(24, "steps of a run")
