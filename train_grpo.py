@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from parts import adapters, checkpoints
 from parts.batches import Example, UpdateStats, combine, micro_batches, per_token, precision, score, with_less_memory
-from parts.common import UserError, check_at_least, check_not_negative, flag, parse_flags, pick_device, run
+from parts.common import UserError, check_above, check_at_least, flag, parse_flags, pick_device, run
 from parts.interfaces import Group, Response
 from parts.journal import Journal
 from parts.loading import ACTOR_DTYPES, check_context, load_model, load_tokenizer, stop_tokens
@@ -78,28 +78,28 @@ class Config(TaskFlags):
     prompts: int = flag(16, "prompts per step")
     samples: int = flag(16, "samples per prompt, the group size G")
     max_new: int = flag(512, "longest response in tokens")
-    temperature: float = flag(1.0, "sampling temperature, also used in scoring")
+    temperature: float = flag(1.0, "of sampling and scoring; above 0, since samples have to differ to teach something")
     slots: int = flag(64, "rows that a worker generates at once")
-    dynamic_sampling: int = flag(0, "further prompts per step, at most, in the place of groups whose rewards are equal")
-    overlong_penalty: int = flag(0, "the reward falls by up to 1 over so many tokens before --max-new")
+    dynamic_sampling: int = flag(0, "most further prompts of a step, in the place of groups whose rewards are equal")
+    overlong_penalty: int = flag(0, "tokens before --max-new over which the reward falls by up to 1; 0: it does not")
     actor_dtype: str = flag("auto", "weights that generate: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
 
     loss: str = flag("grpo", "weights, advantages, ratio: see above", ("grpo", "dr_grpo", "dapo", "gspo", "cispo"))
     clip_low: float = flag(0.2, "how far the ratio may fall below 1")
     clip_high: float = flag(0.2, "how far the ratio may rise above 1 (dapo's authors use 0.28)")
     kl: float = flag(0.0, "weight of the KL penalty to the starting policy; 0 keeps no reference model")
-    tis_cap: float = flag(-1.0, "cap of weights that correct rollouts; 0: none; -1: 2 where they are bfloat16, else 0")
+    tis_cap: float = flag(-1.0, "correct the rollout by weights up to this; 0: off; -1: 2 if it is bfloat16, else off")
     mask_truncated: bool = flag(False, "give no gradient to responses cut at max_new")
     lr: float = flag(1e-4, "learning rate after the warm-up")
     warmup: int = flag(3, "updates until the learning rate is reached")
     schedule: str = flag("constant", "of the learning rate, over all --steps", ("constant", "linear", "cosine"))
-    weight_decay: float = flag(0.0, "AdamW's, on all weights")
-    grad_clip: float = flag(1.0, "largest gradient norm")
-    epochs: int = flag(1, "passes over each rollout")
-    minibatches: int = flag(1, "updates per pass")
+    weight_decay: float = flag(0.0, "AdamW's, of all weights that learn")
+    grad_clip: float = flag(1.0, "largest gradient norm; inf: no limit")
+    epochs: int = flag(1, "passes of the update over each rollout")
+    minibatches: int = flag(1, "parts that a rollout is cut into, with an update each")
     micro_tokens: int = flag(2048, "tokens, padding included, in one forward-backward")
     gradient_checkpointing: bool = flag(False, "keep only the inputs of layers in the update: less memory, more time")
-    lora_rank: int = flag(0, "learn adapters of this rank (LoRA, needs peft), not all weights; --lr 10 times as high")
+    lora_rank: int = flag(0, "rank of adapters (LoRA, needs peft), with --lr 10 times as high; 0: all weights learn")
     bf16: bool = flag(False, "bfloat16 autocast in the update (always on for GPUs)")
 
     eval_every: int = flag(15, "steps between evaluations (also before the first step and after the last); 0: never")
@@ -107,20 +107,17 @@ class Config(TaskFlags):
     eval_samples: int = flag(4, "samples per held-out problem: pass@1 is their mean, pass@k for k up to this many")
     save_every: int = flag(10, "steps between checkpoints; the last two are kept")
     show_every: int = flag(10, "steps between printed samples; 0: never")
-    track: str = flag("off", "where metrics also go", ("off", "tensorboard", "wandb"))
+    track: str = flag("off", "who gets the metrics, beside metrics.jsonl", ("off", "tensorboard", "wandb"))
 
     def __post_init__(self):
         """Raises UserError."""
         check_at_least(self, 1, "steps", "prompts", "samples", "max_new", "slots", "epochs", "minibatches")
         check_at_least(self, 1, "micro_tokens", "save_every", "eval_problems", "eval_samples")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(
-                f"--temperature {self.temperature}: learning needs samples that differ, so it must be above 0"
-            )
-        check_not_negative(self, "lr", "kl", "clip_low", "clip_high", "grad_clip", "warmup", "weight_decay")
-        check_not_negative(self, "eval_every", "show_every", "dynamic_sampling", "overlong_penalty", "lora_rank")
+        check_above(self, 0, "temperature", "grad_clip")
+        check_at_least(self, 0, "temperature", "lr", "kl", "clip_low", "clip_high", "warmup", "weight_decay")
+        check_at_least(self, 0, "eval_every", "show_every", "dynamic_sampling", "overlong_penalty", "lora_rank")
         if self.tis_cap != -1:
-            check_not_negative(self, "tis_cap")
+            check_at_least(self, 0, "tis_cap")
         pick_device(self.device)
 
 
