@@ -1,5 +1,5 @@
-"""An update in pieces that fit the memory: micro-batches, cut by content, and cut finer when memory runs out. What the
-trainer knows of their tokens, and the figures that are summed up over them.
+"""An update in pieces that fit the memory: micro-batches, cut by content, and cut finer when memory runs out. Also the
+old policy's scores of their tokens, and the figures that are summed up over them.
 """
 
 from collections.abc import Callable
@@ -103,7 +103,7 @@ def score(model, examples: list[Example], team: Alone) -> None:
 
 
 def per_token(batch: list[Example], device) -> tuple[torch.Tensor, ...]:
-    """-> what the rollout and the old policy say, advantage and weight of each token, all (N,)."""
+    """-> log-probability in the rollout and under the old policy, advantage and weight of each token, all (N,)."""
     behaviour = torch.cat([x.response.logprobs for x in batch])
     old = torch.cat([x.response.logprobs if x.old is None else x.old for x in batch])
     counts = torch.tensor([len(x.response.tokens) for x in batch])
