@@ -1,16 +1,17 @@
 """What the demo runs on which machine. GPUs and the model hub are faked."""
 
+import re
 from types import MethodType, SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import caught
+from conftest import ROOT, caught
 from test_group import fake_gpus
 from transformers import AutoModelForCausalLM
 
 from parts import demo
-from parts.common import parse_flags
+from parts.common import UserError, parse_flags
 from parts.logprobs import checkpoint_layers
 from parts.workers import Replicated
 from rollout import Engine
@@ -110,6 +111,35 @@ def test_a_folder_needs_no_hub(model_folder, monkeypatch, capsys):
     monkeypatch.setattr(demo, "plan", lambda config, gpu: None)
     assert settings("--model", model_folder).micro_tokens == 2048
     assert "try --shard" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_language_model_is_one_line(tmp_path, monkeypatch):
+    machine(monkeypatch, ["T4"], hub=None)
+    for text in ("no JSON", '{"model_type": "t5"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=f"--model {tmp_path}"):
+            settings("--model", tmp_path)
+
+
+PAGE = (ROOT / "docs/gpu.md").read_text()
+ROW = re.compile(
+    r"^\| (.*), [\d.]+ GB \| ([\d.]+) \| (\S+?),?(?: `--shard`)? \| (\d+) \| ([\d,]+) \| (\d+) \|$", re.MULTILINE
+)
+
+
+def check_page(page: str) -> None:
+    """The table of what the demo takes."""
+    lines = ROW.findall(page)
+    assert len(lines) == 6
+    for name, size, *line in lines:
+        candidate, found = demo.choose(float(size) * GB, 4 if name.startswith("four") else 1)
+        model = candidate.name.removeprefix("Qwen/")
+        assert line == [model, f"{found.taken / GB:.0f}", f"{found.micro_tokens:,}", str(found.rows)], name
+
+
+def test_the_table_of_the_page_is_what_the_demo_takes():
+    check_page(PAGE)
+    caught(check_page, PAGE.replace("142", "141"))
 
 
 # ---------------------------------------------------------------- the arithmetic
