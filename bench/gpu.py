@@ -297,7 +297,7 @@ def measure(config: Config) -> Result:
     """Part by part; each part's lines are printed as it ends."""
     device = pick_device(config.device)
     gpu = device == "cuda"
-    place = Place(device, gpu, config.responses or (256 if gpu else 32), config.traces or (40_000 if gpu else 0))
+    place = Place(device, config.responses or (256 if gpu else 32), config.traces or (40_000 if gpu else 0))
     if not place.gpu:
         print("torch sees no GPU: every part runs small, on the CPU, to show that it runs; speeds are NOT TESTED")
     rows: list[dict] = []

@@ -23,10 +23,14 @@ class Verdict(NamedTuple):
 class Place(NamedTuple):
     """Where the parts run."""
 
-    device: str
-    gpu: bool
+    device: str  # cpu or cuda
     responses: int  # in `exact`
     traces: int  # for the policy that learns on the spot; 0: base/ is taken
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it is one."""
+        return self.device == "cuda"
 
 
 class Found(NamedTuple):

@@ -133,6 +133,7 @@ def test_guesses_are_those_of_the_engine(words, folders, tmp_path):
     assert tokens == response.tokens
     assert response.rounds < len(tokens)  # some guesses were right
     assert abs(len(forwards) - 1 - response.rounds) <= 1  # the last round here is shorter
+    assert stock_side.SHARPEN == LearnedDrafts.SHARPEN
 
 
 def test_what_is_not_supported_is_named(folders):
