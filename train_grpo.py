@@ -48,16 +48,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from parts import adapters, checkpoints
+from parts import checkpoints
 from parts.batches import Example, UpdateStats, combine, micro_batches, per_token, precision, score, with_less_memory
-from parts.common import UserError, check_above, check_at_least, flag, parse_flags, pick_device, run
+from parts.common import UserError, check_above, check_at_least, check_package, flag, parse_flags, pick_device, run
 from parts.interfaces import Group, Response
 from parts.journal import Journal
 from parts.loading import ACTOR_DTYPES, check_context, load_model, load_tokenizer, stop_tokens
 from parts.logprobs import checkpoint_layers, token_logprobs, token_scores
 from parts.losses import choose, missing_groups, sequence_old, set_rate, truncated_importance, uneven
 from parts.sampling import Sampling, sequence_seed
-from parts.tracking import check_tracker
 from parts.workers import Alone, trainable
 from report import evaluation, model_card, show_samples
 from tasks import Problem, TaskFlags, encode_prompt, make_task
@@ -236,10 +235,10 @@ def accumulate(model, reference, batches, on_policy: bool, config: Config, team)
                 with torch.no_grad():
                     ref = token_logprobs(reference, responses, config.temperature)
         present = logp.detach()
-        behaviour, old, advantage, weight = per_token(batch, logp.device)
+        rollout, old, advantage, weight = per_token(batch, logp.device)
         if on_policy:
             old = present
-        gap = old - behaviour  # of trainer and rollout; 0 where p_old is the rollout's
+        gap = old - rollout  # 0 where p_old is the rollout's
         if team.tis_cap:
             advantage = advantage * truncated_importance(gap, team.tis_cap)
         if config.loss == "gspo":
@@ -258,8 +257,10 @@ def accumulate(model, reference, batches, on_policy: bool, config: Config, team)
 
 def check(config: Config) -> None:
     """Everything that can be known to be wrong before anything is started or replaced. Raises UserError."""
-    check_tracker(config.track)
-    adapters.check_installed(config.lora_rank)
+    if config.track != "off":
+        check_package(config.track, f"--track {config.track}")
+    if config.lora_rank:
+        check_package("peft", "--lora-rank")
     task = make_task(config.task, config.data, config.columns)
     tokenizer = load_tokenizer(config.model)
     for split in ("train", "test"):

@@ -104,12 +104,12 @@ def score(model, examples: list[Example], team: Alone) -> None:
 
 def per_token(batch: list[Example], device) -> tuple[torch.Tensor, ...]:
     """-> log-probability in the rollout and under the old policy, advantage and weight of each token, all (N,)."""
-    behaviour = torch.cat([x.response.logprobs for x in batch])
+    rollout = torch.cat([x.response.logprobs for x in batch])
     old = torch.cat([x.response.logprobs if x.old is None else x.old for x in batch])
     counts = torch.tensor([len(x.response.tokens) for x in batch])
     advantage = torch.tensor([x.advantage for x in batch]).repeat_interleave(counts)
     weight = torch.tensor([x.weight for x in batch]).repeat_interleave(counts)
-    return tuple(column.to(device) for column in (behaviour, old, advantage, weight))
+    return tuple(column.to(device) for column in (rollout, old, advantage, weight))
 
 
 # ---------------------------------------------------------------- figures

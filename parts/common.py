@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -156,6 +157,13 @@ def check_above(config, low: float, *names: str) -> None:
         value = getattr(config, name)
         if not value > low:  # nor nan
             raise UserError(f"{flag_name(name)} {value}: must be above {low}")
+
+
+def check_package(package: str, wanted_by: str, module: str = "") -> None:
+    """Raises UserError if a package is not installed. wanted_by: the flag; module: its name in Python, if another."""
+    found = importlib.util.find_spec(module or package)
+    if found is None or found.origin is None:  # without an origin it is a folder of that name
+        raise UserError(f"{wanted_by}: this needs the package {package}; install it with `pip install {package}`")
 
 
 # ---------------------------------------------------------------- folders and files
