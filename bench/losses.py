@@ -10,16 +10,14 @@ with one rho is 1, then grpo and gspo are the same, and so are dapo and cispo. R
 Held-out pass@1 with its 95 % interval: over the seeds' means, by Student's t. Ratio: the best pass@1 over grpo's.
 """
 
-import os
 import statistics
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from bench.harness import Output, Result, read_metrics, tlt_command
+from bench.harness import Output, Result, read_metrics, train
 from parts.common import UserError, check_at_least, flag
 
 VARIANTS = {
@@ -38,7 +36,7 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # of St
 class Config(Output):
     """Settings of this table."""
 
-    variants: tuple[str, ...] = flag(tuple(VARIANTS), "which", tuple(VARIANTS))
+    variants: tuple[str, ...] = flag(tuple(VARIANTS), "losses and settings, see above", tuple(VARIANTS))
     seeds: tuple[int, ...] = flag((0, 1, 2), "seeds of the runs")
     model: str = flag("base", "the policy: a folder or a hub name")
     steps: int = flag(24, "steps of a run")
@@ -69,13 +67,8 @@ def run(config: Config, variant: str, seed: int) -> None:
     flags = ["--model", config.model, "--device", "cpu", "--workers", 1, "--seed", seed, "--minibatches", 2]
     flags += ["--steps", config.steps, "--prompts", config.prompts, "--samples", config.samples, "--slots", 64]
     flags += ["--max-new", config.max_new, "--eval-every", max(1, config.steps // 2)]
-    flags += ["--eval-problems", config.eval_problems, "--show-every", 0, "--save-every", 1_000_000, "--out", out]
-    command = tlt_command([*flags, *VARIANTS[variant]])
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    if done.returncode:
-        raise UserError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
+    flags += ["--eval-problems", config.eval_problems]
+    train([*flags, *VARIANTS[variant]], out, OMP_NUM_THREADS="1")
 
 
 def interval(values: list[float]) -> dict:

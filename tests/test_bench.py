@@ -84,12 +84,6 @@ def test_mistakes_are_named(argv, message, monkeypatch, tmp_path):
         main(argv)
 
 
-def test_settings_become_flags_again():
-    settings = {"steps": 3, "max_new": 96, "lr": 1e-4, "out": "a b", "data": "", "resume": True, "bf16": False}
-    flags = ["--steps=3", "--max-new=96", "--lr=0.0001", "--out=a b", "--data=", "--resume", "--no-bf16"]
-    assert paired.flags_of(settings) == flags
-
-
 # ---------------------------------------------------------------- by hand
 
 
@@ -124,6 +118,30 @@ def test_tokens_per_round_from_the_acceptance_by_depth():
     assert aging.tokens_per_round([0.5] * 16) == pytest.approx(2 - 0.5**8)
     assert aging.tokens_per_round([0.5, None] + [0.0] * 6) == pytest.approx(1 + 0.5 + 0.25)
     assert aging.tokens_per_round([0.0] * 8) == 1
+
+
+def test_losses_by_hand(run_bench, monkeypatch, tmp_path):
+    """Three runs of each variant; LoRA's are twice as good. A run that is there is read."""
+    made = []
+
+    def train(flags, out, **environment):
+        made.append(out.name)
+        score = 0.1 * (1 + flags[flags.index("--seed") + 1]) * (1 + ("--lora-rank" in flags))
+        step = {"step": 1, "seconds": {"step": 2.0}, "tokens": 100}
+        evaluation = {"step": 1, "eval": {"pass@1": score}, "length": 20.0}
+        (out / "policy").mkdir(parents=True)
+        (out / "policy/config.json").write_text("{}")
+        (out / "metrics.jsonl").write_text(json.dumps(step) + "\n" + json.dumps(evaluation))
+
+    monkeypatch.setattr(losses, "train", train)
+    flags = ["--variants", "grpo", "lora", "--jobs", 1, "--out", tmp_path]
+    for _ in range(2):
+        result = run_bench("losses", *flags)
+    assert made == ["grpo-0", "lora-0", "grpo-1", "lora-1", "grpo-2", "lora-2"]
+    grpo, lora = result["rows"]
+    assert grpo["pass@1"] == pytest.approx({"mean": 0.2, "half": 4.30 * 0.1 / 3**0.5})
+    assert (lora["pass@1"]["mean"], lora["length"], lora["seconds"], lora["tokens"]) == (pytest.approx(0.4), 20, 2, 100)
+    assert result["ratio"] == pytest.approx(2)
 
 
 def test_turns_alternate():

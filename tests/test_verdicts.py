@@ -1,11 +1,13 @@
 """`bench gpu`: the whole of it runs without a GPU, and says what it has not tested."""
 
+import subprocess
+
 import pytest
 import torch
 from conftest import caught
 
 from base import pretrain
-from bench import anatomy, gpu, verdicts
+from bench import anatomy, gpu, harness, verdicts
 from rollout import Engine
 
 
