@@ -282,8 +282,8 @@ def tlt_command(flags: list) -> list[str]:
 
 
 def train(flags: list, out, **environment: str) -> Metrics:
-    """Run tlt.py; unless the flags say otherwise without evaluations, with no checkpoint but the last. What it prints is
-    not shown, but for what makes it slow.
+    """Run tlt.py; unless the flags say otherwise without evaluations, with no checkpoint but the last. Of its output
+    only those lines are shown that say what makes it slow.
 
     environment: variables beside this process's own. Raises UserError if it fails.
     """

@@ -87,7 +87,7 @@ def check_steps_see_what_was_learned(monkeypatch, folder):
         patch.setattr(pretrain, "plan_of", lambda settings: [])
         patch.setattr(pretrain, "learn", learn)
         patch.setattr(subprocess, "run", lambda command, **settings: subprocess.CompletedProcess(command, 0))
-        gpu.learn_policy(verdicts.Place("cpu", False, 16, 100), folder)
+        gpu.learn_policy(verdicts.Place("cpu", 16, 100), folder)
     assert (folder / "config.json").exists()
 
 
