@@ -34,7 +34,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from parts.common import UserError, check_at_least, flag, load_weights, parse_flags, pick_device, run, save_weights
+from parts.common import check_above, check_at_least, flag, load_weights, parse_flags, pick_device, run, save_weights
 from parts.features import FeatureBuffer, Packed, block_mask, scale_of
 from parts.interfaces import Draft, Drafts, Group, Strategy, describe_stats
 from parts.loading import load_model, stop_tokens
@@ -397,8 +397,7 @@ class Command(TaskFlags):
         """Raises UserError."""
         check_at_least(self, 1, "prompts", "max_new", "k")
         check_at_least(self, 0, "threads", "draft_vocab")
-        if not self.seconds > 0:
-            raise UserError(f"--seconds {self.seconds}: must be above 0")
+        check_above(self, 0, "seconds")
 
 
 def main() -> None:

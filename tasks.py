@@ -21,7 +21,6 @@ The reward is 1 for a text that is strictly right, else 0, unless the task's gra
 Left out: format rewards (they are easily farmed), code execution tasks.
 """
 
-import importlib.util
 import json
 import math
 import random
@@ -30,7 +29,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.common import UserError, flag, reason
+from parts.common import UserError, check_package, flag, reason
 from parts.grading import LOOKED_AT, Referee, answer_tag, boxed_answer, evaluate, last_number
 from parts.rows import halves, load_splits, pick_columns, read_hub, read_jsonl
 
@@ -298,8 +297,7 @@ class Math(Task):
         names = [name.strip() for name in columns.split(",")]
         if columns and (len(names) != 2 or not all(names)):
             raise UserError(f"--columns {columns}: two names are wanted, of the problem and the answer: problem,answer")
-        if importlib.util.find_spec("math_verify") is None:
-            raise UserError("--task math: a package is missing that compares answers: pip install math-verify")
+        check_package("math-verify", "--task math", "math_verify")
         self.data = data
         self.columns = dict(zip(self.COLUMNS, [[name] for name in names])) if columns else self.COLUMNS
         self.splits: dict[str, list[tuple[str, str]]] = {}

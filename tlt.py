@@ -50,7 +50,7 @@ from torch.distributed import TCPStore
 
 from drafter import LearnedDrafts
 from parts import checkpoints
-from parts.common import ROOT, UserError, check_at_least, find_folder, flag, parse_flags, run
+from parts.common import ROOT, UserError, check_above, check_at_least, find_folder, flag, parse_flags, run
 from parts.demo import demo_flags
 from parts.group import join
 from parts.interfaces import Group, Response, Stats
@@ -90,13 +90,10 @@ class TLTConfig(Config):
             folder = f"--drafter-from {self.drafter_from}"
             raise UserError(f"{folder}: no drafter.safetensors there; `make drafter` writes one")
         if self.shard and self.lora_rank:
-            raise UserError("--shard with --lora-rank: a policy that stays as it is is not spread; leave one out")
+            raise UserError("--shard with --lora-rank: adapters are not spread over the workers; leave one of them out")
         check_at_least(self, 0, "warm_start", "workers", "draft_vocab")
         check_at_least(self, 1, "workers_per_gpu")
-        if not self.warm_start < float("inf"):
-            raise UserError(f"--warm-start {self.warm_start}: must be finite")
-        if not self.patience > 0:  # nor nan
-            raise UserError(f"--patience {self.patience:g}: must be above 0 seconds")
+        check_above(self, 0, "patience")
         if self.shard and self.workers_per_gpu > 1:
             raise UserError(f"--workers-per-gpu {self.workers_per_gpu}: with --shard each worker needs its own GPU")
         cores = os.cpu_count() or 1

@@ -48,16 +48,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from parts import adapters, checkpoints
+from parts import checkpoints
 from parts.batches import Example, UpdateStats, combine, micro_batches, per_token, precision, score, with_less_memory
-from parts.common import UserError, check_at_least, check_not_negative, flag, parse_flags, pick_device, run
+from parts.common import UserError, check_above, check_at_least, check_package, flag, parse_flags, pick_device, run
 from parts.interfaces import Group, Response
 from parts.journal import Journal
 from parts.loading import ACTOR_DTYPES, check_context, load_model, load_tokenizer, stop_tokens
 from parts.logprobs import checkpoint_layers, token_logprobs, token_scores
-from parts.losses import choose, missing_groups, sequence_old, set_rate, truncated_importance
+from parts.losses import choose, missing_groups, sequence_old, set_rate, truncated_importance, uneven
 from parts.sampling import Sampling, sequence_seed
-from parts.tracking import check_tracker
 from parts.workers import Alone, trainable
 from report import evaluation, model_card, show_samples
 from tasks import Problem, TaskFlags, encode_prompt, make_task
@@ -78,28 +77,28 @@ class Config(TaskFlags):
     prompts: int = flag(16, "prompts per step")
     samples: int = flag(16, "samples per prompt, the group size G")
     max_new: int = flag(512, "longest response in tokens")
-    temperature: float = flag(1.0, "sampling temperature, also used in scoring")
+    temperature: float = flag(1.0, "of sampling and scoring; above 0, since samples have to differ to teach something")
     slots: int = flag(64, "rows that a worker generates at once")
-    dynamic_sampling: int = flag(0, "further prompts per step, at most, in the place of groups whose rewards are equal")
-    overlong_penalty: int = flag(0, "the reward falls by up to 1 over so many tokens before --max-new")
+    dynamic_sampling: int = flag(0, "most further prompts of a step, in the place of groups whose rewards are equal")
+    overlong_penalty: int = flag(0, "tokens before --max-new over which the reward falls by up to 1; 0: it does not")
     actor_dtype: str = flag("auto", "weights that generate: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
 
     loss: str = flag("grpo", "weights, advantages, ratio: see above", ("grpo", "dr_grpo", "dapo", "gspo", "cispo"))
     clip_low: float = flag(0.2, "how far the ratio may fall below 1")
     clip_high: float = flag(0.2, "how far the ratio may rise above 1 (dapo's authors use 0.28)")
     kl: float = flag(0.0, "weight of the KL penalty to the starting policy; 0 keeps no reference model")
-    tis_cap: float = flag(-1.0, "cap of weights that correct rollouts; 0: none; -1: 2 where they are bfloat16, else 0")
+    tis_cap: float = flag(-1.0, "correct the rollout by weights up to this; 0: off; -1: 2 if it is bfloat16, else off")
     mask_truncated: bool = flag(False, "give no gradient to responses cut at max_new")
     lr: float = flag(1e-4, "learning rate after the warm-up")
     warmup: int = flag(3, "updates until the learning rate is reached")
     schedule: str = flag("constant", "of the learning rate, over all --steps", ("constant", "linear", "cosine"))
-    weight_decay: float = flag(0.0, "AdamW's, on all weights")
-    grad_clip: float = flag(1.0, "largest gradient norm")
-    epochs: int = flag(1, "passes over each rollout")
-    minibatches: int = flag(1, "updates per pass")
+    weight_decay: float = flag(0.0, "AdamW's, of all weights that learn")
+    grad_clip: float = flag(1.0, "largest gradient norm; inf: no limit")
+    epochs: int = flag(1, "passes of the update over each rollout")
+    minibatches: int = flag(1, "parts that a rollout is cut into, with an update each")
     micro_tokens: int = flag(2048, "tokens, padding included, in one forward-backward")
     gradient_checkpointing: bool = flag(False, "keep only the inputs of layers in the update: less memory, more time")
-    lora_rank: int = flag(0, "learn adapters of this rank (LoRA, needs peft), not all weights; --lr 10 times as high")
+    lora_rank: int = flag(0, "rank of adapters (LoRA, needs peft), with --lr 10 times as high; 0: all weights learn")
     bf16: bool = flag(False, "bfloat16 autocast in the update (always on for GPUs)")
 
     eval_every: int = flag(15, "steps between evaluations (also before the first step and after the last); 0: never")
@@ -107,20 +106,17 @@ class Config(TaskFlags):
     eval_samples: int = flag(4, "samples per held-out problem: pass@1 is their mean, pass@k for k up to this many")
     save_every: int = flag(10, "steps between checkpoints; the last two are kept")
     show_every: int = flag(10, "steps between printed samples; 0: never")
-    track: str = flag("off", "where metrics also go", ("off", "tensorboard", "wandb"))
+    track: str = flag("off", "who gets the metrics, beside metrics.jsonl", ("off", "tensorboard", "wandb"))
 
     def __post_init__(self):
         """Raises UserError."""
         check_at_least(self, 1, "steps", "prompts", "samples", "max_new", "slots", "epochs", "minibatches")
         check_at_least(self, 1, "micro_tokens", "save_every", "eval_problems", "eval_samples")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(
-                f"--temperature {self.temperature}: learning needs samples that differ, so it must be above 0"
-            )
-        check_not_negative(self, "lr", "kl", "clip_low", "clip_high", "grad_clip", "warmup", "weight_decay")
-        check_not_negative(self, "eval_every", "show_every", "dynamic_sampling", "overlong_penalty", "lora_rank")
+        check_above(self, 0, "temperature", "grad_clip")
+        check_at_least(self, 0, "temperature", "lr", "kl", "clip_low", "clip_high", "warmup", "weight_decay")
+        check_at_least(self, 0, "eval_every", "show_every", "dynamic_sampling", "overlong_penalty", "lora_rank")
         if self.tis_cap != -1:
-            check_not_negative(self, "tis_cap")
+            check_at_least(self, 0, "tis_cap")
         pick_device(self.device)
 
 
@@ -132,8 +128,7 @@ def advantages(rewards: torch.Tensor, loss: str) -> torch.Tensor:
     centred = rewards - rewards.mean(1, keepdim=True)
     if loss != "dr_grpo":
         centred = centred / (rewards.std(1, keepdim=True, correction=0) + 1e-6)
-    flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    return torch.where(flat, torch.zeros_like(rewards), centred)
+    return centred.where(uneven(rewards)[:, None], 0.0)
 
 
 def token_weights(lengths: list[int], loss: str, max_new: int) -> list[float]:
@@ -240,10 +235,10 @@ def accumulate(model, reference, batches, on_policy: bool, config: Config, team)
                 with torch.no_grad():
                     ref = token_logprobs(reference, responses, config.temperature)
         present = logp.detach()
-        behaviour, old, advantage, weight = per_token(batch, logp.device)
+        rollout, old, advantage, weight = per_token(batch, logp.device)
         if on_policy:
             old = present
-        gap = old - behaviour  # of trainer and rollout; 0 where p_old is the rollout's
+        gap = old - rollout  # 0 where p_old is the rollout's
         if team.tis_cap:
             advantage = advantage * truncated_importance(gap, team.tis_cap)
         if config.loss == "gspo":
@@ -262,8 +257,10 @@ def accumulate(model, reference, batches, on_policy: bool, config: Config, team)
 
 def check(config: Config) -> None:
     """Everything that can be known to be wrong before anything is started or replaced. Raises UserError."""
-    check_tracker(config.track)
-    adapters.check_installed(config.lora_rank)
+    if config.track != "off":
+        check_package(config.track, f"--track {config.track}")
+    if config.lora_rank:
+        check_package("peft", "--lora-rank")
     task = make_task(config.task, config.data, config.columns)
     tokenizer = load_tokenizer(config.model)
     for split in ("train", "test"):
@@ -283,7 +280,7 @@ class Training:
         self.team = team
         self.out = Path(config.out)
         self.writes = team.rank == 0
-        start = checkpoints.start_from(self.out, config.resume, tqdm.write if self.writes else lambda text: None)
+        start = checkpoints.start_from(config, tqdm.write if self.writes else lambda text: None)
         self.task = make_task(config.task, config.data, config.columns)
         self.problems: dict[tuple[str, int], Problem] = {}  # of the rollout that is running
         source = str(config.model if config.lora_rank or not start else start)  # a checkpoint of adapters holds no more
@@ -303,22 +300,23 @@ class Training:
         team.layout.refresh(self.actor, self.model)
         if len(set(team.gather(self.first_step))) > 1:
             raise UserError(f"--out {self.out}: not every worker finds the same checkpoint; all hosts must share it")
-        self.model.generation_config.update(**self.deployed_sampling())
+        stop = stop_tokens(self.model, self.tokenizer)
+        self.model.generation_config.update(**self.deployed_sampling(sorted(stop)))
         self.reference = load_model(config.model, team.device)[0].requires_grad_(False) if config.kl else None
         self.sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
         longest = max(config.micro_tokens, config.max_new)  # a response is never split
         self.update_bytes = team.layout.update_bytes(self.model, longest)
         moments = 0 if start else team.layout.moment_bytes(self.model)
         slots = max(config.slots, config.samples, config.eval_samples)
-        stop = stop_tokens(self.model, self.tokenizer)
         self.engine = team.engine(self.actor, stop, slots, self.update_bytes + moments)
         self.journal = Journal(config, metrics, self.first_step, self.writes)
         self.bad_steps = 0  # in a row, with a gradient that was not finite
 
-    def deployed_sampling(self) -> dict:
-        """Settings with which the saved policy's `generate` samples as it was trained."""
-        limits = {"temperature": self.config.temperature, "max_new_tokens": self.config.max_new}
-        return {"do_sample": True, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, **limits}
+    def deployed_sampling(self, stop: list[int]) -> dict:
+        """Settings with which the saved policy's `generate` samples, and stops, as it was trained."""
+        limits = {"max_new_tokens": self.config.max_new, "eos_token_id": stop if len(stop) > 1 else stop[0]}
+        narrowed = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+        return {"do_sample": True, "temperature": self.config.temperature, **narrowed, **limits}
 
     def grade(self, response: Response) -> None:
         """Fill in a response's grade."""

@@ -14,7 +14,7 @@ from drafter import Drafter, LearnedDrafts
 from parts.common import ROOT
 from parts.graphs import Graphs
 from parts.interfaces import Draft, Response, Strategy
-from parts.loading import bfloat16, load_model, stop_tokens
+from parts.loading import in_dtype, load_model, stop_tokens
 from parts.sampling import Sampling, all_words, compiled_draw, draw, gumbel, sample, seed_words, sequence_seed
 from rollout import Engine
 from strategy import Goodput, arms
@@ -128,7 +128,7 @@ def sampler_verdicts(place: Place) -> list[Verdict]:
 
 def bfloat16_verdicts(model, tokenizer, groups, sampling, exact: dict) -> Found:
     """Plain and speculative decoding in bfloat16, where rounding parts them: alike on average? exact: in float32."""
-    model = bfloat16(model)
+    model = in_dtype(model, torch.bfloat16)
     drafter = Drafter(model)
     drafter.load(ROOT / "base/drafter")
     engine = engine_for(model, tokenizer, drafter, groups, sampling.max_new)

@@ -34,8 +34,8 @@ from tqdm import tqdm
 from base import pretrain
 from bench.anatomy import WAYS, anatomy, operators, random_model, subject_of, time_rounds
 from bench.exact import exact_part
-from bench.harness import Output, Result, train
-from bench.verdicts import Found, Place, Verdict, wait
+from bench.harness import Output, Result, now, train
+from bench.verdicts import Found, Place, Verdict
 from drafter import Drafter, LearnedDrafts
 from parts.common import ROOT, UserError, check_at_least, flag, pick_device, reason
 from parts.graphs import Recorder
@@ -59,19 +59,16 @@ class Config(Output):
     def __post_init__(self):
         """Raises UserError."""
         check_at_least(self, 0, "traces", "responses")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+        pick_device(self.device)
 
 
-def seconds_of(place: Place, function, turns: int = 20) -> float:
+def seconds_of(function, turns: int = 20) -> float:
     """Of a call, the mean of some that follow a first one."""
     function()
-    wait(place)
-    started = time.perf_counter()
+    started = now()
     for _ in range(turns):
         function()
-    wait(place)
-    return (time.perf_counter() - started) / turns
+    return (now() - started) / turns
 
 
 # ---------------------------------------------------------------- machine
@@ -81,10 +78,10 @@ def copy_bandwidth(place: Place) -> float:
     """Bytes a second that a copy reads and writes."""
     source = torch.zeros(1 << (29 if place.gpu else 24), dtype=torch.uint8, device=place.device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds_of(place, lambda: target.copy_(source))
+    return 2 * source.numel() / seconds_of(lambda: target.copy_(source))
 
 
-def attention_backends(place: Place, query, key, mask) -> list[str]:
+def attention_backends(query, key, mask) -> list[str]:
     """Kernels that take masked attention as the engine asks for it."""
     names = []
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
@@ -100,7 +97,7 @@ def attention_backends(place: Place, query, key, mask) -> list[str]:
 def machine_part(place: Place) -> Found:
     """See the top."""
     tiny = torch.zeros(8, device=place.device)
-    launch = seconds_of(place, lambda: [tiny.add_(1) for _ in range(1000)], 5) / 1000
+    launch = seconds_of(lambda: [tiny.add_(1) for _ in range(1000)], 5) / 1000
     bandwidth = copy_bandwidth(place)
     dtype = torch.bfloat16 if place.gpu else torch.float32
     query = torch.randn(8, 2, 7, 64, dtype=dtype, device=place.device)
@@ -112,13 +109,12 @@ def machine_part(place: Place) -> Found:
             part = key[:, :, :view]
             F.scaled_dot_product_attention(query, part, part, attn_mask=mask[..., :view])
 
-    backends = attention_backends(place, query, key, mask)
+    backends = attention_backends(query, key, mask)
     attend(range(1024, 1032))
-    same = seconds_of(place, lambda: attend([1024] * 64), 3)
-    started = time.perf_counter()
+    same = seconds_of(lambda: attend([1024] * 64), 3)
+    started = now()
     attend(range(128, 128 + 8 * 64, 8))  # sizes that come for the first time
-    wait(place)
-    growing = time.perf_counter() - started
+    growing = now() - started
     rows = [
         {"name": "a launch", "value": launch * 1e6, "unit": "us"},
         {"name": "copy bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"},
@@ -323,7 +319,7 @@ def measure(config: Config) -> Result:
     """Part by part; each part's lines are printed as it ends."""
     device = pick_device(config.device)
     gpu = device == "cuda"
-    place = Place(device, gpu, config.responses or (256 if gpu else 32), config.traces or (80_000 if gpu else 0))
+    place = Place(device, config.responses or (256 if gpu else 32), config.traces or (80_000 if gpu else 0))
     if not place.gpu:
         print("torch sees no GPU: every part runs small, on the CPU, to show that it runs; speeds are NOT TESTED")
     rows: list[dict] = []

@@ -281,13 +281,16 @@ def tlt_command(flags: list) -> list[str]:
     return [sys.executable, str(ROOT / "tlt.py"), *map(str, flags)]
 
 
-def train(flags: list, out) -> Metrics:
-    """Run tlt.py, without evaluations and with no checkpoint but the last. What it prints is not shown, but for what
-    makes it slow. Raises UserError if it fails.
+def train(flags: list, out, **environment: str) -> Metrics:
+    """Run tlt.py; unless the flags say otherwise without evaluations, with no checkpoint but the last. Of its output
+    only those lines are shown that say what makes it slow.
+
+    environment: variables beside this process's own. Raises UserError if it fails.
     """
     quiet = ["--out", out, "--eval-every", 0, "--show-every", 0, "--save-every", 1_000_000]
-    command = tlt_command([*flags, *quiet])
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = tlt_command([*quiet, *flags])
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables)
     if done.returncode:
         raise UserError(f"tlt.py {' '.join(map(str, flags))} failed:\n{done.stdout[-2000:]}")
     for line in done.stdout.splitlines():

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from bench.harness import now
-from parts import logprobs
+from parts import adapters, logprobs
 from parts.common import UserError, flag, parse_flags, pick_device, run
 from parts.interfaces import Response
 from parts.loading import load_model
-from parts.workers import Alone
+from parts.workers import Alone, trainable
 from train_grpo import Config, update
 
 
@@ -29,6 +29,7 @@ class Command:
     device: str = flag("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
     whole: bool = flag(False, "all logits at once, not in slices")
     gradient_checkpointing: bool = flag(False, "as train_grpo.py's")
+    lora_rank: int = flag(0, "as train_grpo.py's")
 
 
 class Meter:
@@ -76,18 +77,22 @@ def main() -> None:
         logprobs.SLICE = sys.maxsize
     device = pick_device(command.device)
     model, _ = load_model(command.model, device)
+    if command.lora_rank:
+        adapters.add(model, command.lora_rank, seed=0)
     if command.gradient_checkpointing:
         logprobs.checkpoint_layers(model)
     config = Config(device=device, prompts=1, samples=8, max_new=412, micro_tokens=4096)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    for p in model.parameters():
+    learns = trainable(model)
+    optimizer = torch.optim.AdamW(learns, lr=0.0, fused=True)
+    for p in learns:
         p.grad = torch.zeros_like(p)
     optimizer.step()  # Adam's moments are there
     responses = responses_of(model.config.vocab_size)
     meter = Meter(device)
     started = now()
     update(model, None, optimizer, responses, [1.0, -1.0] * 4, 0, config, Alone(config))
-    print(json.dumps({"megabytes": meter.more(), "seconds": now() - started}))
+    kept = 12 * sum(p.numel() for p in learns) / 2**20  # gradients and moments, in float32
+    print(json.dumps({"megabytes": meter.more(), "kept": kept, "seconds": now() - started}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from bench.harness import Metrics, Output, Result, device_of, read_metrics, spans_of, tlt_command
-from parts.common import UserError, flag, flag_name
+from parts.common import UserError, flag
 from parts.loading import actor_dtype
 from report import draw_timeline
 
@@ -41,31 +41,18 @@ class Config(Output):
 # ---------------------------------------------------------------- the plain run
 
 
-def flags_of(settings: dict) -> list[str]:
-    """The command-line flags that give these settings."""
-    flags = []
-    for name, value in settings.items():
-        if value is False:
-            flags.append("--no-" + flag_name(name).removeprefix("--"))
-        elif value is True:
-            flags.append(flag_name(name))
-        else:
-            flags.append(f"{flag_name(name)}={value}")
-    return flags
-
-
 def train_plain(run: Path, plain: Path, whole: bool) -> None:
     """Repeat the last steps of a run, or all of them, without speculation, into the folder `plain`.
 
     Raises UserError if that fails.
     """
     starts = [] if whole else sorted(run.glob("checkpoint-??????"))[:-1]  # a short run has none before the last
-    settings = json.loads((run / "config.json").read_text())
-    settings.update(out=str(plain), drafter="off", strategy="off", drafter_from="", resume=bool(starts))
+    flags = ["--config", run / "config.json", "--out", plain, "--drafter", "off", "--strategy", "off"]
+    flags += ["--drafter-from", "", "--resume" if starts else "--no-resume"]
     if starts:
         shutil.rmtree(plain, ignore_errors=True)
         shutil.copytree(starts[-1], plain / starts[-1].name)
-    done = subprocess.run(tlt_command(flags_of(settings)))
+    done = subprocess.run(tlt_command(flags))
     if done.returncode:
         raise UserError(f"the plain run in {plain} failed with status {done.returncode}; its message is above")
 

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
-
 
 class Verdict(NamedTuple):
     """A claim, and what became of it."""
@@ -25,10 +23,14 @@ class Verdict(NamedTuple):
 class Place(NamedTuple):
     """Where the parts run."""
 
-    device: str
-    gpu: bool
+    device: str  # cpu or cuda
     responses: int  # in `exact`
     traces: int  # for the policy that learns on the spot; 0: base/ is taken
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it is one."""
+        return self.device == "cuda"
 
 
 class Found(NamedTuple):
@@ -36,9 +38,3 @@ class Found(NamedTuple):
 
     rows: list[dict]
     verdicts: list[Verdict]
-
-
-def wait(place: Place) -> None:
-    """Until the device has done what it was told."""
-    if place.gpu:
-        torch.cuda.synchronize()

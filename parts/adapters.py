@@ -26,16 +26,6 @@ WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # of pef
 PREFIX = "base_model.model."  # of names there
 
 
-def check_installed(rank: int) -> None:
-    """Raises UserError where peft is wanted and missing."""
-    if not rank:
-        return
-    try:
-        import peft  # noqa: F401 (seconds: only where it is used)
-    except ImportError as error:
-        raise UserError(f"--lora-rank needs the package peft ({reason(error)}): pip install peft") from error
-
-
 def linear_names(model) -> list[str]:
     """q_proj, up_proj ...: the linear layers of the decoder's layers."""
     layers = model.get_decoder().layers.named_modules()
@@ -44,7 +34,7 @@ def linear_names(model) -> list[str]:
 
 def add(model, rank: int, seed: int) -> None:
     """Freeze the model and put adapters beside all its linear layers. The same seed: the same adapters everywhere."""
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds: only where it is used
 
     torch.manual_seed(seed)
     targets = linear_names(model)

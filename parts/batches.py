@@ -1,5 +1,5 @@
-"""An update in pieces that fit the memory: micro-batches, cut by content, and cut finer when memory runs out. What the
-trainer knows of their tokens, and the figures that are summed up over them.
+"""An update in pieces that fit the memory: micro-batches, cut by content, and cut finer when memory runs out. Also the
+old policy's scores of their tokens, and the figures that are summed up over them.
 """
 
 from collections.abc import Callable
@@ -103,13 +103,13 @@ def score(model, examples: list[Example], team: Alone) -> None:
 
 
 def per_token(batch: list[Example], device) -> tuple[torch.Tensor, ...]:
-    """-> what the rollout and the old policy say, advantage and weight of each token, all (N,)."""
-    behaviour = torch.cat([x.response.logprobs for x in batch])
+    """-> log-probability in the rollout and under the old policy, advantage and weight of each token, all (N,)."""
+    rollout = torch.cat([x.response.logprobs for x in batch])
     old = torch.cat([x.response.logprobs if x.old is None else x.old for x in batch])
     counts = torch.tensor([len(x.response.tokens) for x in batch])
     advantage = torch.tensor([x.advantage for x in batch]).repeat_interleave(counts)
     weight = torch.tensor([x.weight for x in batch]).repeat_interleave(counts)
-    return tuple(column.to(device) for column in (behaviour, old, advantage, weight))
+    return tuple(column.to(device) for column in (rollout, old, advantage, weight))
 
 
 # ---------------------------------------------------------------- figures

@@ -2,8 +2,8 @@
 
     out/config.json, metrics.jsonl, curves.png, timeline.png, trace.json
     out/policy/                 the final policy, an ordinary Hugging Face folder
-    out/checkpoint-NNNNNN/      a Hugging Face folder plus optimizer.pt, state.json (step, config, metrics) and
-                                checksums.json
+    out/checkpoint-NNNNNN/      a Hugging Face folder, or an adapter (--lora-rank), with optimizer.pt, state.json (step,
+                                config, metrics) and checksums.json
     out/earlier-run/            checkpoints of the run that was here before, until this one has written its first
     out/.lock                   held by the run that writes here; the system lets go of it however that run ends
 
@@ -28,7 +28,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
+    get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 from tqdm import tqdm
@@ -79,13 +79,21 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def start_from(out: Path, resume: bool, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that a run goes on from; None: it starts anew. Raises UserError if --resume finds none."""
-    if not resume and not restarted():
+def start_from(config, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that a run goes on from; None: it starts anew. config: train_grpo.Config; say: as in `newest`.
+    Raises UserError if --resume finds none, or one of another --lora-rank, which holds other weights.
+    """
+    if not config.resume and not restarted():
         return None
+    out = Path(config.out)
     checkpoint = newest(out, say)
-    if checkpoint is None and not restarted():
+    if checkpoint is None:
+        if restarted():
+            return None
         raise nothing_to_resume(out)
+    rank = read_state(checkpoint)["config"].get("lora_rank", 0)
+    if rank != config.lora_rank:
+        raise UserError(f"--lora-rank {config.lora_rank}: {checkpoint} goes on with --lora-rank {rank} only")
     return checkpoint
 
 
@@ -169,7 +177,8 @@ def save(out: Path, step: int, model, optimizer, tokenizer, metrics: list[dict],
     The newest two of this run are kept. Those of an earlier run go, since one of this run is whole now.
     """
     adapted = bool(adapters.layers_of(model))
-    weights, moments = get_state_dict(model, optimizer, options=WHOLE)
+    weights = {} if adapted else whole_weights(model)
+    moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
     if not writes:
         return
     folder = out / f"checkpoint-{step:06d}"
@@ -178,7 +187,7 @@ def save(out: Path, step: int, model, optimizer, tokenizer, metrics: list[dict],
         if adapted:
             adapters.save(part, model)
         else:
-            save_policy(part, model, tokenizer, under_one_name(model, weights))
+            save_policy(part, model, tokenizer, weights)
         torch.save(moments, part / "optimizer.pt")
         state = {"format": FORMAT, "step": step, "config": asdict(config) if config else {}, "metrics": metrics}
         (part / "state.json").write_text(json.dumps(state))

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -142,19 +143,27 @@ def flag_name(name: str) -> str:
 
 
 def check_at_least(config, low: float, *names: str) -> None:
-    """Raises UserError for the first of the config's fields that is below `low` (or is nan)."""
+    """Raises UserError for the first of the config's fields that is below `low`, or no finite number."""
     for name in names:
         value = getattr(config, name)
-        if not value >= low:  # nor nan
-            raise UserError(f"{flag_name(name)} {value}: must be at least {low}")
+        if not low <= value < math.inf:  # nor nan
+            wanted = f"at least {low}" if value < low else "a finite number"
+            raise UserError(f"{flag_name(name)} {value}: must be {wanted}")
 
 
-def check_not_negative(config, *names: str) -> None:
-    """Raises UserError for the first of the config's fields that is below 0, infinite or nan."""
+def check_above(config, low: float, *names: str) -> None:
+    """Raises UserError for the first of the config's fields that is not above `low`; infinity is."""
     for name in names:
         value = getattr(config, name)
-        if not 0 <= value < math.inf:
-            raise UserError(f"{flag_name(name)} {value}: must be a number that is not negative")
+        if not value > low:  # nor nan
+            raise UserError(f"{flag_name(name)} {value}: must be above {low}")
+
+
+def check_package(package: str, wanted_by: str, module: str = "") -> None:
+    """Raises UserError if a package is not installed. wanted_by: the flag; module: its name in Python, if another."""
+    found = importlib.util.find_spec(module or package)
+    if found is None or found.origin is None:  # without an origin it is a folder of that name
+        raise UserError(f"{wanted_by}: this needs the package {package}; install it with `pip install {package}`")
 
 
 # ---------------------------------------------------------------- folders and files

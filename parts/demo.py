@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-from parts.common import find_folder
+from parts.common import UserError, find_folder, reason
 from parts.interfaces import MAX_DRAFTS
 from parts.logprobs import checkpoint_layers, forward_bytes
 from parts.modeling import SlotCache
@@ -124,7 +124,9 @@ def choose(gpu: float, gpus: int) -> tuple[Candidate, Plan] | None:
 
 
 def demo_flags(argv: list[str]) -> list[str]:
-    """The settings, after lines that say which, why, and what to expect. argv: what is given by hand, which wins."""
+    """Prints what is run, why, and what to expect -> the settings as flags. argv: those given by hand, which override
+    them. Raises UserError.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", default="")
     parser.add_argument("--device", default="auto")
@@ -170,7 +172,10 @@ def of_your_own(name: str, gpu: float) -> list[str]:
     tokens = MICRO_TOKENS[-1]
     memory = "its memory is not known before it is there"
     if Path(folder).is_dir():
-        found = plan(AutoConfig.from_pretrained(folder), gpu)
+        try:
+            found = plan(AutoConfig.from_pretrained(folder), gpu)
+        except Exception as error:  # of a folder that holds no language model; each library has its own type
+            raise UserError(f"--model {name}: its memory cannot be counted: {reason(error)}") from error
         tokens = found.micro_tokens if found else tokens
         sizes = f"{found.taken / 1e9:.0f} GB and {found.rows} rows" if found else "more than that: try --shard"
         memory = f"of {gpu / 1e9:.0f} GB for each worker it takes {sizes}"

@@ -8,12 +8,13 @@ So all that a round depends on must be either a size in its `Shape`, for which a
 in a buffer that stays where it is: the engine's rows, the weights. And there must be few shapes:
 
     rows      live rows, rounded up to 1, 2, 4, 8 ... slots
-    view      cached tokens that anyone looks at, rounded up to multiples of 128; beyond 2,048, of a power of 2 / 8
+    view      cached tokens that anyone looks at, rounded up to multiples of 128; from 2,048 on, to multiples of an
+              eighth of the power of two below
     gap       entries that the drafter catches up with, rounded up to a power of two above the draft length
     draft     how long, with which drafter
 
-Rows beyond the live ones are free slots: they compute, with whatever is in them, and end where they began. Tokens
-beyond a row's length are masked. So the tokens are those of rounds of exact size; only the time differs.
+Rows beyond the live ones are free slots: they compute on whatever is in them, and their lengths stay. Tokens beyond a
+row's length are masked. So the tokens are those of rounds of exact size; only the time differs.
 
 A shape's first round runs as usual, which also sets up what kernels set up when they are first called. The second is
 recorded. Both take longer than those that follow, so strategies do not learn from their times. Prompts, long catch-ups,
@@ -105,8 +106,8 @@ class Recorder:
         self.newest: torch.cuda.CUDAGraph | None = None  # kept: a pool that all graphs have left takes no new one
 
     def __call__(self, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """-> what does again what the function does, into the same tensor. The function is called, but nothing of it
-        is computed now.
+        """-> a function that does what this one does, each time into the same tensor. This one is called, but computes
+        nothing now.
         """
         graph = torch.cuda.CUDAGraph()
         # A recording that fails does not leave its stream: what is around it does. And what torch itself makes as it
@@ -135,7 +136,7 @@ class Graphs:
         self.record = record or Recorder()
         self.broken = False
         self.first = False  # the last round took longer than others of its shape: it was the first, or was recorded
-        self.replays: dict[Shape, Callable[[], torch.Tensor]] = {}  # that used last stands last
+        self.replays: dict[Shape, Callable[[], torch.Tensor]] = {}  # the one that was used last stands last
         self.seen: set[Shape] = set()
 
     def forget(self) -> None:
@@ -161,7 +162,7 @@ class Graphs:
     def recorded(self, shape: Shape) -> Callable[[], torch.Tensor] | None:
         """The graph of a round, or None, after one line on stderr, where that fails; then nothing is recorded again."""
         if len(self.replays) == MOST:
-            del self.replays[next(iter(self.replays))]  # that was not used for longest
+            del self.replays[next(iter(self.replays))]  # the one that was not used for longest
         try:
             return self.record(lambda: self.compute(shape))
         except RuntimeError as error:  # also torch's own: out of memory, a kernel that asks the host

@@ -13,7 +13,7 @@ HOUR = 3600.0  # after so many seconds a collective gives up; loading a model is
 
 
 def join(config):
-    """-> accelerate's Accelerator. config: tlt.TLTConfig."""
+    """Join them -> accelerate's Accelerator, which knows this worker's rank and device. config: tlt.TLTConfig."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 

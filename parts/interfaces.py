@@ -27,9 +27,7 @@ class Group:
     key: Hashable  # the caller's name for it, e.g. ("train", 17)
     prompt: list[int]
     seeds: list[int]
-    begun: int = (
-        0  # tokens at the prompt's end that are part of the response already: its noise and max_new go on there
-    )
+    begun: int = 0  # tokens at the prompt's end that belong to the response: noise and max_new go on behind them
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""What a training run writes down and shows: metrics.jsonl, the bar, the table; at the end the pictures. What else
-is to be done with each row of metrics belongs into Journal.on_row.
+"""What a training run writes down and shows: metrics.jsonl, the bar, the table; at the end the pictures. Whatever else
+is to be done with each row of metrics is called from Journal.on_row.
 """
 
 import json
@@ -60,9 +60,7 @@ class Journal:
             self.on_row(row)
 
     def on_row(self, row: dict) -> None:
-        """Called on rank 0 with each new row, of a step or of an evaluation (that has the key "eval"): the place for
-        whatever else is to be done with it.
-        """
+        """Called on rank 0 with each new row, of a step or of an evaluation (which has the key "eval")."""
         if self.tracker:
             self.tracker.log(scalars(row), step=row["step"])
 

@@ -309,16 +309,11 @@ def actor_dtype(name: str, device: str) -> torch.dtype:
 
 
 def in_dtype(model, dtype: torch.dtype):
-    """The model, loaded in float32, with its weights in that type, in place."""
-    return bfloat16(model) if dtype == torch.bfloat16 else model
+    """The model with its weights in that type, in place.
 
-
-def bfloat16(model):
-    """The model with its weights in bfloat16, in place.
-
-    Not `model.bfloat16()`: that rounds the buffers, too, and rotary frequencies rounded to 8 bits are other angles far
+    Not `model.to(dtype)`: that rounds the buffers, too, and rotary frequencies rounded to 8 bits are other angles far
     from the start.
     """
     for p in model.parameters():
-        p.data = p.data.bfloat16()
+        p.data = p.data.to(dtype)
     return model

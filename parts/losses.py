@@ -51,13 +51,15 @@ def uneven(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def missing_groups(rewards: torch.Tensor, wanted: int) -> int:
-    """rewards (P, G), raw -> how many groups that teach are missing to so many."""
+    """rewards (P, G), raw -> how many more groups that teach it takes to have so many."""
     return max(0, wanted - int(uneven(rewards).sum()))
 
 
 def choose(responses: list, rewards: torch.Tensor, config) -> tuple[list, torch.Tensor]:
-    """responses in groups of G and their raw rewards (groups, G) -> those of --prompts groups, the first of those that
-    teach and then of the others; and what they are rewarded with, (prompts, G), the penalty for length included.
+    """The groups to learn from: the first config.prompts of those that teach; the others fill up.
+
+    responses: in groups of G; rewards (groups, G), raw -> the chosen groups' responses, in their order, and their
+    rewards with the penalty for length, (prompts, G).
     """
     teaches = uneven(rewards).tolist()
     ranked = sorted(range(len(teaches)), key=lambda i: not teaches[i])  # equals stay in their order
@@ -69,8 +71,8 @@ def choose(responses: list, rewards: torch.Tensor, config) -> tuple[list, torch.
 
 
 def rate_factor(schedule: str, done: int, warmup: int, total: int) -> float:
-    """Share of the full learning rate in update number `done` (from 1) of `total`: it rises over the warm-up, then
-    stays, or falls linearly or as half a cosine, to be 0 one update after the last.
+    """Share of the full learning rate in update number `done` (from 1) of `total`. It rises over the warm-up. Then it
+    stays, or falls linearly or as half a cosine, so that it would be 0 one update after the last.
     """
     if done <= warmup or schedule == "constant":
         return min(1.0, done / max(1, warmup))
@@ -79,7 +81,7 @@ def rate_factor(schedule: str, done: int, warmup: int, total: int) -> float:
 
 
 def set_rate(optimizer, done: int, config) -> None:
-    """The optimizer's settings for update number `done` of the run (from 1)."""
+    """The optimizer's settings for update number `done` of the run (from 1). config: train_grpo.Config."""
     total = config.steps * config.epochs * config.minibatches
     for group in optimizer.param_groups:
         group["lr"] = config.lr * rate_factor(config.schedule, done, config.warmup, total)

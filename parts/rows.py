@@ -7,8 +7,8 @@
     halves(splits)                train and test, whatever the splits were
     pick_columns(row, ...)        the texts of the columns that are wanted
 
-Every row is handed to the caller's `check`, which takes from it what the task wants, and is told where the row stands,
-so that a mistake can name the place.
+Every row is handed to the caller's `take`, which returns what the task wants of it. It is also told where the row
+stands, so that a mistake can name the place.
 """
 
 import json
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from parts.common import UserError, reason
 
-Check = Callable[[object, str], object]  # (row, where it stands) -> what the task wants of it. Raises UserError
+Take = Callable[[object, str], object]  # (row, where it stands) -> what the task wants of it. Raises UserError
 
 
-def read_jsonl(path: Path, check: Check) -> list:
+def read_jsonl(path: Path, take: Take) -> list:
     """The rows of a file with a JSON value on each line; empty lines do not count. Raises UserError naming the file and
     the line.
     """
@@ -39,13 +39,13 @@ def read_jsonl(path: Path, check: Check) -> list:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from error
-        rows.append(check(row, where))
+        rows.append(take(row, where))
     if not rows:
         raise UserError(f"{path}: holds no problems")
     return rows
 
 
-def read_hub(name: str, check: Check) -> dict[str, list]:
+def read_hub(name: str, take: Take) -> dict[str, list]:
     """The splits of a data set of the hub, "owner/name" or "owner/name:config". Raises UserError."""
     path, _, config = name.partition(":")
     try:
@@ -56,33 +56,33 @@ def read_hub(name: str, check: Check) -> dict[str, list]:
         problem = f"cannot load {name} from the hub ({type(error).__name__}: {reason(error)})"
         raise UserError(f"{problem}: give a local folder with --data") from error
     return {
-        split: [check(row, f"{name}, {split}, row {n}") for n, row in enumerate(rows, 1)]
+        split: [take(row, f"{name}, {split}, row {n}") for n, row in enumerate(rows, 1)]
         for split, rows in splits.items()
     }
 
 
-def read_folder(folder: Path, check: Check) -> dict[str, list]:
-    """train.jsonl and test.jsonl, or the only .jsonl file. Raises UserError."""
+def read_folder(folder: Path, take: Take) -> dict[str, list]:
+    """The splits of a folder: of train.jsonl and test.jsonl, or of the only .jsonl file. Raises UserError."""
     names = sorted(path.name for path in folder.glob("*.jsonl"))
     if {"train.jsonl", "test.jsonl"} <= {*names}:
         names = ["train.jsonl", "test.jsonl"]
     elif len(names) != 1:
         found = ", ".join(names) or "no .jsonl file"
         raise UserError(f"--data {folder}: wants train.jsonl and test.jsonl, or one .jsonl file; has {found}")
-    return {name.removesuffix(".jsonl"): read_jsonl(folder / name, check) for name in names}
+    return {name.removesuffix(".jsonl"): read_jsonl(folder / name, take) for name in names}
 
 
-def load_splits(data: str, check: Check) -> dict[str, list]:
+def load_splits(data: str, take: Take) -> dict[str, list]:
     """Name of the split -> its rows; one split only, of any name, if the data is not divided. Raises UserError."""
     path = os.path.expanduser(data)
     if os.path.isdir(path):
-        return read_folder(Path(path), check)
+        return read_folder(Path(path), take)
     if os.path.exists(path):
-        return {Path(path).stem: read_jsonl(Path(path), check)}
+        return {Path(path).stem: read_jsonl(Path(path), take)}
     owner, _, name = data.partition("/")
     if not owner or owner[0] in ".~" or not name or "/" in name or name.endswith(".jsonl") or os.path.isdir(owner):
         raise UserError(f"--data {data}: no such file or folder (a data set of the hub is named owner/name)")
-    return read_hub(data, check)
+    return read_hub(data, take)
 
 
 def halves(splits: dict[str, list[tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:

@@ -175,9 +175,7 @@ class Compiled:
             self.function = torch.compile(self.plain, dynamic=True)
         try:
             return self.function(*args)
-        except (
-            Exception
-        ) as error:  # no compiler, no Triton, an old card: each has its own type; some fail at a new shape
+        except Exception as error:  # no compiler, an old card ...: each has its own type; some come at a new shape
             if self.function is self.plain or isinstance(error, torch.OutOfMemoryError):
                 raise
             print(f"sampling is not compiled, and slower for it: {reason(error)}", file=sys.stderr)

@@ -8,7 +8,6 @@ Each forward gathers weights from all workers, so all must do equally many: shar
 weighs nothing. For the same reason no worker can do its part again alone when memory runs out.
 """
 
-import copy
 import types
 from dataclasses import replace
 
@@ -16,7 +15,6 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from parts.loading import actor_dtype, in_dtype
 from parts.logprobs import forward_bytes, logprobs_at
 from parts.workers import Replicated
 
@@ -38,8 +36,7 @@ class Sharded(Replicated):
 
     def place(self, model, device):
         """-> (the spread policy, a whole copy that generates)."""
-        dtype = actor_dtype(self.actor_dtype, device)
-        actor = in_dtype(copy.deepcopy(model).requires_grad_(False), dtype).to(device)
+        actor = self.copy_of(model, device).to(device)
         mesh = init_device_mesh(self.device_type, (self.workers,))
         for part in (*model.get_decoder().layers, model):
             fully_shard(part, mesh=mesh)  # brings its slice to the GPU

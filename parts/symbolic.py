@@ -6,11 +6,13 @@
 "equal" compares two answers. "found" first lets math-verify search the text for one: after "the answer is", in
 \\boxed{}, between dollars.
 
-The text is a policy's, and anything may be in it: `9^{9^{9^9}}`, a sum to 10^{10}. So before each question a timer is
-set, of this process's own CPU time: a busy machine does not change a grade. When it runs out the kernel ends the
-process, whatever it does just then; no reply is the reply. math-verify's own timeout is off: it waits for C code to
-return, and an `except` may swallow it. Its plain-number patterns are off, too, since they hand text to Python's
-evaluator. So does sympy with the numbers in LaTeX; `only_a_word` lets nothing else pass.
+The text is a policy's, and anything may be in it: `9^{9^{9^9}}`, a sum to 10^{10}. So before each question a timer of
+this process's own CPU time is set: a busy machine does not change a grade. When it runs out the kernel ends the
+process, whatever it is doing, and the parent reads the end of the output as "no". math-verify's own timeout is off: it
+waits for C code to return, and an `except` may catch it.
+
+Python's evaluator gets no text but single numbers and names. math-verify's patterns for plain numbers are off, since
+they would hand it more; and sympy, which calls it for the numbers in LaTeX, is given `only_a_word`.
 
 No project file is imported: this process has to be small, and torch is not.
 """
@@ -29,7 +31,9 @@ MEMORY = 2 << 30  # bytes of address space
 
 
 def only_a_word(evaluate):
-    """sympy's evaluator, but for a single number or name. Everything that sympy makes of strings goes through it."""
+    """evaluate: sympy's, through which all goes that it makes of strings -> the same for one number or name, and
+    ValueError for anything else.
+    """
     word = re.compile(r"(Integer|Float|Symbol) \('?[\w.]+'? ?\)\s*|\w+\s*")
 
     def guarded(code, *names):
@@ -73,7 +77,7 @@ def main() -> None:
     try:
         answer = make_answers()
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    except Exception as error:  # a package that is missing or does not fit another one
+    except Exception as error:  # a package is missing, or does not fit another one
         print(" ".join(str(error).split()) or type(error).__name__, file=out)
         return
     print("ready", file=out, flush=True)
@@ -81,7 +85,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             reply = answer(*json.loads(line))
-        except Exception:  # text that the parser does not stand
+        except Exception:  # a text may break the parser in any way
             reply = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         print("yes" if reply else "no", file=out, flush=True)

@@ -9,17 +9,9 @@ on mean what they always do.
 import os
 import shutil
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 from parts.common import UserError, reason
-
-
-def check_tracker(track: str) -> None:
-    """Raises UserError if the package of this --track is not installed."""
-    spec = None if track == "off" else find_spec(track)
-    if track != "off" and (spec is None or spec.origin is None):  # without an origin it is a folder of that name
-        raise UserError(f"--track {track}: this needs the package {track}; install it with `pip install {track}`")
 
 
 def open_tracker(config, first_step: int):

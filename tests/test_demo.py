@@ -1,18 +1,17 @@
 """What the demo runs on which machine. GPUs and the model hub are faked."""
 
+import re
 from types import MethodType, SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import caught, tiny
+from conftest import ROOT, caught
 from test_group import fake_gpus
 from transformers import AutoModelForCausalLM
 
-from base.pretrain import make_tokenizer
-from parts import demo, loading
-from parts.common import parse_flags
-from parts.loading import stop_tokens
+from parts import demo
+from parts.common import UserError, parse_flags
 from parts.logprobs import checkpoint_layers
 from parts.workers import Replicated
 from rollout import Engine
@@ -114,6 +113,35 @@ def test_a_folder_needs_no_hub(model_folder, monkeypatch, capsys):
     assert "try --shard" in capsys.readouterr().out
 
 
+def test_a_folder_without_a_language_model_is_one_line(tmp_path, monkeypatch):
+    machine(monkeypatch, ["T4"], hub=None)
+    for text in ("no JSON", '{"model_type": "t5"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=f"--model {tmp_path}"):
+            settings("--model", tmp_path)
+
+
+PAGE = (ROOT / "docs/gpu.md").read_text()
+ROW = re.compile(
+    r"^\| (.*), [\d.]+ GB \| ([\d.]+) \| (\S+?),?(?: `--shard`)? \| (\d+) \| ([\d,]+) \| (\d+) \|$", re.MULTILINE
+)
+
+
+def check_page(page: str) -> None:
+    """The table of what the demo takes."""
+    lines = ROW.findall(page)
+    assert len(lines) == 6
+    for name, size, *line in lines:
+        candidate, found = demo.choose(float(size) * GB, 4 if name.startswith("four") else 1)
+        model = candidate.name.removeprefix("Qwen/")
+        assert line == [model, f"{found.taken / GB:.0f}", f"{found.micro_tokens:,}", str(found.rows)], name
+
+
+def test_the_table_of_the_page_is_what_the_demo_takes():
+    check_page(PAGE)
+    caught(check_page, PAGE.replace("142", "141"))
+
+
 # ---------------------------------------------------------------- the arithmetic
 
 
@@ -157,32 +185,3 @@ def test_the_demo_counts_as_a_run_does(monkeypatch):
 def test_the_models_are_as_large_as_they_say(i, billions):
     found = demo.plan(demo.MODELS[i].config, 200 * GB)
     assert found.weights / 1e9 == pytest.approx(billions, rel=3e-3)
-
-
-# ---------------------------------------------------------------- where responses end
-
-
-def chat_tokenizer(template: str):
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-
-
-def check_turn_ends_stop(stop):
-    """Of a base model, whose eos is another."""
-    model = tiny()
-    tokenizer = chat_tokenizer(CHATML)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert stop(model, tokenizer) == {tokenizer.eos_token_id, end}
-    for other in ("{% for m in messages %}{{ m.content }}{% endfor %}", "{{ raise_exception('no') }}", None):
-        assert stop(model, chat_tokenizer(other)) == {tokenizer.eos_token_id}
-
-
-def test_a_turns_end_ends_a_response(monkeypatch):
-    check_turn_ends_stop(stop_tokens)
-    monkeypatch.setattr(loading, "turn_end", lambda tokenizer: set())
-    caught(check_turn_ends_stop, stop_tokens)

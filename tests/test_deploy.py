@@ -20,11 +20,14 @@ from base.pretrain import make_tokenizer
 from custom_generate import generate as stock_side
 from drafter import Drafter, LearnedDrafts
 from export import export
+from parts import loading
 from parts.common import UserError
 from parts.interfaces import Draft, Group, Strategy
-from parts.loading import load_model
+from parts.loading import load_model, stop_tokens
 from parts.sampling import Sampling
+from parts.workers import Alone
 from rollout import Engine
+from train_grpo import Config, Training
 
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
@@ -130,6 +133,7 @@ def test_guesses_are_those_of_the_engine(words, folders, tmp_path):
     assert tokens == response.tokens
     assert response.rounds < len(tokens)  # some guesses were right
     assert abs(len(forwards) - 1 - response.rounds) <= 1  # the last round here is shorter
+    assert stock_side.SHARPEN == LearnedDrafts.SHARPEN
 
 
 def test_what_is_not_supported_is_named(folders):
@@ -160,6 +164,72 @@ def test_settings_are_completed_as_generate_does(folders):
     hot = {"do_sample": True, "max_new_tokens": 1, "temperature": 5.0}
     drawn = stock_side.generate(model, prompt.expand(500, -1), **hot)[:, -1]
     assert len(set(drawn.tolist())) <= 50
+
+
+# ---------------------------------------------------------------- where responses end
+
+
+def chat_tokenizer(template: str):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def check_turn_ends_stop(stop):
+    """Of a base model, whose eos is another."""
+    model = tiny()
+    tokenizer = chat_tokenizer(CHATML)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert stop(model, tokenizer) == {tokenizer.eos_token_id, end}
+    for other in ("{% for m in messages %}{{ m.content }}{% endfor %}", "{{ raise_exception('no') }}", None):
+        assert stop(model, chat_tokenizer(other)) == {tokenizer.eos_token_id}
+
+
+def test_a_turns_end_ends_a_response(monkeypatch):
+    check_turn_ends_stop(stop_tokens)
+    monkeypatch.setattr(loading, "turn_end", lambda tokenizer: set())
+    caught(check_turn_ends_stop, stop_tokens)
+
+
+def greedy(engine) -> list[int]:
+    """Of one prompt."""
+    (response,) = engine.generate([Group(0, [5, 9, 30], [0])], Sampling(0.0, max_new=40))
+    return response.tokens
+
+
+def check_saved_policy_stops(folder, tokenizer) -> None:
+    """Stock `generate` of the saved folder ends a response where the engine ended it: behind the turn."""
+    model = tiny(LlamaConfig, vocab_size=128)
+    token = greedy(Engine(model, {1}, 1, 50))[5]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with torch.no_grad():  # what is said sixth becomes the end of the turn
+        model.lm_head.weight[[token, end]] = model.lm_head.weight[[end, token]]
+    model.save_pretrained(folder / "start")
+    tokenizer.save_pretrained(folder / "start")
+    config = Config(model=str(folder / "start"), out=str(folder / "run"), device="cpu", max_new=40)
+    training = Training(config, Alone(config))
+    training.engine.reserve(50)
+    tokens = greedy(training.engine)
+    assert tokens.index(end) == len(tokens) - 1 <= 5
+    training.finish()
+    saved = load(folder / "run/policy")
+    assert saved.generate(torch.tensor([[5, 9, 30]]), do_sample=False)[0, 3:].tolist() == tokens
+
+
+def test_the_saved_policy_stops_where_the_engine_did(tmp_path, monkeypatch):
+    check_saved_policy_stops(tmp_path / "good", chat_tokenizer(CHATML))
+    right = Training.deployed_sampling
+    monkeypatch.setattr(Training, "deployed_sampling", lambda self, stop: right(self, stop[:1]))
+    caught(check_saved_policy_stops, tmp_path / "broken", chat_tokenizer(CHATML))
+
+
+def test_a_policy_with_one_stop_token_keeps_it_as_it_is(model_folder, tmp_path):
+    config = Config(model=str(model_folder), out=str(tmp_path), device="cpu")
+    assert Training(config, Alone(config)).model.generation_config.eos_token_id == 1
 
 
 # ---------------------------------------------------------------- servers

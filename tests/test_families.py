@@ -19,7 +19,7 @@ import generate
 from base.pretrain import make_tokenizer
 from parts import loading, modeling
 from parts.common import UserError, run
-from parts.loading import CLEAR, agrees, bfloat16, check_supported, load_model
+from parts.loading import CLEAR, agrees, check_supported, in_dtype, load_model
 from parts.modeling import SlotCache, forward, fuse_model, head_of, logit_scale
 from parts.sampling import Sampling
 from rollout import Engine
@@ -231,7 +231,7 @@ def test_a_trained_model_is_let_in_though_it_amplifies_rounding(monkeypatch):
     layers = fuse_model(model)
     assert layers is not None
     assert agrees(model, layers)[0]
-    assert agrees(bfloat16(trained()), None)[0]
+    assert agrees(in_dtype(trained(), torch.bfloat16), None)[0]
     # and what lets it in is float64
     monkeypatch.setattr(loading, "CLEAR_IN_FLOAT64", -1)
     with pytest.raises(UserError, match="logits differ"):
@@ -279,7 +279,7 @@ def test_broken_engines_are_refused(harm, model, monkeypatch):
     with pytest.raises(UserError, match="logits differ"):
         check_supported(model)
     assert not agrees(model, layers)[0]
-    assert not agrees(bfloat16(model), None)[0]
+    assert not agrees(in_dtype(model, torch.bfloat16), None)[0]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -298,7 +298,7 @@ def test_the_trial_leaves_the_model_as_it_was():
         model.set_attn_implementation("slots")
         before = {key: value.clone() for key, value in model.state_dict().items()}
         settings = model.config.to_dict()
-        agrees(bfloat16(model), None)
+        agrees(in_dtype(model, torch.bfloat16), None)
         assert model.config.to_dict() == settings
         assert model.config._attn_implementation == "slots"
         assert all(p.dtype == torch.bfloat16 for p in model.parameters())

@@ -1,6 +1,7 @@
 """The house: imports go one way, files and functions fit a reader, every flag explains itself."""
 
 import ast
+import re
 import sys
 
 import pytest
@@ -17,31 +18,28 @@ from base import pretrain
 from parts import common
 
 # a file may import files of the lines above its own, nothing else of the project
-ORDER = """
-parts.common parts.symbolic custom_generate
-parts.grading parts.rows
-tasks parts.sampling parts.modeling parts.interfaces parts.memory parts.vocabulary parts.losses parts.tracking report
-parts.loading parts.logprobs parts.features parts.sums parts.accept parts.graphs parts.adapters
-rollout
-parts.ngram drafter strategy parts.checkpoints parts.journal parts.workers
-base parts.batches parts.group parts.shard parts.spot parts.supervise export generate
-parts.demo
-train_grpo
-tlt
-bench test_time
-"""
-HEIGHT = {name: height for height, line in enumerate(ORDER.split("\n")) for name in line.split()}
+ORDER = (ROOT / "docs/walk.md").read_text().partition("## What may import what")[2]
+
+
+def full_name(name: str) -> str:
+    """common -> parts.common"""
+    return f"parts.{name}" if (ROOT / f"parts/{name}.py").exists() else name
+
+
+HEIGHT = {}
+for height, line in enumerate(re.findall(r"^    (\S+(?: \S+)*)", ORDER, re.MULTILINE)):  # two spaces end the names
+    HEIGHT |= {full_name(name): height for name in line.split()}
 SOURCES = [path for path in ROOT.rglob("*.py") if not {"tests", ".venv", "runs"} & set(path.relative_to(ROOT).parts)]
 
 
 def short(module: str) -> str:
-    """The name in ORDER: parts.common, but bench for bench.engine."""
+    """The name in HEIGHT: parts.common, but bench for bench.engine."""
     first, _, rest = module.partition(".")
     return module if first == "parts" and rest else first
 
 
 def imports_of(text: str) -> set[str]:
-    """Modules that a file imports, by their names in ORDER; also inside functions."""
+    """Modules that a file imports, by their names in HEIGHT; also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -61,7 +59,7 @@ def check_arrows(files: dict[str, str]) -> None:
 
 
 def project_files() -> dict[str, str]:
-    """Their texts, by their names in ORDER; bench/ and test_time/ count as one file each."""
+    """Their texts, by their names in HEIGHT; bench/ and test_time/ count as one file each."""
     files: dict[str, str] = {}
     for path in SOURCES:
         name = short(".".join(path.relative_to(ROOT).with_suffix("").parts))

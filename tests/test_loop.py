@@ -129,8 +129,8 @@ def check_rotary(cast):
 
 
 def test_the_bfloat16_copy_keeps_its_rotary_angles():
-    check_rotary(loading.bfloat16)
-    assert {p.dtype for p in loading.bfloat16(tiny()).parameters()} == {torch.bfloat16}
+    check_rotary(lambda model: loading.in_dtype(model, torch.bfloat16))
+    assert {p.dtype for p in loading.in_dtype(tiny(), torch.bfloat16).parameters()} == {torch.bfloat16}
     caught(check_rotary, lambda model: model.bfloat16())
 
 

@@ -138,7 +138,8 @@ def test_a_checkpoint_holds_the_adapter_and_the_policy_is_merged(able, lora_run)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--lora-rank", 8, "--resume", "--steps", 3), "cannot load an adapter for this policy"),
+        (("--lora-rank", 8, "--resume", "--steps", 3), "goes on with --lora-rank 4 only"),
+        (("--lora-rank", 0, "--resume", "--steps", 3), "goes on with --lora-rank 4 only"),
         (("--lora-rank", -1), "--lora-rank -1"),
     ],
 )
@@ -147,6 +148,13 @@ def test_mistakes_are_named(able, lora_run, argv, message, capsys):
         run(lambda: here(train_grpo.main, able, lora_run, *LEARN, *LORA, *argv))
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+    assert json.loads((lora_run / "config.json").read_text())["lora_rank"] == 4
+
+
+def test_adapters_of_another_policy_are_refused(lora_run):
+    model, _ = placed()
+    with pytest.raises(UserError, match="cannot load an adapter for this policy"):
+        adapters.load(lora_run / "policy/adapter", model)
 
 
 def test_sharded_adapters_are_refused():
@@ -156,6 +164,6 @@ def test_sharded_adapters_are_refused():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
+    train_grpo.check(Config(device="cpu"))
     with pytest.raises(UserError, match="pip install peft"):
-        adapters.check_installed(4)
-    adapters.check_installed(0)
+        train_grpo.check(Config(device="cpu", lora_rank=4))

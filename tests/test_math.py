@@ -1,8 +1,8 @@
 """The task math: problems from any data set with the columns, and grades that math-verify decides."""
 
-import importlib.util
 import json
 import re
+import sys
 import zlib
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from test_loop import SMALL, run_main
 
 import tasks
 from parts import rows
-from parts.common import UserError
+from parts.common import UserError, check_package
 from tasks import Math, Problem, make_task
 
 ROWS = [{"problem": f"{n} + 1 = ?", "solution": f"Add: $\\boxed{{{n + 1}}}$.", "answer": str(n + 1)} for n in range(40)]
@@ -29,18 +29,11 @@ class Equality:
         return f"is ${gold}$" in text
 
 
-def is_installed(monkeypatch, answer: bool) -> None:
-    """Whether math-verify seems to be."""
-    find_spec = importlib.util.find_spec
-    found = "a spec" if answer else None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found if name == "math_verify" else find_spec(name))
-
-
 @pytest.fixture(autouse=True)
 def installed(request, monkeypatch):
     """Most tests do without math-verify."""
     if "real" not in request.fixturenames:
-        is_installed(monkeypatch, True)
+        monkeypatch.setattr(tasks, "check_package", lambda *names: None)
         monkeypatch.setattr(tasks, "Referee", Equality)
 
 
@@ -186,7 +179,8 @@ def test_an_end_of_line_inside_a_text_is_none(tmp_path):
 
 
 def test_a_missing_package_is_one_line_at_the_start(model_folder, tmp_path, monkeypatch, capsys):
-    is_installed(monkeypatch, False)
+    monkeypatch.setattr(tasks, "check_package", check_package)
+    monkeypatch.setitem(sys.modules, "math_verify", None)
     flags = ["--task", "math", "--data", write(tmp_path / "all.jsonl", ROWS), "--out", tmp_path / "out", *SMALL]
     with pytest.raises(SystemExit) as end:
         run_main(monkeypatch, "--model", model_folder, *flags)

@@ -1,14 +1,17 @@
 """The README's examples run as printed, and its commands and files exist."""
 
+import importlib
 import inspect
 import random
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, tiny
+from conftest import ROOT, caught, tiny
 from helpers import fixed, groups_of, make_engine, tokens_of
+from test_house import HEIGHT
 from test_report import responses
 
 import report
@@ -74,16 +77,55 @@ def test_the_example_of_a_metric_runs_as_printed():
     assert row == {"longest_right": 2}
 
 
+def headings(page) -> set[str]:
+    """Of a page, as links name them."""
+    lines = [line.lstrip("# ").lower() for line in page.read_text().splitlines() if line.startswith("#")]
+    return {re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in lines}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_the_pages_name_exists(page):
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (page.parent / target).exists(), target
+    for target, _, heading in re.findall(r"\]\(([^)#]*)(#([^)]+))?\)", text):
+        other = page.parent / target if target else page
+        assert other.exists(), target
+        assert not heading or heading in headings(other), f"{target}#{heading}"
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:`|^    )make ([a-z0-9-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for name in re.findall(r"`((?:tests/|bench/|test_time/|base/|parts/)?[a-z_]+\.py)`", text):
         assert (ROOT / name).exists() or (ROOT / "test_time" / name).exists(), name
+
+
+def own_names(module: str) -> SimpleNamespace:
+    """What a module defines; what it imports is another's."""
+    names = vars(importlib.import_module(module))
+    return SimpleNamespace(**{name: x for name, x in names.items() if getattr(x, "__module__", module) == module})
+
+
+def check_names(text: str) -> None:
+    """`file.function`, `file.Class.method` and `Class.method` are there."""
+    places = {name.rpartition(".")[2]: own_names(name) for name in HEIGHT}
+    for module in list(places.values()):
+        places |= {name: x for name, x in vars(module).items() if isinstance(x, type)}
+    for name in re.findall(r"`([A-Za-z_]+(?:\.\w+)+)`", text):
+        first, *rest = name.split(".")
+        if first not in places or rest[-1] in ("py", "safetensors"):  # another library's, or a file
+            continue
+        place = places[first]
+        for part in rest:
+            assert hasattr(place, part) or part in getattr(place, "__annotations__", ()), name
+            place = getattr(place, part, None)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_functions_that_the_pages_name_exist(page):
+    check_names(page.read_text())
+
+
+def test_a_function_that_has_moved_or_gone_is_noticed():
+    caught(check_names, "the rule `rollout.Coupled`")
+    caught(check_names, "`Engine.rollback` goes back")
 
 
 def test_the_readme_is_read_in_one_sitting():

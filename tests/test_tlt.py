@@ -482,7 +482,8 @@ def updates(team, config, folder):
         if step:
             checkpoints.set_optimizer_state_dict(learner, optimizer, states[1], options=checkpoints.WHOLE)
         stats = train_grpo.update(learner, None, optimizer, responses, advantage, step, config, team)
-        states = checkpoints.get_state_dict(learner, optimizer, options=checkpoints.WHOLE)
+        moments = checkpoints.get_optimizer_state_dict(learner, optimizer, options=checkpoints.WHOLE)
+        states = checkpoints.whole_weights(learner), moments
         if team.rank == 0:
             torch.save(states, folder / "states")
         team.gather(0)

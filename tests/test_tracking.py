@@ -8,10 +8,10 @@ from conftest import LEARN, caught, finish, launch
 from test_loop import SMALL, Parity, rows_of, run_main
 
 import train_grpo
-from parts import journal, tracking
+from parts import journal
 from parts.common import UserError
 from parts.journal import Journal
-from parts.tracking import check_tracker, open_tracker, scalars
+from parts.tracking import open_tracker, scalars
 from train_grpo import Config
 
 STEP = {
@@ -90,8 +90,7 @@ def test_a_fork_hears_of_every_row(model_folder, tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_one_line_before_anything_is_touched(model_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
-    check_tracker("off")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in ("tensorboard", "wandb"):
         with pytest.raises(SystemExit) as end:
             run_main(monkeypatch, "--model", model_folder, "--out", tmp_path / "run", *SMALL, "--track", name)
