@@ -80,7 +80,7 @@ class Engine:
     context         longest prompt + response, see `reserve`
     keep_hidden     give each Response its hidden states
     drafters        name -> Drafts, for speculation
-    rule            how drafts are verified: Coupled, or one of parts/accept.py
+    rule            how drafts are verified: a class of parts/accept.py
     frozen          neither the model's nor the drafters' weights will change, so they are read once
     reserve_bytes   GPU memory to leave to others
     bucketed        rounds in few sizes, so that a GPU can replay them (parts/graphs.py); None: on a GPU

@@ -79,11 +79,11 @@ class Config(TaskFlags):
     max_new: int = flag(512, "longest response in tokens")
     temperature: float = flag(1.0, "of sampling and scoring; above 0, since samples have to differ to teach something")
     slots: int = flag(64, "rows that a worker generates at once")
-    dynamic_sampling: int = flag(0, "most further prompts of a step, in the place of groups whose rewards are equal")
+    dynamic_sampling: int = flag(0, "further prompts of a step, at most, for groups whose rewards are all equal")
     overlong_penalty: int = flag(0, "tokens before --max-new over which the reward falls by up to 1; 0: it does not")
     actor_dtype: str = flag("auto", "weights that generate: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
 
-    loss: str = flag("grpo", "weights, advantages, ratio: see above", ("grpo", "dr_grpo", "dapo", "gspo", "cispo"))
+    loss: str = flag("grpo", "see the table at the top of train_grpo.py", ("grpo", "dr_grpo", "dapo", "gspo", "cispo"))
     clip_low: float = flag(0.2, "how far the ratio may fall below 1")
     clip_high: float = flag(0.2, "how far the ratio may rise above 1 (dapo's authors use 0.28)")
     kl: float = flag(0.0, "weight of the KL penalty to the starting policy; 0 keeps no reference model")
@@ -103,10 +103,10 @@ class Config(TaskFlags):
 
     eval_every: int = flag(15, "steps between evaluations (also before the first step and after the last); 0: never")
     eval_problems: int = flag(128, "held-out problems per evaluation")
-    eval_samples: int = flag(4, "samples per held-out problem: pass@1 is their mean, pass@k for k up to this many")
+    eval_samples: int = flag(4, "samples per held-out problem, k: pass@1 is their mean, pass@k counts one right of k")
     save_every: int = flag(10, "steps between checkpoints; the last two are kept")
     show_every: int = flag(10, "steps between printed samples; 0: never")
-    track: str = flag("off", "who gets the metrics, beside metrics.jsonl", ("off", "tensorboard", "wandb"))
+    track: str = flag("off", "where metrics go beside metrics.jsonl", ("off", "tensorboard", "wandb"))
 
     def __post_init__(self):
         """Raises UserError."""

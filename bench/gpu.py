@@ -150,6 +150,9 @@ def round_part(place: Place) -> Found:
 
     counts = operators()
     modules, fused = counts["modules"], counts["fused layers"]
+    for way, by_k in counts.items():
+        for k, count in by_k.items():
+            rows.append({"name": f"operators of a round of 24 layers, k = {k}, {way}", "value": count, "unit": ""})
     over_modules = cells[1, 0, WAYS[0]]["ms"] / cells[1, 0, best]["ms"] if place.gpu else None
     verdicts = [
         Verdict("layers are fused", float(all(row["fused"] for row in rows)), 1.0),

@@ -1,6 +1,6 @@
 """How drafts are verified. A rule is passed to the engine: `Engine(..., rule=Ratio)`.
 
-Coupled the default: a draft is accepted if it is what the policy itself samples there, see rollout.py.
+Coupled the default: accept a draft if it is what the policy itself samples there, see rollout.py.
 
 Ratio   the textbook rule (Leviathan et al. 2211.17192): accept a draft d ~ q with chance min(1, p(d) / q(d)), else draw
         from max(p - q, 0). The distribution is the policy's; the tokens are not those of plain decoding, so it cannot

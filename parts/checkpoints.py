@@ -146,8 +146,8 @@ def save_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def whole_weights(model) -> dict[str, torch.Tensor]:
-    """The policy's weights on rank 0, whole, merged with adapters, on the host; nothing elsewhere. All workers take
-    part.
+    """The policy's weights, whole, merged with adapters, on the host. Without adapters rank 0 alone gets them. All
+    workers take part.
     """
     if adapters.layers_of(model):
         return under_one_name(model, adapters.merged_weights(model))

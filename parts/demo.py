@@ -199,7 +199,7 @@ def expectations(candidate: Candidate, found: Plan, gpu: float, workers: int) ->
         lines.append("to see    the format is learned, then to search: reward and the longest responses grow. While")
         lines.append("          those are written, workers that are done train the drafter (`d`)")
     if workers == 1:
-        lines.append("          One worker alone is never done first: --workers-per-gpu 2 makes two of it")
+        lines.append("          One worker alone is never idle: --workers-per-gpu 2 puts two on the GPU")
     lines.append("          In bfloat16 the tokens with and without TLT are of the same distribution, not the same")
     lines.append("          ones: --actor-dtype float32 shows that they are, more slowly")
     return "\n".join("  " + line for line in lines)

@@ -83,10 +83,11 @@ def test_unknown_flags_and_values_exit_with_2(argv):
 
 
 def test_flags_become_a_config():
-    config = parse_flags(Config, "", ["--lr", "3e-5", "--loss", "dapo", "--mask-truncated"])
+    config = parse_flags(Config, "", ["--lr", "3e-5", "--loss", "dapo", "--mask-truncated", "--grad-clip", "inf"])
     assert config.lr == 3e-5
     assert config.loss == "dapo"
     assert config.mask_truncated
+    assert config.grad_clip == math.inf
 
 
 # ---------------------------------------------------------------- --config
