@@ -12,7 +12,7 @@ import train_grpo
 from parts.batches import Example, micro_batches
 from parts.interfaces import Group
 from parts.sampling import Sampling, sequence_seed
-from parts.workers import Alone
+from parts.workers import Alone, trainable
 from rollout import Engine
 from tasks import Grade
 from train_grpo import Config, advantages, policy_loss, token_logprobs, token_scores, token_weights, update
@@ -69,7 +69,7 @@ class Frozen:
         self.norms = []
 
     def step(self):
-        self.norms.append(norm_of(p.grad for p in self.model.parameters()))
+        self.norms.append(norm_of(p.grad for p in trainable(self.model)))
 
     def zero_grad(self):
         self.model.zero_grad()
