@@ -155,7 +155,7 @@ def round_part(place: Place) -> Found:
             rows.append({"name": f"operators of a round of 24 layers, k = {k}, {way}", "value": count, "unit": ""})
     over_modules = cells[1, 0, WAYS[0]]["ms"] / cells[1, 0, best]["ms"] if place.gpu else None
     verdicts = [
-        Verdict("layers are fused", float(all(row["fused"] for row in rows)), 1.0),
+        Verdict("layers are fused", float(all(row["fused"] for row in cells.values())), 1.0),
         Verdict("operators of a plain round, fused / modules", fused[0] / modules[0], 0.5, at_least=False),
         Verdict("plain decoding at one row: modules / replayed", over_modules, 5.0),
     ]
