@@ -19,11 +19,11 @@ help:  ## what can be made
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-demo: .venv/installed  ## train a policy with TLT, then repeat the last steps without, side by side (8 minutes on 2 cores); to go on after Ctrl-C: ARGS=--resume
+demo: .venv/installed  ## train a policy with TLT, then repeat the last steps without, side by side (7 minutes on 2 cores); to go on after Ctrl-C: ARGS=--resume
 	$(RUN) tlt.py --demo --out $(OUT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 	$(RUN) -m bench paired --run $(OUT) --json $(OUT)/paired.json
 
-test: .venv/installed  ## the style checks and all tests (3 minutes on 2 cores)
+test: .venv/installed  ## the style checks and all tests (5 minutes on 2 cores)
 	$(RUN) -m ruff check --quiet
 	$(RUN) -m ruff format --check --quiet
 	$(RUN) -m pytest -q
