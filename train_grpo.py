@@ -297,7 +297,8 @@ class Training:
             trainable(self.model), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
         )
         self.first_step, metrics = checkpoints.load(start, self.model, self.optimizer)
-        team.layout.refresh(self.actor, self.model)
+        if start:  # adapters that were loaded are merged; without them this copies what is there already
+            team.layout.refresh(self.actor, self.model)
         if len(set(team.gather(self.first_step))) > 1:
             raise UserError(f"--out {self.out}: not every worker finds the same checkpoint; all hosts must share it")
         stop = stop_tokens(self.model, self.tokenizer)

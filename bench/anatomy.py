@@ -120,10 +120,10 @@ class Oracle(LearnedDrafts):
 
 
 class Timed(Strategy):
-    """A fixed draft; keeps the seconds and the tokens of each round."""
+    """A fixed draft length; keeps the seconds and the tokens of each round."""
 
-    def __init__(self, draft: Draft):
-        super().__init__(draft)
+    def __init__(self, k: int):
+        super().__init__(Draft("learned", k) if k else Draft())
         self.seconds: list[float] = []
         self.tokens: list[float] = []  # per row
 
@@ -195,7 +195,7 @@ def set_way(subject: Subject, way: str, fused_layers) -> None:
 def time_rounds(subject: Subject, k: int) -> dict:
     """-> milliseconds of a round (the median, after a rollout that does not count) and tokens per row of it."""
     for _ in range(2):
-        strategy = Timed(Draft("learned", k) if k else Draft())
+        strategy = Timed(k)
         list(subject.engine.generate(subject.groups, subject.sampling, strategy))
     late = len(strategy.seconds) // 4  # the first rounds catch up
     ms = statistics.median(strategy.seconds[late:]) * 1e3
@@ -205,7 +205,7 @@ def time_rounds(subject: Subject, k: int) -> dict:
 def count_operators(subject: Subject, k: int) -> float:
     """Operators of a round, bookkeeping included; prompts and the ends of responses are in it, shared by all rounds."""
     with Operators() as counter:
-        list(subject.engine.generate(subject.groups, subject.sampling, Timed(Draft("learned", k) if k else Draft())))
+        list(subject.engine.generate(subject.groups, subject.sampling, Timed(k)))
     return counter.count / subject.engine.stats.rounds
 
 

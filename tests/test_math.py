@@ -192,8 +192,15 @@ def test_a_missing_package_is_one_line_at_the_start(model_folder, tmp_path, monk
 # ---------------------------------------------------------------- grades
 
 
+def check_cases(task, cases) -> None:
+    """cases: (gold, text, strict, lenient)."""
+    for gold, text, strict, lenient in cases:
+        grade = task.grade(Problem("", "", gold), text)
+        assert (grade.strict, grade.lenient) == (strict, lenient), text[:40]
+
+
 def check_grades(task):
-    for gold, text, strict, lenient in [
+    cases = [
         ("7", "so \\boxed{7}", True, True),
         ("7", "\\boxed{8} no, \\boxed{7}", True, True),
         ("7", "\\boxed{7} no, \\boxed{8}", False, False),
@@ -208,9 +215,8 @@ def check_grades(task):
         ("x", "\\boxed{x", False, False),
         ("7", "", False, False),
         ("7", "\\boxed{7}" + "x" * 200_000, False, False),
-    ]:
-        grade = task.grade(Problem("", "", gold), text)
-        assert (grade.strict, grade.lenient) == (strict, lenient), text[:40]
+    ]
+    check_cases(task, cases)
 
 
 def test_the_last_box_behind_the_thinking_is_graded(monkeypatch):
@@ -233,13 +239,12 @@ def real():
 
 
 def test_grades_with_math_verify(real):
-    for gold, text, strict, lenient in [
+    cases = [
         ("\\frac{3}{4}", "Hence $\\boxed{0.75}$.", True, True),
         ("\\frac{3}{4}", "The final answer is $0.75$.", False, True),
         ("\\frac{3}{4}", "The final answer is $0.7$.", False, False),
         ("\\left(3, \\frac{\\pi}{2}\\right)", "\\boxed{(3, \\pi/2)}", True, True),
         ("42", "\\boxed{1e42}", False, False),
         ("42", "\\boxed{\ud800\\frac{}", False, False),
-    ]:
-        grade = real.grade(Problem("", "", gold), text)
-        assert (grade.strict, grade.lenient) == (strict, lenient), text
+    ]
+    check_cases(real, cases)
