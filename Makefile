@@ -63,13 +63,12 @@ seeds: .venv/installed  ## the demo's run with three seeds, for the learning cur
 	for seed in $(SEEDS); do $(RUN) tlt.py --demo --seed $$seed --out runs/seed-$$seed || exit 1; done
 	$(RUN) -m bench seeds --runs $(SEEDS:%=runs/seed-%) --json runs/seeds.json
 
-figures: .venv/installed  ## 60 steps of the demo with a static and an adaptive drafter, and without TLT (20 minutes on 2 cores)
-	$(RUN) tlt.py --demo --out runs/adaptive
+figures: seeds  ## 60 steps of the demo: three seeds, then the first also with a static drafter, and without TLT (30 minutes on 2 cores)
 	$(RUN) tlt.py --demo --out runs/static --drafter static
 	$(RUN) tlt.py --demo --out runs/plain --drafter off --strategy off
-	$(RUN) -m bench paired --run runs/adaptive --plain runs/plain --json runs/paired.json
+	$(RUN) -m bench paired --run runs/seed-0 --plain runs/plain --json runs/paired.json
 	$(RUN) -m bench paired --run runs/static --plain runs/plain --json runs/paired-static.json
-	$(RUN) -m bench drafter --adaptive runs/adaptive --static runs/static --json runs/drafter.json
+	$(RUN) -m bench drafter --adaptive runs/seed-0 --static runs/static --json runs/drafter.json
 
 drafter: .venv/installed  ## train a drafter for a policy on its own rollouts, SECONDS=60 on one core; also MODEL=, START=, DRAFTER=, K=
 	$(RUN) drafter.py --threads 1 --model $(MODEL) --out $(DRAFTER) --k $(K) --seconds $(SECONDS) $(if $(START),--start $(START))
@@ -80,11 +79,11 @@ test-time: .venv/installed  ## search at test time: 1,000 held-out questions, ev
 	$(RUN) -m test_time report
 
 chain: .venv/installed  ## make base/chain/ again: policy, verifiers, revision policies, drafters
-	$(RUN) -m base.pretrain --task chain --layers 4 --width 64 --noisy 190000 --tokens 2048 --threads 1 --out base/chain
+	$(RUN) -m base.pretrain --task chain --layers 12 --noisy 190000 --out base/chain
 	$(RUN) -m test_time learn
 
 large: .venv/installed  ## the larger policy that `make test-time` compares with, by the same recipe (40 minutes on one core)
-	$(RUN) -m base.pretrain --task chain --layers 6 --width 192 --noisy 190000 --tokens 2048 --threads 1 --out runs/chain-large
+	$(RUN) -m base.pretrain --task chain --layers 12 --width 192 --noisy 190000 --lr 2e-3 --out runs/chain-large
 
 base: .venv/installed  ## make base/ again: the tiny policy from scratch, and its drafter (an hour on 2 cores)
 	$(RUN) -m base.pretrain --out base

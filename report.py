@@ -33,6 +33,7 @@ class Span(NamedTuple):
     state: str
     start: float
     end: float
+    rows: int = 0  # responses that it was writing; after a rollout those of its last round
 
     @property
     def seconds(self) -> float:
@@ -48,22 +49,26 @@ class Clock:
         self.tell = tell
         self.spans: list[Span] = []
         self.state = "idle"
+        self.rows = 0
         self.since = time.time()
 
-    def enter(self, state: str) -> None:
-        """From now on the worker is in this state."""
+    def enter(self, state: str, rows: int | None = None) -> None:
+        """From now on the worker is in this state, with so many live rows; None: as many as before."""
         if self.tell:
             self.tell(state)
-        if state != self.state:
+        if rows is None:
+            rows = self.rows
+        if (state, rows) != (self.state, self.rows):
             now = time.time()
-            self.spans.append(Span(self.state, self.since, now))
+            self.spans.append(Span(self.state, self.since, now, self.rows))
             self.state = state
+            self.rows = rows
             self.since = now
 
     def take(self) -> list[Span]:
         """The spans since the last call."""
         now = time.time()
-        spans = [*self.spans, Span(self.state, self.since, now)]
+        spans = [*self.spans, Span(self.state, self.since, now, self.rows)]
         self.spans = []
         self.since = now
         return spans
@@ -374,7 +379,7 @@ def trace(history: list[tuple[int, list[list[Span]]]]) -> str:
             for span in worker:
                 start = round(span.start * 1e6)
                 event = {"name": span.state, "ph": "X", "ts": start, "dur": round(span.seconds * 1e6)}
-                events.append({**event, "pid": 0, "tid": rank, "args": {"step": step}})
+                events.append({**event, "pid": 0, "tid": rank, "args": {"step": step, "rows": span.rows}})
     return json.dumps({"traceEvents": events})
 
 
@@ -392,11 +397,17 @@ def pyplot():
 
 
 def draw_timeline(panels: dict[str, list[list[Span]]], path) -> None:
-    """panels: title -> each worker's spans; drawn one below the other on the same scale."""
+    """panels: title -> each worker's spans; drawn one below the other on the same scale.
+
+    While responses are written, the height of a bar is the number of them that still run: the long tail is the low
+    part.
+    """
     plt = pyplot()
-    size = (11, 0.9 + 1.3 * len(panels))
+    workers = sum(len(spans) for spans in panels.values())
+    size = (9, 1.2 + 0.45 * len(panels) + 0.6 * workers)
     figure, axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, squeeze=False)
     drawn: set[str] = set()
+    most = max((span.rows for spans in panels.values() for worker in spans for span in worker), default=0)
     for axis, (title, spans) in zip(axes[:, 0], panels.items()):
         zero = min(worker[0].start for worker in spans)
         for rank, worker in enumerate(spans):
@@ -404,13 +415,14 @@ def draw_timeline(panels: dict[str, list[list[Span]]], path) -> None:
                 label = None if span.state in drawn else LABELS.get(span.state, span.state)
                 drawn.add(span.state)
                 bar = (span.start - zero, span.seconds)
-                axis.broken_barh([bar], (rank - 0.4, 0.8), color=STATES[span.state][1], label=label)
+                height = 0.9 * span.rows / most if span.state in ROLLOUT and span.rows else 0.9
+                axis.broken_barh([bar], (rank + 0.45 - height, height), color=STATES[span.state][1], label=label)
         names = [f"worker {rank}" for rank in range(len(spans))]
         axis.set(title=title, yticks=range(len(spans)), yticklabels=names, ylim=(len(spans) - 0.5, -0.5))
-    axes[-1, 0].set_xlabel("seconds")
-    figure.legend(loc="lower center", ncols=len(drawn), fontsize=8)
-    figure.tight_layout(rect=(0, 0.25 / len(panels) ** 2 + 0.02, 1, 1))  # room for the legend
-    figure.savefig(path, dpi=100)
+    axes[-1, 0].set_xlabel(f"seconds; the height of a rollout: responses that still run, at most {most}")
+    figure.legend(loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.55 / size[1], 1, 1))  # room for the legend
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

@@ -230,7 +230,7 @@ class Watched(Strategy):
 
     def choose(self, live: list[Row]) -> Draft:
         draft = self.inner.choose(live)
-        self.clock.enter("speculative" if draft.k else "rollout")
+        self.clock.enter("speculative" if draft.k else "rollout", len(live))
         return draft
 
     def observe(self, report: RoundReport) -> None:

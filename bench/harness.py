@@ -258,7 +258,8 @@ def spans_of(folder, step: int) -> list[list[Span]]:
     spans: dict[int, list[Span]] = {rank: [] for rank in ranks}
     for event in events:
         start = event["ts"] / 1e6
-        spans[event["tid"]].append(Span(event["name"], start, (event["ts"] + event["dur"]) / 1e6))
+        end = (event["ts"] + event["dur"]) / 1e6
+        spans[event["tid"]].append(Span(event["name"], start, end, event["args"]["rows"]))
     return list(spans.values())
 
 

@@ -69,7 +69,7 @@ class Journal:
         self.history.append((step, spans))  # with the evaluation and the checkpoint before the step
         self.spans = []
         for begin, worker in zip(started, spans):
-            self.spans.append([Span(s.state, max(s.start, begin), s.end) for s in worker if s.end > begin])
+            self.spans.append([s._replace(start=max(s.start, begin)) for s in worker if s.end > begin])
         row = describe(step, responses, rewards, stats, self.spans, notes)
         self.keep(row)
         self.table.show(row, self.spans)

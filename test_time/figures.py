@@ -1,16 +1,18 @@
-"""The figure of `python -m test_time report`: one function a panel. Each draws on the axis that it is given.
+"""The pictures of `python -m test_time report`: one function each, which draws on the axis that it is given.
 
-    accuracy_panel    right against tokens or FLOPs, all strategies            (two panels, one legend: legend_panel)
-    speed_panel       right against seconds, plain and with the drafter        (rows of `speed`, if they are there)
-    noise_panel       by difficulty, with a good and a noisy verifier
-    best_panel        the best strategy by difficulty and budget
-    revision_panel    16 revisions: sequential against parallel
-    large_panel       the small model with search against a larger one
+    tokens, flops    right against cost, all strategies
+    speed            right against seconds, plain and with the drafter   (rows of `speed`, if they are there)
+    noise            by difficulty, with a good and a noisy verifier
+    best             the best strategy by difficulty and budget
+    revisions        16 revisions: sequential against parallel           (with a revision policy)
+    large            the small model with search against a larger one    (with a larger one)
 
-`draw` puts them all in one picture.
+`draw` writes each into a file of its own.
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,6 @@ from report import pyplot
 from test_time.optimal import BINS, best_within
 from test_time.results import GREEDY, LARGE, Key, Results
 from test_time.trials import RATIOS
-
-SMALL = 7  # font size of the legends
 
 # name in the legend -> search, pick
 LINES = {
@@ -33,19 +33,32 @@ LINES = {
 }
 
 
-def draw(results: Results, path: Path, speed_rows: Path) -> None:
-    """All panels in one picture. speed_rows: the file that `speed` wrote, or would have written."""
-    figure, axes = pyplot().subplots(2, 4, figsize=(21, 9))
-    accuracy_panel(axes[0, 0], results, "tokens")
-    accuracy_panel(axes[0, 1], results, "flops")
-    speed_panel(axes[0, 2], results, read_speed(speed_rows))
-    noise_panel(axes[0, 3], results)
-    best_panel(axes[1, 0], results)
-    revision_panel(axes[1, 1], results)
-    large_panel(axes[1, 2], results)
-    legend_panel(axes[1, 3], axes[0, 0])
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
+def draw(results: Results, path: Path, speed_rows: Path) -> list[Path]:
+    """Each picture into STEM-NAME.png beside the file `path` -> the pictures. speed_rows: the file that `speed` wrote,
+    or would have written.
+    """
+    panels: dict[str, Callable] = {
+        "tokens": partial(accuracy_panel, results=results, unit="tokens"),
+        "flops": partial(accuracy_panel, results=results, unit="flops"),
+        "noise": partial(noise_panel, results=results),
+        "best": partial(best_panel, results=results),
+    }
+    timed = read_speed(speed_rows)
+    if timed:
+        panels["speed"] = partial(speed_panel, results=results, rows=timed)
+    if Key("revise 1", 16, "chains") in results.right:
+        panels["revisions"] = partial(revision_panel, results=results)
+    if LARGE.search in results.weights:
+        panels["large"] = partial(large_panel, results=results)
+    written = []
+    for name, panel in panels.items():
+        figure, axis = pyplot().subplots(figsize=(8, 5))
+        panel(axis)
+        figure.tight_layout()
+        written.append(path.with_name(f"{path.stem}-{name}.png"))
+        figure.savefig(written[-1], dpi=100)
+        pyplot().close(figure)
+    return written
 
 
 def read_speed(path: Path) -> list[dict]:
@@ -53,12 +66,6 @@ def read_speed(path: Path) -> list[dict]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def small_legend(axis) -> None:
-    """A legend, if there is anything to tell."""
-    if axis.lines:
-        axis.legend(fontsize=SMALL)
 
 
 def label_difficulty(axis, title: str) -> None:
@@ -93,12 +100,7 @@ def accuracy_panel(axis, results: Results, unit: str) -> None:
         axis.plot(costs, rights, style, label=f"compute-optimal, {difficulty} difficulty")
     names = {"tokens": "tokens emitted for a question", "flops": "FLOPs for a question"}
     axis.set(xscale="log", xlabel=names[unit], ylabel="right")
-
-
-def legend_panel(axis, other) -> None:
-    """The legend of an accuracy panel, on an axis of its own."""
-    axis.axis("off")
-    axis.legend(*other.get_legend_handles_labels(), title="first two panels", loc="center")
+    axis.legend(fontsize=9)
 
 
 def speed_panel(axis, results: Results, rows: list[dict]) -> None:
@@ -115,7 +117,7 @@ def speed_panel(axis, results: Results, rows: list[dict]) -> None:
         xlabel="seconds for a question",
         ylabel="right",
     )
-    small_legend(axis)
+    axis.legend()
 
 
 # ---------------------------------------------------------------- by difficulty
@@ -131,7 +133,7 @@ def noise_panel(axis, results: Results) -> None:
     ):
         axis.plot(results.by_bin(results.right[Key(search, 16, "weighted")]), style, label=name)
     label_difficulty(axis, f"N = 16; noise inverts {results.settings['noise']:.0%} of the scores")
-    small_legend(axis)
+    axis.legend()
 
 
 def best_panel(axis, results: Results, budgets_shown: int = 6) -> None:
@@ -149,7 +151,7 @@ def best_panel(axis, results: Results, budgets_shown: int = 6) -> None:
             if key:
                 colours[b, x] = names.index(key.search + key.pick)
             text = f"{key.search}\n{key.pick}\n{key.n}" if key else ""
-            axis.text(x, b, text, ha="center", va="center", fontsize=6)
+            axis.text(x, b, text, ha="center", va="center", fontsize=9)
     axis.imshow(colours, aspect="auto", cmap="Pastel1")
     axis.set(
         title="best strategy",
@@ -163,11 +165,10 @@ def best_panel(axis, results: Results, budgets_shown: int = 6) -> None:
 
 
 def revision_panel(axis, results: Results) -> None:
-    """16 attempts of the revision policy, from 16 chains of one to one chain of 16; empty without such a policy."""
-    if Key("revise 1", 16, "chains") in results.right:
-        by_length = [results.by_bin(results.right[Key(f"revise {length}", 16, "chains")]) for length in RATIOS]
-        for b in range(BINS):
-            axis.plot(RATIOS, [rights[b] for rights in by_length], "o-", label=f"difficulty {b + 1}")
+    """16 attempts of the revision policy, from 16 chains of one to one chain of 16."""
+    by_length = [results.by_bin(results.right[Key(f"revise {length}", 16, "chains")]) for length in RATIOS]
+    for b in range(BINS):
+        axis.plot(RATIOS, [rights[b] for rights in by_length], "o-", label=f"difficulty {b + 1}")
     axis.set(
         xscale="log",
         xticks=RATIOS,
@@ -175,16 +176,15 @@ def revision_panel(axis, results: Results) -> None:
         xlabel="sequential : parallel",
         title="16 attempts of the revision policy",
     )
-    small_legend(axis)
+    axis.legend()
 
 
 def large_panel(axis, results: Results) -> None:
-    """A large model, greedy, and the small one with search at equal FLOPs; empty without a large model."""
-    if LARGE.search in results.weights:
-        axis.plot(results.by_bin(results.right[LARGE]), "k*-", label="large model, greedy")
-        for version, ratio, samples, right in results.matched():
-            style = "o-" if version == "v1" else "o:"
-            label = f"small, {version}, R = {ratio} ({samples:.0f} samples)"
-            axis.plot(results.by_bin(right), style, label=label)
+    """A large model, greedy, and the small one with search at equal FLOPs."""
+    axis.plot(results.by_bin(results.right[LARGE]), "k*-", label="large model, greedy")
+    for version, ratio, samples, right in results.matched():
+        style = "o-" if version == "v1" else "o:"
+        label = f"small, {version}, R = {ratio} ({samples:.0f} samples)"
+        axis.plot(results.by_bin(right), style, label=label)
     label_difficulty(axis, "small model with search, FLOPs-matched")
-    small_legend(axis)
+    axis.legend()

@@ -25,9 +25,9 @@ def report(config: Config) -> None:
         print_revisions(results)
     if LARGE.search in results.weights:
         print_large(results)
-    picture = Path(config.json).with_suffix(".png")
-    draw(results, picture, Path(config.json).with_suffix(".speed.jsonl"))
-    print(f"wrote {picture} and {config.model}/{FILE}")
+    path = Path(config.json)
+    pictures = draw(results, path, path.with_suffix(".speed.jsonl"))
+    print(f"wrote {', '.join(map(str, pictures))} and {config.model}/{FILE}")
 
 
 def numbers(values) -> str:

@@ -83,9 +83,9 @@ class WatchedClock(report.Clock):
         self.states = mmap.mmap(os.open(os.environ["SOAK_STATES"], os.O_RDWR), WORKERS)
         self.rank = int(os.environ.get("RANK", 0))
 
-    def enter(self, state):
+    def enter(self, state, rows=None):
         """As Clock.enter."""
-        super().enter(state)
+        super().enter(state, rows)
         if state in report.STATES:
             self.states[self.rank] = ord(report.STATES[state][0])
 
