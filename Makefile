@@ -85,7 +85,7 @@ chain: .venv/installed  ## make base/chain/ again: policy, verifiers, revision p
 large: .venv/installed  ## the larger policy that `make test-time` compares with, by the same recipe (40 minutes on one core)
 	$(RUN) -m base.pretrain --task chain --layers 12 --width 192 --noisy 190000 --lr 2e-3 --out runs/chain-large
 
-base: .venv/installed  ## make base/ again: the tiny policy from scratch, and its drafter (an hour on 2 cores)
+base: .venv/installed  ## make base/ again: the tiny policy from scratch, and its drafter (half an hour on 2 cores)
 	$(RUN) -m base.pretrain --out base
 	$(RUN) drafter.py --threads 1 --model base --out base/drafter --prompts 256 --seconds 600
 

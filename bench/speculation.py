@@ -2,7 +2,7 @@
 
 Workloads:
 
-    one     one row at a time
+    one     8 responses, one after the other
     tail    8 rows, until the last is done: what is left at the end of a rollout
     bulk    full slots, short responses
     mixed   --responses, at their natural lengths, in --slots
@@ -65,7 +65,7 @@ class Workload:
     """What is rolled out."""
 
     name: str
-    batch: int  # responses
+    batch: int  # responses in all
     slots: int
     max_new: int
 
@@ -73,7 +73,7 @@ class Workload:
 def workload_named(name: str, config: Config) -> Workload:
     """See above. Raises UserError."""
     workloads = [
-        Workload("one", 1, 1, config.max_new),
+        Workload("one", 8, 1, config.max_new),
         Workload("tail", 8, 8, config.max_new),
         Workload("bulk", config.responses, config.slots, 48),
         Workload("mixed", config.responses, config.slots, config.max_new),

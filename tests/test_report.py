@@ -61,6 +61,15 @@ def test_a_clock_gives_signs_of_life():
     assert heard == ["rollout", "rollout", "idle"]
 
 
+def test_a_clock_knows_how_many_rows_ran():
+    """A new span begins where their number changes; what does not name it keeps it."""
+    clock = Clock()
+    for state, rows in (("rollout", None), ("rollout", 8), ("rollout", 8), ("rollout", 3), ("reward", None)):
+        clock.enter(state, rows)
+    spans = [(span.state, span.rows) for span in clock.take()]
+    assert spans == [("idle", 0), ("rollout", 0), ("rollout", 8), ("rollout", 3), ("reward", 3)]
+
+
 def test_gantt_shows_what_held_most_of_each_moment():
     spans = [Span("rollout", 0, 5), Span("idle", 5, 8), Span("update", 8, 10)]
     assert gantt(spans, 0, 10, 10) == "#####...uu"
@@ -219,6 +228,7 @@ def test_pictures_are_drawn(metrics, tmp_path):
     for row in metrics:
         row.update(reward=0.5, length={"mean": 1, "p50": 1, "p95": 1, "max": 1})
     report.draw_curves(metrics, tmp_path / "curves.png", Config(device="cpu"))
-    report.draw_timeline({"one": WORKERS, "two": WORKERS}, tmp_path / "timeline.png")
+    counted = [[span._replace(rows=7) for span in worker] for worker in WORKERS]
+    report.draw_timeline({"one": WORKERS, "two": counted}, tmp_path / "timeline.png")
     assert (tmp_path / "curves.png").exists()
     assert (tmp_path / "timeline.png").exists()
