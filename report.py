@@ -56,8 +56,7 @@ class Clock:
         """From now on the worker is in this state, with so many live rows; None: as many as before."""
         if self.tell:
             self.tell(state)
-        if rows is None:
-            rows = self.rows
+        rows = self.rows if rows is None else rows
         if (state, rows) != (self.state, self.rows):
             now = time.time()
             self.spans.append(Span(self.state, self.since, now, self.rows))
@@ -397,14 +396,11 @@ def pyplot():
 
 
 def draw_timeline(panels: dict[str, list[list[Span]]], path) -> None:
-    """panels: title -> each worker's spans; drawn one below the other on the same scale.
-
-    While responses are written, the height of a bar is the number of them that still run: the long tail is the low
-    part.
+    """panels: title -> each worker's spans; drawn one below the other on the same scale. While responses are written,
+    the height of a bar is the number of them that still run: the long tail is the low part.
     """
     plt = pyplot()
-    workers = sum(len(spans) for spans in panels.values())
-    size = (9, 1.2 + 0.45 * len(panels) + 0.6 * workers)
+    size = (9, 1.2 + 0.45 * len(panels) + 0.6 * sum(map(len, panels.values())))
     figure, axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, squeeze=False)
     drawn: set[str] = set()
     most = max((span.rows for spans in panels.values() for worker in spans for span in worker), default=0)
