@@ -38,6 +38,7 @@ from parts.common import check_above, check_at_least, flag, load_weights, parse_
 from parts.features import FeatureBuffer, Packed, block_mask, scale_of
 from parts.interfaces import Draft, Drafts, Group, Strategy, describe_stats
 from parts.loading import load_model, stop_tokens
+from parts.mlp import widened
 from parts.modeling import PACK_FROM, Linear, SlotCache, attend, fuse, kv_heads, logit_scale, refilled, signed
 from parts.sampling import Sampling, sequence_seed
 from parts.vocabulary import WordCounts
@@ -72,7 +73,7 @@ class Drafter(torch.nn.Module):
         # in a tuple, the policy's modules do not become submodules
         self.policy = PolicyParts(decoder.embed_tokens, decoder.rotary_emb, policy.get_output_embeddings(), config)
         self.fc = torch.nn.Linear(2 * width, width, bias=False)
-        self.layer = type(decoder.layers[0])(config, layer_idx=0)
+        self.layer = widened(type(decoder.layers[0])(config, layer_idx=0), config)
         # no first norm, as in EAGLE, so that SGLang and vLLM can serve it; with the norm 2 % more tokens a round, and a
         # dearer step
         if hasattr(self.layer, "input_layernorm"):

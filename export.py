@@ -22,6 +22,7 @@ import torch
 from drafter import Drafter
 from parts.common import UserError, find_folder, flag, parse_flags, replacing, run, save_weights, write_atomically
 from parts.loading import load_model
+from parts.mlp import width_of
 
 ARCHITECTURES = {
     "sglang": {"llama": "LlamaForCausalLMEagle", "qwen2": "Qwen2ForCausalLMEagle"},
@@ -44,6 +45,7 @@ def export(drafter: Drafter, folder, server: str) -> None:
     settings = {name: value for name, value in config.to_dict().items() if name not in NOT_OF_ONE_LAYER}
     settings["architectures"] = [ARCHITECTURES[server][kind]]
     settings["num_hidden_layers"] = 1
+    settings["intermediate_size"] = width_of(drafter.layer)
     settings["torch_dtype"] = str(drafter.fc.weight.dtype).removeprefix("torch.")
     weights = {name.replace("layer.", "layers.0.", 1): w.cpu() for name, w in drafter.plain_weights().items()}
     if server == "sglang":  # its fc has a bias, which would stay random; vLLM's has none, and refuses it

@@ -21,6 +21,7 @@ Left out: batched rounds (rows go one after the other: speculation pays at batch
 streaming.
 """
 
+import copy
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,7 +45,10 @@ def drafter_of(model):
             words = words.to(model.device).long()
         weights = {name: w.to(model.device, model.dtype) for name, w in weights.items()}
         fc = weights.pop("fc.weight")
-        layer = type(model.get_decoder().layers[0])(model.config, 0)
+        config = copy.deepcopy(model.config)
+        if "layer.mlp.down_proj.weight" in weights:  # a tiny policy's drafter has a wider MLP
+            config.intermediate_size = weights["layer.mlp.down_proj.weight"].shape[1]
+        layer = type(model.get_decoder().layers[0])(config, 0)
         if hasattr(layer, "input_layernorm"):
             layer.input_layernorm = torch.nn.Identity()  # as in EAGLE
         layer.load_state_dict({name.removeprefix("layer."): w for name, w in weights.items()})

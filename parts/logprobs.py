@@ -91,9 +91,12 @@ def checkpoint_layers(model) -> None:
     model.disable_input_require_grads()  # hooks on the embedding that only the other kind of checkpoint needs
 
 
-def numbers_kept(config) -> int:
-    """Numbers that a decoder layer keeps of a token for its backward: those of OLMo 2; Llama's are 10 and 4."""
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+def numbers_kept(config, inner: int | None = None) -> int:
+    """Numbers that a decoder layer keeps of a token for its backward: those of OLMo 2; Llama's are 10 and 4.
+
+    inner: width of the MLP, if it is not the config's.
+    """
+    inner = inner or getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     attention = config.num_attention_heads * (getattr(config, "head_dim", None) or 0)
     return 13 * max(config.hidden_size, attention) + 4 * inner
 

@@ -20,6 +20,7 @@ from parts.common import find_folder
 from parts.features import FeatureBuffer, Features, Packed, pack
 from parts.interfaces import Response
 from parts.logprobs import numbers_kept
+from parts.mlp import width_of
 from parts.modeling import kv_heads
 from parts.vocabulary import MOST, WordCounts
 from report import Clock
@@ -47,7 +48,7 @@ def step_bytes(drafter: Drafter, tokens: int, words: int) -> int:
     """
     config = drafter.policy.config
     groups = config.num_attention_heads // kv_heads(config)
-    entry = 2 * numbers_kept(config) + 6 * words + 3 * groups * tokens
+    entry = 2 * numbers_kept(config, width_of(drafter.layer)) + 6 * words + 3 * groups * tokens
     weights = sum(p.numel() for p in drafter.parameters())
     return 4 * (tokens * entry + 2 * weights + words * drafter.width)
 

@@ -24,6 +24,7 @@ from helpers import (
 
 import drafter as drafter_module
 from drafter import Drafter, LearnedDrafts, Trainer, drafter_loss, fit
+from parts import mlp
 from parts.common import UserError
 from parts.features import FeatureBuffer, Features, pack
 from parts.interfaces import Draft, Group, Response, Row, Strategy
@@ -286,6 +287,53 @@ def test_a_drafter_of_another_shape_is_refused_with_the_reason(tmp_path):
     with pytest.raises(UserError, match="drafter.safetensors.*size mismatch") as error:
         Drafter(tiny(hidden_size=64)).load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def check_narrow_file(fill) -> None:
+    """A drafter with a narrower MLP, filled into a wide layer, computes what it did, and can go on learning."""
+    model = tiny()
+    narrow = type(model.model.layers[0])(model.config, layer_idx=0)
+    wide = mlp.widened(narrow, model.config)
+    assert mlp.width_of(wide) == mlp.FEWEST > mlp.width_of(narrow)
+    weights = {"layer." + name: w for name, w in narrow.state_dict().items()}
+    fill(wide, weights, "layer.")
+    wide.load_state_dict({name.removeprefix("layer."): w for name, w in weights.items()})
+    x = torch.randn(3, model.config.hidden_size)
+    assert torch.allclose(wide.mlp(x), narrow.mlp(x), atol=1e-6)
+    wide.mlp(x).square().sum().backward()
+    assert wide.mlp.down_proj.weight.grad[:, mlp.width_of(narrow) :].abs().sum() > 0
+
+
+def test_a_narrower_drafter_is_filled_up():
+    check_narrow_file(mlp.fill_up)
+
+    def with_effect(layer, weights, prefix):
+        """Mistake: the further units are random towards the output, too."""
+        mlp.fill_up(layer, weights, prefix)
+        name = prefix + "mlp.down_proj.weight"
+        weights[name] = weights[name] + layer.mlp.down_proj.weight.detach()
+
+    def dead(layer, weights, prefix):
+        """Mistake: all of them are 0, so they never learn."""
+        mlp.fill_up(layer, weights, prefix)
+        for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
+            weights[prefix + name][48:] = 0
+
+    caught(check_narrow_file, with_effect)
+    caught(check_narrow_file, dead)
+
+
+def test_a_file_of_a_narrower_drafter_can_be_loaded(tmp_path, monkeypatch):
+    model = tiny()
+    with monkeypatch.context() as patch:
+        patch.setattr(mlp, "FEWEST", 0)
+        before = make_drafter(model)
+        before.save(tmp_path)
+    after = Drafter(model)
+    after.load(tmp_path)
+    assert (mlp.width_of(before.layer), mlp.width_of(after.layer)) == (48, mlp.FEWEST)
+    x = torch.randn(3, model.config.hidden_size)
+    assert torch.allclose(after.layer.mlp(x), before.layer.mlp(x), atol=1e-6)
 
 
 # ---------------------------------------------------------------- the buffer
