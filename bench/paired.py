@@ -2,14 +2,17 @@
 
 The plain run is made here, from the last checkpoint but one of --run (with --whole, or if there is none, from the
 start), unless --plain names a finished one. In float32 both must make the same tokens, so the steps' digests and the
-held-out results are compared as well. The timelines of the last step are drawn into RUN/paired.png.
+held-out results are compared as well. The rollout's seconds are also told by how many responses a worker was writing
+at once: speculation gains most where they are few. The timelines of the last step are drawn into RUN/paired.png.
 
 Ratio: seconds per step, plain over TLT.
 """
 
+import itertools
 import json
 import shutil
 import subprocess
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +23,7 @@ from bench.harness import Metrics, Output, Result, device_of, read_metrics, span
 from parts.common import UserError, flag
 from parts.loading import actor_dtype
 from report import draw_timeline
+from strategy import bucket
 
 # phases of a step; rollout: until the last response of all workers
 PHASES = {
@@ -104,6 +108,23 @@ def phase_rows(pair: Pair) -> list[dict]:
     return rows
 
 
+def rows_by_batch(run: Path, plain: Path, steps: list[int]) -> list[dict]:
+    """Where the rollout's time goes: mean seconds of a worker with 1, 2 to 3, 4 to 7 ... responses at once."""
+    seconds: dict[int, dict[str, float]] = defaultdict(lambda: {"plain": 0.0, "tlt": 0.0})  # by strategy.bucket
+    for name, folder in (("plain", plain), ("tlt", run)):
+        for step in steps:
+            workers = spans_of(folder, step)
+            for span in itertools.chain(*workers):
+                if span.state in ("rollout", "speculative") and span.rows:
+                    seconds[bucket(span.rows)][name] += span.seconds / len(workers) / len(steps)
+    rows = []
+    for number, taken in sorted(seconds.items()):
+        low, high = 1 << (number - 1), (1 << number) - 1
+        ratio = taken["plain"] / max(1e-9, taken["tlt"])
+        rows.append({"phase": f"{low} to {high} rows" if number > 1 else "1 row", **taken, "ratio": ratio})
+    return rows
+
+
 def check_row(pair: Pair) -> dict:
     """Whether both made the same, and how the idle time was used."""
     identical = pair.identical()
@@ -139,7 +160,7 @@ def in_bfloat16(run: Path, device: str) -> str:
 
 
 def measure(config: Config) -> Result:
-    """One row for each phase, and one of checks."""
+    """One row for each phase, one for each range of responses at once, and one of checks."""
     run = Path(config.run)
     if not (run / "trace.json").exists():
         raise UserError(f"--run {run}: no finished run of tlt.py there")
@@ -147,7 +168,7 @@ def measure(config: Config) -> Result:
     if not config.plain:
         train_plain(run, plain, config.whole)
     pair = read_pair(plain, run)
-    rows = [*phase_rows(pair), check_row(pair)]
+    rows = [*phase_rows(pair), *rows_by_batch(run, plain, pair.steps), check_row(pair)]
 
     last = pair.steps[-1]
     panels = {f"plain, step {last}": spans_of(plain, last), f"TLT, step {last}": spans_of(run, last)}
@@ -160,10 +181,10 @@ def measure(config: Config) -> Result:
 
 def table(rows: list[dict]) -> str:
     """The rows as text."""
-    lines = ["seconds per step", f"{'':>8} {'plain':>7} {'TLT':>7} {'ratio':>6}"]
+    lines = ["seconds per step", f"{'':>13} {'plain':>7} {'TLT':>7} {'ratio':>6}"]
     *phases, checks = rows
     for row in phases:
-        lines.append(f"{row['phase']:>8} {row['plain']:7.2f} {row['tlt']:7.2f} {row['ratio']:6.2f}")
+        lines.append(f"{row['phase']:>13} {row['plain']:7.2f} {row['tlt']:7.2f} {row['ratio']:6.2f}")
     parted = f" (parted at step {checks['parted']})" if checks["parted"] is not None else ""
     lines.append(f"the same tokens in {checks['identical']} of {checks['steps']} steps{parted}")
     lines.append(f"the same held-out results in {checks['equal']} of {checks['evaluations']} evaluations")

@@ -41,7 +41,9 @@ ON_A_GPU = (
     f"--task countdown-hard --lr 1e-6 --max-new {MAX_NEW} --slots 256 --prompts 32 --samples 8 --steps 100 "
     "--gradient-checkpointing"
 )
-ON_A_CPU = "--model base --device cpu --workers 2 --max-new 960 --prompts 8 --samples 8 --steps 60"
+ON_A_CPU = (
+    "--model base --device cpu --workers 2 --max-new 960 --prompts 8 --samples 8 --steps 40 --lr 2e-4 --eval-every 20"
+)
 
 
 class Candidate(NamedTuple):

@@ -32,13 +32,15 @@ def metrics(out: Path) -> list[dict]:
 
 def check_paired(result: dict, steps: int) -> None:
     """A comparison of two runs that made the same."""
-    step_row = result["rows"][2]
+    rollout_row, _, step_row, *by_batch = result["rows"][:-1]
     checks = result["rows"][-1]
     assert result["name"] == "paired"
     assert result["ratio"] == step_row["plain"] / step_row["tlt"]
     assert checks["steps"] == checks["identical"] == steps
     assert checks["equal"] == checks["evaluations"] > 0
     assert checks["parted"] is None
+    for party in ("plain", "tlt"):
+        assert 0 < sum(row[party] for row in by_batch) <= rollout_row[party]
 
 
 def test_paired_with_a_plain_run_that_is_there(runs, run_bench):
