@@ -65,7 +65,7 @@ class Workload:
     """What is rolled out."""
 
     name: str
-    batch: int  # responses in all
+    batch: int  # responses; of one row at a time eight, see groups_for
     slots: int
     max_new: int
 
@@ -73,7 +73,7 @@ class Workload:
 def workload_named(name: str, config: Config) -> Workload:
     """See above. Raises UserError."""
     workloads = [
-        Workload("one", 8, 1, config.max_new),
+        Workload("one", 1, 1, config.max_new),
         Workload("tail", 8, 8, config.max_new),
         Workload("bulk", config.responses, config.slots, 48),
         Workload("mixed", config.responses, config.slots, config.max_new),
