@@ -39,7 +39,7 @@ from parts.features import FeatureBuffer, Packed, block_mask, scale_of
 from parts.interfaces import Draft, Drafts, Group, Strategy, describe_stats
 from parts.loading import load_model, stop_tokens
 from parts.mlp import widened
-from parts.modeling import PACK_FROM, Linear, SlotCache, attend, fuse, kv_heads, logit_scale, refilled, signed
+from parts.modeling import PACK_FROM, Linear, SlotCache, attend, fuse, kv_heads, logit_scale, refilled
 from parts.sampling import Sampling, sequence_seed
 from parts.vocabulary import WordCounts
 from rollout import Engine
@@ -195,8 +195,9 @@ class LearnedDrafts(Drafts):
 
     def angles(self, positions):
         """Of positions (B, T), as the layer wants them."""
-        angles = self.drafter.angles(positions)
-        return angles if self.fused_layer is None else signed(angles)
+        if self.fused_layer is None:
+            return self.drafter.angles(positions)
+        return self.cache.angles(self.drafter.policy.rotary, positions)
 
     def forward(self, ids, features, angles, mask) -> torch.Tensor:
         """As Drafter.forward, on the cache's next entries, which `attend` has placed."""

@@ -28,6 +28,31 @@ def run_engine(model, groups, sampling, slots=10, context=100, stop=(1,), **sett
     return responses
 
 
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    "yarn": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+}
+
+
+def check_angles(rope: str, moved: int = 0) -> None:
+    """Angles that are looked up are bit for bit those that the module computes."""
+    model = tiny(rope_parameters=ROPES[rope])
+    cache = SlotCache(model.config, 2, 100, torch.float32, "cpu")
+    positions = torch.randint(0, 90, (2, 5))
+    looked_up = cache.angles(model.model.rotary_emb, positions)
+    computed = modeling.signed(model.model.rotary_emb(cache.never, positions + moved))
+    assert (cache.table is None) == (rope == "dynamic")
+    assert all(torch.equal(a, b) for a, b in zip(looked_up, computed))
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_angles_are_looked_up(rope):
+    check_angles(rope)
+    caught(check_angles, rope, moved=1)
+
+
 def check_against_full_forward(model, groups, sampling, slots=10):
     """Every token and log-probability equals what one ordinary forward over the whole sequence gives: slots, refills
     and moves leave no trace.
