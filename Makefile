@@ -11,6 +11,7 @@ K ?= 4
 SECONDS ?= 60
 SEEDS ?= 0 1 2
 LONG := --demo --steps 60 --eval-every 15
+FIRST := $(firstword $(SEEDS))
 
 help:  ## what can be made
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -65,11 +66,11 @@ seeds: .venv/installed  ## 60 steps of the demo with three seeds, for the learni
 	$(RUN) -m bench seeds --runs $(SEEDS:%=runs/seed-%) --json runs/seeds.json
 
 figures: seeds  ## the same, and the first seed also with a static drafter, and without TLT (40 minutes on 2 cores)
-	$(RUN) tlt.py $(LONG) --out runs/static --drafter static
-	$(RUN) tlt.py $(LONG) --out runs/plain --drafter off --strategy off
-	$(RUN) -m bench paired --run runs/seed-0 --plain runs/plain --json runs/paired.json
+	$(RUN) tlt.py $(LONG) --seed $(FIRST) --out runs/static --drafter static
+	$(RUN) tlt.py $(LONG) --seed $(FIRST) --out runs/plain --drafter off --strategy off
+	$(RUN) -m bench paired --run runs/seed-$(FIRST) --plain runs/plain --json runs/paired.json
 	$(RUN) -m bench paired --run runs/static --plain runs/plain --json runs/paired-static.json
-	$(RUN) -m bench drafter --adaptive runs/seed-0 --static runs/static --json runs/drafter.json
+	$(RUN) -m bench drafter --adaptive runs/seed-$(FIRST) --static runs/static --json runs/drafter.json
 
 drafter: .venv/installed  ## train a drafter for a policy on its own rollouts, SECONDS=60 on one core; also MODEL=, START=, DRAFTER=, K=
 	$(RUN) drafter.py --threads 1 --model $(MODEL) --out $(DRAFTER) --k $(K) --seconds $(SECONDS) $(if $(START),--start $(START))
@@ -84,7 +85,7 @@ chain: .venv/installed  ## make base/chain/ again: policy, verifiers, revision p
 	$(RUN) -m test_time learn
 
 large: .venv/installed  ## the larger policy that `make test-time` compares with, by the same recipe (40 minutes on one core)
-	$(RUN) -m base.pretrain --task chain --layers 12 --width 192 --noisy 190000 --lr 2e-3 --out runs/chain-large
+	$(RUN) -m base.pretrain --task chain --layers 6 --width 192 --noisy 190000 --lr 2e-3 --threads 1 --out runs/chain-large
 
 base: .venv/installed  ## make base/ again: the tiny policy from scratch, and its drafter (half an hour on 2 cores)
 	$(RUN) -m base.pretrain --out base

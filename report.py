@@ -33,7 +33,7 @@ class Span(NamedTuple):
     state: str
     start: float
     end: float
-    rows: int = 0  # responses that it was writing; after a rollout those of its last round
+    rows: int = 0  # responses that it was writing; 0: before the first round, or no rollout
 
     @property
     def seconds(self) -> float:
@@ -53,10 +53,11 @@ class Clock:
         self.since = time.time()
 
     def enter(self, state: str, rows: int | None = None) -> None:
-        """From now on the worker is in this state, with so many live rows; None: as many as before."""
+        """From now on the worker is in this state, with so many live rows; None: in a rollout as many as before."""
         if self.tell:
             self.tell(state)
-        rows = self.rows if rows is None else rows
+        if rows is None:
+            rows = self.rows if state in ROLLOUT else 0
         if (state, rows) != (self.state, self.rows):
             now = time.time()
             self.spans.append(Span(self.state, self.since, now, self.rows))
@@ -396,9 +397,7 @@ def pyplot():
 
 
 def draw_timeline(panels: dict[str, list[list[Span]]], path) -> None:
-    """panels: title -> each worker's spans; drawn one below the other on the same scale. While responses are written,
-    the height of a bar is the number of them that still run: the long tail is the low part.
-    """
+    """panels: title -> each worker's spans; on one scale. A rollout's bar is as high as responses still run."""
     plt = pyplot()
     size = (9, 1.2 + 0.45 * len(panels) + 0.6 * sum(map(len, panels.values())))
     figure, axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, squeeze=False)
@@ -415,7 +414,8 @@ def draw_timeline(panels: dict[str, list[list[Span]]], path) -> None:
                 axis.broken_barh([bar], (rank + 0.45 - height, height), color=STATES[span.state][1], label=label)
         names = [f"worker {rank}" for rank in range(len(spans))]
         axis.set(title=title, yticks=range(len(spans)), yticklabels=names, ylim=(len(spans) - 0.5, -0.5))
-    axes[-1, 0].set_xlabel(f"seconds; the height of a rollout: responses that still run, at most {most}")
+    heights = f"; the height of a rollout: responses that still run, at most {most}" if most else ""
+    axes[-1, 0].set_xlabel("seconds" + heights)
     figure.legend(loc="lower center", ncols=4)
     figure.tight_layout(rect=(0, 0.55 / size[1], 1, 1))  # room for the legend
     figure.savefig(path, dpi=110)

@@ -1,10 +1,10 @@
 """How the tiny policies in this folder were made, from scratch: base/ (countdown, 28 layers, 5 MB) and
-base/chain/ (chain, 12 layers, 2 MB).
+base/chain/ (chain, 4 layers, 0.7 MB; `make chain` now makes one of 12 layers, which has not taken its place yet).
 
     python -m base.pretrain                                   `make base`: 20 minutes on 2 cores, and its drafter
     python -m base.pretrain --task chain --layers 12 ...      `make chain`
 
-Both are normal Hugging Face folders, deep and narrow: a drafter of one layer is to cost what it costs beside a real
+Both are normal Hugging Face folders. Deep and narrow: there a drafter of one layer costs what it costs beside a real
 language model, which has 24 to 64 layers.
 
 Countdown. A search trace is a depth-first search in random order until the target is hit, so response lengths are
@@ -241,8 +241,8 @@ def new_policy(tokenizer, layers: int, width: int) -> LlamaForCausalLM:
     which splits our numbers.
 
     A deep and narrow model needs larger first weights than the usual 0.02, which shrink what passes through so narrow
-    a layer, and smaller ones where a layer adds its output, or the sum grows with depth. After the first 4,000 traces
-    the held-out loss was 0.62 with both, and 2.37 without.
+    a layer, and smaller ones where a layer adds its output, or the sum grows with depth. 28 layers, 64 wide, 4,000
+    clean traces: the held-out loss is 1.36 as usual, 1.08 with the larger ones, 0.62 with both.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),

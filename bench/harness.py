@@ -250,17 +250,15 @@ def read_metrics(folder) -> Metrics:
     return Metrics(steps, evaluations)
 
 
-def spans_of(folder, step: int) -> list[list[Span]]:
-    """Each worker's spans in a step, from the run's trace.json; times in seconds."""
+def read_spans(folder) -> dict[int, list[list[Span]]]:
+    """Step -> each worker's spans, from the run's trace.json; times in seconds."""
     events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
-    events = [event for event in events if event.get("args", {}).get("step") == step]
-    ranks = sorted({event["tid"] for event in events})
-    spans: dict[int, list[Span]] = {rank: [] for rank in ranks}
+    steps: dict[int, dict[int, list[Span]]] = defaultdict(lambda: defaultdict(list))  # step, worker
     for event in events:
-        start = event["ts"] / 1e6
-        end = (event["ts"] + event["dur"]) / 1e6
-        spans[event["tid"]].append(Span(event["name"], start, end, event["args"]["rows"]))
-    return list(spans.values())
+        if event["ph"] == "X":  # a span; the others name the workers
+            span = Span(event["name"], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6, event["args"]["rows"])
+            steps[event["args"]["step"]][event["tid"]].append(span)
+    return {step: [workers[rank] for rank in sorted(workers)] for step, workers in steps.items()}
 
 
 def device_of(folder) -> str:

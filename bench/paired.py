@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import torch
 
-from bench.harness import Metrics, Output, Result, device_of, read_metrics, spans_of, tlt_command
+from bench.harness import Metrics, Output, Result, device_of, read_metrics, read_spans, tlt_command
 from parts.common import UserError, flag
 from parts.loading import actor_dtype
-from report import draw_timeline
+from report import Span, draw_timeline
 from strategy import bucket
 
 # phases of a step; rollout: until the last response of all workers
@@ -108,12 +108,15 @@ def phase_rows(pair: Pair) -> list[dict]:
     return rows
 
 
-def rows_by_batch(run: Path, plain: Path, steps: list[int]) -> list[dict]:
-    """Where the rollout's time goes: mean seconds of a worker with 1, 2 to 3, 4 to 7 ... responses at once."""
+def rows_by_batch(spans: dict[str, dict[int, list[list[Span]]]], steps: list[int]) -> list[dict]:
+    """Where the rollout's time goes: mean seconds of a worker with 1, 2 to 3, 4 to 7 ... responses at once.
+
+    spans: of "plain" and "tlt", as harness.read_spans.
+    """
     seconds: dict[int, dict[str, float]] = defaultdict(lambda: {"plain": 0.0, "tlt": 0.0})  # by strategy.bucket
-    for name, folder in (("plain", plain), ("tlt", run)):
+    for name, of_steps in spans.items():
         for step in steps:
-            workers = spans_of(folder, step)
+            workers = of_steps[step]
             for span in itertools.chain(*workers):
                 if span.state in ("rollout", "speculative") and span.rows:
                     seconds[bucket(span.rows)][name] += span.seconds / len(workers) / len(steps)
@@ -168,10 +171,11 @@ def measure(config: Config) -> Result:
     if not config.plain:
         train_plain(run, plain, config.whole)
     pair = read_pair(plain, run)
-    rows = [*phase_rows(pair), *rows_by_batch(run, plain, pair.steps), check_row(pair)]
+    spans = {"plain": read_spans(plain), "tlt": read_spans(run)}
+    rows = [*phase_rows(pair), *rows_by_batch(spans, pair.steps), check_row(pair)]
 
     last = pair.steps[-1]
-    panels = {f"plain, step {last}": spans_of(plain, last), f"TLT, step {last}": spans_of(run, last)}
+    panels = {f"plain, step {last}": spans["plain"][last], f"TLT, step {last}": spans["tlt"][last]}
     draw_timeline(panels, run / "paired.png")
     device = device_of(run)
     remarks = f"steps {pair.steps[0]} to {last}; {sum(pair.drafting('steps'))} drafter steps; wrote {run}/paired.png"

@@ -189,12 +189,12 @@ def test_a_watched_strategy_is_unchanged_and_summed_up():
 def test_the_spans_of_a_trace(tmp_path):
     events = [
         {"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "worker 0"}},
-        {"name": "rollout", "ts": 0, "dur": 500_000, "tid": 0, "args": {"step": 1, "rows": 0}},
-        {"name": "idle", "ts": 1_000_000, "dur": 250_000, "tid": 1, "args": {"step": 2, "rows": 0}},
-        {"name": "update", "ts": 500_000, "dur": 1_500_000, "tid": 0, "args": {"step": 2, "rows": 5}},
+        {"ph": "X", "name": "rollout", "ts": 0, "dur": 500_000, "tid": 0, "args": {"step": 1, "rows": 0}},
+        {"ph": "X", "name": "idle", "ts": 1_000_000, "dur": 250_000, "tid": 1, "args": {"step": 2, "rows": 0}},
+        {"ph": "X", "name": "update", "ts": 500_000, "dur": 1_500_000, "tid": 0, "args": {"step": 2, "rows": 5}},
     ]
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
-    assert harness.spans_of(tmp_path, 2) == [[("update", 0.5, 2.0, 5)], [("idle", 1.0, 1.25, 0)]]
+    assert harness.read_spans(tmp_path)[2] == [[("update", 0.5, 2.0, 5)], [("idle", 1.0, 1.25, 0)]]
 
 
 # ---------------------------------------------------------------- on which device

@@ -68,6 +68,9 @@ def test_a_clock_knows_how_many_rows_ran():
         clock.enter(state, rows)
     spans = [(span.state, span.rows) for span in clock.take()]
     assert spans == [("idle", 0), ("rollout", 0), ("rollout", 8), ("rollout", 3), ("reward", 3)]
+    for state in ("update", "rollout"):  # the next rollout has no rows yet
+        clock.enter(state)
+    assert [(span.state, span.rows) for span in clock.take()] == [("reward", 3), ("update", 0), ("rollout", 0)]
 
 
 def test_gantt_shows_what_held_most_of_each_moment():
