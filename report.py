@@ -367,19 +367,19 @@ def drafter_card(steps: list[dict]) -> list[str]:
     ]
 
 
-def trace(history: list[tuple[int, list[list[Span]]]]) -> str:
-    """history: each step's number and the workers' spans -> JSON text in Chrome's trace format."""
+def trace(history: list[tuple[int, list[float], list[list[Span]]]]) -> str:
+    """history: as journal.Journal.history -> JSON text in Chrome's trace format."""
     workers = len(history[-1][1]) if history else 0
     events = []
     for rank in range(workers):
         name = {"name": f"worker {rank}"}
         events.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": rank, "args": name})
-    for step, spans in history:
+    for step, started, spans in history:
         for rank, worker in enumerate(spans):
             for span in worker:
-                start = round(span.start * 1e6)
-                event = {"name": span.state, "ph": "X", "ts": start, "dur": round(span.seconds * 1e6)}
-                events.append({**event, "pid": 0, "tid": rank, "args": {"step": step, "rows": span.rows}})
+                event = {"name": span.state, "ph": "X", "ts": round(span.start * 1e6), "dur": round(span.seconds * 1e6)}
+                args = {"step" if span.end > started[rank] else "before": step, "rows": span.rows}
+                events.append({**event, "pid": 0, "tid": rank, "args": args})
     return json.dumps({"traceEvents": events})
 
 

@@ -251,11 +251,11 @@ def read_metrics(folder) -> Metrics:
 
 
 def read_spans(folder) -> dict[int, list[list[Span]]]:
-    """Step -> each worker's spans, from the run's trace.json; times in seconds."""
+    """Step -> each worker's spans, from the run's trace.json, without what came before the step; times in seconds."""
     events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
     steps: dict[int, dict[int, list[Span]]] = defaultdict(lambda: defaultdict(list))  # step, worker
     for event in events:
-        if event["ph"] == "X":  # a span; the others name the workers
+        if "step" in event["args"]:  # other events name the workers, or are of an evaluation or a checkpoint
             span = Span(event["name"], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6, event["args"]["rows"])
             steps[event["args"]["step"]][event["tid"]].append(span)
     return {step: [workers[rank] for rank in sorted(workers)] for step, workers in steps.items()}

@@ -34,7 +34,8 @@ class Journal:
             smoothing=0.1,
         )
         self.bar_shown = 0.0  # when its text was last written
-        self.history: list[tuple[int, list[list[Span]]]] = []  # (step, each worker's spans)
+        # (step, when it began on each worker, each worker's spans with the evaluation and the checkpoint before it)
+        self.history: list[tuple[int, list[float], list[list[Span]]]] = []
         self.spans: list[list[Span]] = []  # each worker's, of the last step
         self.tracker = open_tracker(config, first_step) if writes else None
         if writes:  # steps after the checkpoint will be made again
@@ -66,7 +67,7 @@ class Journal:
 
     def step(self, step: int, started: list[float], responses, rewards, stats: dict, spans, notes) -> dict:
         """A step is done -> its row. started, spans, notes: of each worker."""
-        self.history.append((step, spans))  # with the evaluation and the checkpoint before the step
+        self.history.append((step, started, spans))
         self.spans = []
         for begin, worker in zip(started, spans):
             self.spans.append([s._replace(start=max(s.start, begin)) for s in worker if s.end > begin])
