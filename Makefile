@@ -82,7 +82,7 @@ test-time: .venv/installed  ## search at test time: 1,000 held-out questions, ev
 
 chain: .venv/installed  ## make base/chain/ again: policy, verifiers, revision policies, drafters
 	$(RUN) -m base.pretrain --task chain --layers 12 --noisy 190000 --out base/chain
-	$(RUN) -m test_time learn
+	$(RUN) -m test_time learn --epochs 4
 
 large: .venv/installed  ## the larger policy that `make test-time` compares with, by the same recipe (40 minutes on one core)
 	$(RUN) -m base.pretrain --task chain --layers 6 --width 192 --noisy 190000 --lr 2e-3 --threads 1 --out runs/chain-large
