@@ -32,7 +32,7 @@ from parts import graphs as graphs_module
 from parts import modeling
 from parts.accept import Tree
 from parts.graphs import Graphs, Shape, rounded
-from parts.interfaces import Draft
+from parts.interfaces import MAX_DRAFTS, Draft
 from parts.modeling import Linear, fuse_model, refilled
 from parts.sampling import Sampling, sequence_seed
 from rollout import Engine
@@ -94,15 +94,20 @@ STRATEGIES = {
 }
 
 
-def check_bucketed(strategy, sampling, model, groups=None, slots: int = 10, **settings) -> Tape:
-    """Tokens, log-probabilities, features, and how far each guess was right, are those of rounds of exact size."""
+def check_bucketed(strategy, sampling, model, groups=None, slots: int = 10, ties: int = 0, **settings) -> Tape:
+    """Tokens, log-probabilities, features, and how far each guess was right, are those of rounds of exact size.
+
+    ties: guesses that may part, where the drafter is undecided within rounding; tokens may not. Behind each a whole
+    chain may be right or wrong.
+    """
     drafter = trained_drafter(model)
     groups = groups or groups_of(14, random.Random(1))
     exact = make_engine(model, drafter, slots, **settings)
     engine, tape = taped(model, drafter, slots, **settings)
     wanted = by_name(exact.generate(groups, sampling, strategy()))
     check_equal(by_name(engine.generate(groups, sampling, strategy())), wanted)
-    assert engine.stats.accepted == exact.stats.accepted
+    parted = sum(abs(here - there) for here, there in zip(engine.stats.accepted, exact.stats.accepted))
+    assert parted <= ties * MAX_DRAFTS
     return tape
 
 
@@ -131,7 +136,7 @@ def test_random_shapes_of_rounded_rounds(seed, slots, longest, step):
     before = graphs_module.STEP
     graphs_module.STEP = (8, 16, 32, 128)[step]
     try:
-        check_bucketed(partial(Changing, seed), SAMPLINGS[0], tiny(), groups, slots)
+        check_bucketed(partial(Changing, seed), SAMPLINGS[0], tiny(), groups, slots, ties=1)
     finally:
         graphs_module.STEP = before
 
