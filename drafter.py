@@ -240,7 +240,7 @@ class LearnedDrafts(Drafts):
         rows = torch.arange(n, device=engine.lens.device)
         lens = engine.lens[:n]
         first = (lens - gap).clamp(min=0)  # (B,)
-        newest = (lens - first - 1).clamp(min=0)  # the column of a row's last true feature
+        newest = lens - first - 1  # the column of a row's last true feature; -1: it has none, and guesses from 0
         feature = torch.zeros((), device=lens.device)
         for done in range(0, gap, self.PIECE):
             width = min(self.PIECE, gap - done)

@@ -369,7 +369,7 @@ def drafter_card(steps: list[dict]) -> list[str]:
 
 def trace(history: list[tuple[int, list[float], list[list[Span]]]]) -> str:
     """history: as journal.Journal.history -> JSON text in Chrome's trace format."""
-    workers = len(history[-1][1]) if history else 0
+    workers = len(history[-1][2]) if history else 0
     events = []
     for rank in range(workers):
         name = {"name": f"worker {rank}"}

@@ -82,7 +82,7 @@ def exact_part(place: Place) -> Found:
     drafter = Drafter(model)
     drafter.load(ROOT / "base/drafter")
     groups = groups_for(tokenizer, place.responses, 0)
-    sampling = Sampling(max_new=512 if place.gpu else 48)
+    sampling = Sampling(max_new=512 if place.gpu else 96)
     gap, other_word = noise_gap(place)
     rows = [{"name": "noise: largest gap to the CPU's", "value": gap, "unit": ""}]
     claim = "noise is the CPU's: rows whose largest is another word"
