@@ -28,7 +28,7 @@ demo: .venv/installed  ## train a policy with TLT, then repeat the last steps wi
 test: .venv/installed  ## the style checks and all tests (5 minutes on 2 cores)
 	$(RUN) -m ruff check --quiet
 	$(RUN) -m ruff format --check --quiet
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 soak: .venv/installed  ## kill -9 a run 50 times at random moments and resume it: its metrics and policy must come out equal (10 minutes)
 	$(RUN) tests/soak.py --kills 50

@@ -42,22 +42,22 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated() / 2**20
             return
-        self.before = megabytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: what is in use is the peak now
+        self.before = peak_megabytes()
 
     def more(self) -> float:
         """How much more it was."""
-        peak = torch.cuda.max_memory_allocated() / 2**20 if self.device == "cuda" else megabytes("VmHWM")
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self.device == "cuda" else peak_megabytes()
         return peak - self.before
 
 
-def megabytes(name: str) -> float:
-    """VmRSS (memory in use) or VmHWM (its peak) of this process. Raises UserError where there is no /proc."""
+def peak_megabytes() -> float:
+    """The most memory that this process has had in use. Raises UserError where there is no /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError as error:
         raise UserError("memory is measured on Linux only") from error
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def responses_of(vocab: int) -> list[Response]:

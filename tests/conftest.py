@@ -9,11 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too: there are more of them than cores
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -21,10 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import bench.__main__
 import tlt
-import train_grpo
 from base.pretrain import make_tokenizer
 from parts.common import ROOT
-from parts.supervise import free_port
 
 torch.set_num_threads(1)
 
@@ -121,6 +118,11 @@ def here(main, model, out, *more) -> None:
         sys.argv = before
 
 
+def metrics(out: Path) -> list[dict]:
+    """The lines that a run has written."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
 @pytest.fixture(scope="session")
 def able(tmp_path_factory):
     """A policy that solves some problems and so learns from the first step on: base/chain without its drafter."""
@@ -128,99 +130,13 @@ def able(tmp_path_factory):
     return shutil.copytree(ROOT / "base/chain", tmp_path_factory.mktemp("able") / "chain", ignore=ignore)
 
 
-def two_agents(able, out, *flags) -> str:
-    """torchrun with two agents, as on two hosts -> what both have printed."""
-    port = str(free_port())
-    agents = []
-    for rank in ("0", "1"):
-        place = ("--nnodes", "2", "--node-rank", rank, "--master-addr", "127.0.0.1", "--master-port", port)
-        door = ("-m", "torch.distributed.run", *place, "--nproc-per-node", "1", "tlt.py")
-        agents.append(launch(able, out, *LEARN, "--steps", 2, *flags, door=door))
-    return "".join(finish(agent) for agent in agents)
-
-
-def in_two_parts(able, out) -> str:
-    """A run that stops after the first step, loses its config.json, and is resumed."""
-    flags = (*LEARN, "--workers", 2, "--eval-every", 0)
-    text = finish(launch(able, out, *flags, "--steps", 1))
-    (out / "config.json").unlink()
-    return text + finish(launch(able, out, *flags, "--steps", 2, "--resume"))
-
-
-ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "tlt.py")
-WARM = "--warm-start 4 --drafter static --strategy 4".split()
-
-
-# groups that are replaced in rounds, several updates of a rollout, and all of it corrected
-DYNAMIC = (
-    "--dynamic-sampling 6 --overlong-penalty 8 --loss gspo --epochs 2 --minibatches 2 --tis-cap 2 --schedule linear"
-).split()
-
-
-def training_jobs(able, folder: Path) -> dict:
-    """Name -> a function that makes the run in folder/name, in processes of its own, and returns what was printed."""
-
-    def tlt_run(name: str, *flags, door=("tlt.py",)) -> str:
-        return finish(launch(able, folder / name, *LEARN, "--steps", 2, *flags, door=door))
-
-    return {
-        "2": partial(tlt_run, "2", "--workers", 2),
-        "3": partial(tlt_run, "3", "--workers", 3),
-        "dynamic": partial(tlt_run, "dynamic", "--workers", 2, *DYNAMIC),
-        "plain": partial(tlt_run, "plain", "--workers", 2, "--drafter", "off", "--strategy", "off"),
-        "resumed": partial(in_two_parts, able, folder / "resumed"),
-        "warm": partial(two_agents, able, folder / "warm", *WARM),
-        # multi_gpu: several processes; --device says of what kind
-        "sharded": partial(tlt_run, "sharded", "--shard", door=ACCELERATE),
-    }
-
-
-# Tests that look at these runs come last, and the runs are made in the background from the beginning: they wait a lot.
-BACKGROUND = ("runs", "harmed_runs")
+# `make test` gives each file to one of several processes. Long files first: at the end no process works alone on one.
+LONG = ("test_runs.py", "test_bench.py", "test_harm.py", "test_verdicts.py", "test_accept.py")
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Tests in their order, but those that wait for the background at the end."""
-    items.sort(key=lambda item: any(name in item.fixturenames for name in BACKGROUND))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def background(request, able, model_folder, tmp_path_factory):
-    """Name -> (folder, future), for all background runs that the selected tests need."""
-    needed = {name for item in request.session.items for name in item.fixturenames}
-    jobs = {}
-    with ThreadPoolExecutor(2) as pool:
-        if "runs" in needed:
-            folder = tmp_path_factory.mktemp("runs")
-            for name, make in training_jobs(able, folder).items():
-                jobs[name] = (folder / name, pool.submit(make))
-        if "harmed_runs" in needed:
-            from harm import HARMS, harmed
-
-            folder = tmp_path_factory.mktemp("harmed")
-            for name, harm in HARMS.items():
-                jobs[name] = (folder / name, pool.submit(harmed, harm, model_folder, folder / name))
-        yield jobs
-
-
-@pytest.fixture(scope="session")
-def runs(background, able):
-    """The same small run through every door and with all kinds of drafting: a folder with a run in each subfolder."""
-    folder = background["2"][0].parent
-    here(tlt.main, able, folder / "1", *LEARN, "--steps", 2, "--workers", 1)
-    here(train_grpo.main, able, folder / "alone", *LEARN, "--steps", 2)
-    here(train_grpo.main, able, folder / "dynamic-alone", *LEARN, "--steps", 2, *DYNAMIC)
-    here(tlt.main, able, folder / "bandit", *LEARN, "--steps", 2, "--workers", 1, "--strategy", "beg-mab")
-    for out, future in background.values():
-        if out.parent == folder:
-            (out / "printed.txt").write_text(future.result())
-    return folder
-
-
-@pytest.fixture(scope="session")
-def harmed_runs(background):
-    """Name of the harm -> (folder, future), see harm.py."""
-    return background
+    """Long files first."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture

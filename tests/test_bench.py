@@ -1,13 +1,8 @@
-"""The bench: its tables from finished training runs, and the simulation by hand.
-
-The fixture `runs` (conftest.py) is a folder of small finished runs: "2" (two workers, adaptive drafter), "plain" (no
-speculation) and "warm" (static drafter), of the same two steps.
-"""
+"""The bench's tables: by hand, and small. Those that read finished training runs are tested in test_runs.py."""
 
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,55 +16,6 @@ from bench.__main__ import TABLES, main
 from parts.common import UserError, parse_flags
 from parts.interfaces import Draft, RoundReport, Strategy
 from rollout import Engine
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
-
-
-# ---------------------------------------------------------------- from training runs
-
-
-def check_paired(result: dict, steps: int, evaluations: int) -> None:
-    """A comparison of two runs that made the same."""
-    rollout_row, _, step_row, *by_batch = result["rows"][:-1]
-    checks = result["rows"][-1]
-    assert result["name"] == "paired"
-    assert result["ratio"] == step_row["plain"] / step_row["tlt"]
-    assert checks["steps"] == checks["identical"] == steps
-    assert checks["equal"] == checks["evaluations"] == evaluations
-    assert checks["parted"] is None
-    for party in ("plain", "tlt"):
-        assert 0 < sum(row[party] for row in by_batch) <= rollout_row[party]
-
-
-def test_paired_with_a_plain_run_that_is_there(runs, run_bench):
-    result = run_bench("paired", "--run", runs / "2", "--plain", runs / "plain")
-    check_paired(result, 2, evaluations=1)
-    assert (runs / "2/paired.png").exists()
-
-
-def test_paired_makes_the_plain_run_from_the_checkpoint_before_the_last(runs, run_bench, capsys):
-    plain = runs / "2-plain"
-    result = run_bench("paired", "--run", runs / "2")
-    check_paired(result, 1, evaluations=0)
-    assert "the same tokens in 1 of 1 steps" in capsys.readouterr().out
-
-    rows = metrics(plain)
-    rows[-1]["digest"] += 1  # a token differs
-    (plain / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run_bench("paired", "--run", runs / "2", "--plain", plain)
-    caught(check_paired, result, 1, evaluations=0)
-    assert result["rows"][-1]["identical"] == 0
-    assert result["rows"][-1]["parted"] == 2
-
-
-def test_static_against_adaptive(runs, run_bench):
-    result = run_bench("drafter", "--adaptive", runs / "2", "--static", runs / "warm")
-    assert result["name"] == "drafter"
-    assert result["rows"][0]["steps"][0] == 1  # when a drafter that knows nothing is tried again depends on the time
-    assert 1 <= result["rows"][0]["static"] <= 9
-    assert (runs / "2/drafter.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LEARN, caught, here, tiny
+from conftest import LEARN, caught, here, metrics, tiny
 from helpers import filled_buffer, make_drafter, responses_of
 from safetensors.torch import load_file
-from test_tlt import make_spot, metrics, team_of_one
+from test_tlt import make_spot, team_of_one
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter

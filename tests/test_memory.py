@@ -9,7 +9,7 @@ import torch
 from conftest import LEARN, caught, here, tiny
 from helpers import FAMILIES, by_name, check_equal, groups_of
 from test_grpo import CONFIG, close, equal, gradient, logprobs_by_hand, make_responses
-from test_tlt import check_same_run
+from test_runs import check_same_run
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GraniteConfig

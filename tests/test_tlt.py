@@ -1,6 +1,5 @@
 """The workers, as real processes: every door, equal results, and what is left behind when something dies."""
 
-import json
 import os
 import threading
 from pathlib import Path
@@ -8,9 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LEARN, ROOT, caught, finish, here, launch, tiny
-from harm import HARMS
-from safetensors.torch import load_file
+from conftest import LEARN, caught, finish, here, launch, tiny
 
 import bench.scale
 import tlt
@@ -28,124 +25,7 @@ from report import STATES, Clock
 from rollout import Engine
 from tlt import Board, TLTConfig
 
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
-
-
-def step_rows(out: Path) -> list[dict]:
-    return [row for row in metrics(out) if "eval" not in row]
-
-
-# ---------------------------------------------------------------- the same run through every door
-
-
-def weights(folder: Path) -> torch.Tensor:
-    """All of them, in one vector."""
-    return torch.cat([w.flatten() for _, w in sorted(load_file(folder / "model.safetensors").items())])
-
-
-def check_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
-    """tolerance: distance of the two policies, as a share of the way that they have come (Adam makes steps of what
-    rounding leaves of tiny gradients).
-    """
-    for x, y in zip(metrics(a), metrics(b), strict=True):
-        for name in ("digest", "reward", "length", "eval"):
-            assert x.get(name) == y.get(name)
-        assert x.get("gap_max", 0) < 1e-4  # fp32 rollout and trainer agree
-        assert abs(x.get("grad_norm", 0) - y.get("grad_norm", 0)) <= 1e-4 * x.get("grad_norm", 0)
-    start = weights(ROOT / "base/chain")
-    x = weights(a / "policy")
-    y = weights(b / "policy")
-    assert (x - start).norm() > 0
-    assert (x - y).norm() <= tolerance * (x - start).norm()
-
-
-# alone: train_grpo.py; warm: by torchrun, with an agent for each worker; sharded: by accelerate launch
-@pytest.mark.parametrize("other", ["alone", "2", "3", "plain", "warm", "bandit", "sharded"])
-def test_every_door_number_of_workers_and_kind_of_drafting_gives_the_same_run(runs, other):
-    check_same_run(runs / "1", runs / other, 0.0 if other in ("alone", "bandit") else 0.02)
-
-
-def check_further_prompts(a: Path, b: Path) -> None:
-    """Both ask as many."""
-    for x, y in zip(step_rows(a), step_rows(b), strict=True):
-        assert x["extra"]["groups"] == y["extra"]["groups"] > 0
-        assert abs(x["entropy"] - y["entropy"]) < 1e-3
-        assert abs(x["gap_mean"] - y["gap_mean"]) < 1e-5
-    check_same_run(a, b, 0.02)
-
-
-def test_two_workers_that_draft_replace_the_same_groups(runs):
-    check_further_prompts(runs / "dynamic-alone", runs / "dynamic")
-    caught(check_same_run, runs / "alone", runs / "dynamic", 0.02)
-
-
-def test_two_workers_resume_exactly(runs):
-    whole = load_file(runs / "2/policy/model.safetensors")
-    parts = load_file(runs / "resumed/policy/model.safetensors")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_the_policy_learns_and_another_seed_is_seen(runs, able):
-    assert all(row["grad_norm"] > 0 for row in step_rows(runs / "1"))
-    here(tlt.main, able, runs / "other", *LEARN, "--steps", 2, "--workers", 1, "--seed", 1)
-    caught(check_same_run, runs / "1", runs / "other")
-
-
-@pytest.mark.parametrize("name", ["2", "warm"])
-def test_a_run_leaves_its_drafter_and_its_timeline(runs, name):
-    rows = step_rows(runs / name)
-    assert sum(row["speculation"]["share"] for row in rows) > 0
-    for row in rows:
-        assert 0 <= row["speculation"]["tokens_per_round"] <= 9
-        assert row["drafter"]["preempted"] >= 0
-    assert (runs / name / "drafter/drafter.safetensors").exists()
-    assert (runs / name / "timeline.png").exists()
-    trace = json.loads((runs / name / "trace.json").read_text())
-    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
-    assert {event["tid"] for event in events} == {0, 1}
-    assert {"update", "speculative", "checkpoint"} <= {event["name"] for event in events}
-    for worker in (0, 1):  # one state at a time, without holes
-        own = [event for event in events if event["tid"] == worker]
-        assert all(abs(a["ts"] + a["dur"] - b["ts"]) <= 2 for a, b in zip(own, own[1:]))
-
-
-def test_a_static_drafter_is_warmed_and_then_frozen(runs):
-    first, second = step_rows(runs / "warm")
-    assert first["drafter"]["steps"] > 0
-    assert second["drafter"]["steps"] == 0
-    assert second["seconds"]["speculative"] > second["seconds"]["rollout"]
-
-
-def test_a_plain_run_drafts_nothing(runs):
-    row = step_rows(runs / "plain")[0]
-    assert "speculation" not in row
-    assert row["seconds"]["speculative"] == 0
-    assert not (runs / "plain/drafter").exists()
-
-
-def test_workers_share_the_rollout_and_draw_it(runs):
-    text = (runs / "2/printed.txt").read_text()
-    assert "worker 0 |" in text
-    assert "worker 1 |" in text
-    assert "step s" in text
-    for row in step_rows(runs / "2"):
-        states = [seconds for state, seconds in row["seconds"].items() if state != "step"]
-        assert abs(sum(states) - row["seconds"]["step"]) < 1e-6
-
-
 # ---------------------------------------------------------------- when something dies
-
-
-@pytest.mark.parametrize("harm", HARMS)
-def test_nothing_is_left_behind_and_the_run_goes_on(harm, harmed_runs, model_folder):
-    out, future = harmed_runs[harm]
-    assert "Traceback" not in future.result()
-    load_file(out / "drafter/drafter.safetensors")  # whole
-    step = checkpoints.read_state(checkpoints.newest(out))["step"]
-    here(tlt.main, model_folder, out, "--steps", step + 1, "--workers", 1, "--eval-every", 0, "--resume")
-    assert metrics(out)[-1]["step"] == step + 1
 
 
 def test_a_mistake_is_one_line_before_any_worker_starts(model_folder, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def test_the_gpu_bench_runs_whole_without_a_gpu(run_bench, monkeypatch):
     assert {row["part"] for row in result["rows"]} == set(gpu.PARTS)
     check_verdicts(result["rows"])
     monkeypatch.setattr(Engine, "commit", harmed_commit(Engine.commit))
-    caught(check_verdicts, run_bench("gpu", "--parts", "exact", "round", "--responses", 16)["rows"])
+    caught(check_verdicts, run_bench("gpu", "--parts", "exact", "--responses", 16)["rows"])
 
 
 def check_a_failing_part_is_refuted(monkeypatch, capsys):

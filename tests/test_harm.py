@@ -4,9 +4,15 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conftest import finish, launch
+import pytest
+from conftest import finish, here, launch, metrics
+from safetensors.torch import load_file
+
+import tlt
+from parts import checkpoints
 
 
 def left_over(session: int) -> list[str]:
@@ -91,3 +97,22 @@ def harmed(harm, model_folder: Path, out: Path) -> str:
         if left_over(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
     return text
+
+
+@pytest.fixture(scope="module")
+def harmed_runs(model_folder, tmp_path_factory):
+    """Name of the harm -> (folder, future): two at once, they wait a lot."""
+    folder = tmp_path_factory.mktemp("harmed")
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {name: pool.submit(harmed, harm, model_folder, folder / name) for name, harm in HARMS.items()}
+        yield {name: (folder / name, future) for name, future in jobs.items()}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_nothing_is_left_behind_and_the_run_goes_on(harm, harmed_runs, model_folder):
+    out, future = harmed_runs[harm]
+    assert "Traceback" not in future.result()
+    load_file(out / "drafter/drafter.safetensors")  # whole
+    step = checkpoints.read_state(checkpoints.newest(out))["step"]
+    here(tlt.main, model_folder, out, "--steps", step + 1, "--workers", 1, "--eval-every", 0, "--resume")
+    assert metrics(out)[-1]["step"] == step + 1

@@ -1,0 +1,224 @@
+"""The same small run through every door: what it must be, what it leaves, and what the bench makes of it."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LEARN, ROOT, caught, finish, here, launch, metrics
+from safetensors.torch import load_file
+
+import tlt
+import train_grpo
+from parts.supervise import free_port
+
+
+def step_rows(out: Path) -> list[dict]:
+    return [row for row in metrics(out) if "eval" not in row]
+
+
+def two_agents(able, out, *flags) -> str:
+    """torchrun with two agents, as on two hosts -> what both have printed."""
+    port = str(free_port())
+    agents = []
+    for rank in ("0", "1"):
+        place = ("--nnodes", "2", "--node-rank", rank, "--master-addr", "127.0.0.1", "--master-port", port)
+        door = ("-m", "torch.distributed.run", *place, "--nproc-per-node", "1", "tlt.py")
+        agents.append(launch(able, out, *LEARN, "--steps", 2, *flags, door=door))
+    return "".join(finish(agent) for agent in agents)
+
+
+def in_two_parts(able, out) -> str:
+    """A run that stops after the first step, loses its config.json, and is resumed."""
+    flags = (*LEARN, "--workers", 2, "--eval-every", 0)
+    text = finish(launch(able, out, *flags, "--steps", 1))
+    (out / "config.json").unlink()
+    return text + finish(launch(able, out, *flags, "--steps", 2, "--resume"))
+
+
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "tlt.py")
+WARM = "--warm-start 4 --drafter static --strategy 4".split()
+
+
+# groups that are replaced in rounds, several updates of a rollout, and all of it corrected
+DYNAMIC = (
+    "--dynamic-sampling 6 --overlong-penalty 8 --loss gspo --epochs 2 --minibatches 2 --tis-cap 2 --schedule linear"
+).split()
+
+
+def training_jobs(able, folder: Path) -> dict:
+    """Name -> a function that makes the run in folder/name, in processes of its own, and returns what was printed."""
+
+    def tlt_run(name: str, *flags, door=("tlt.py",)) -> str:
+        return finish(launch(able, folder / name, *LEARN, "--steps", 2, *flags, door=door))
+
+    return {
+        "2": partial(tlt_run, "2", "--workers", 2),
+        "3": partial(tlt_run, "3", "--workers", 3),
+        "dynamic": partial(tlt_run, "dynamic", "--workers", 2, *DYNAMIC),
+        "plain": partial(tlt_run, "plain", "--workers", 2, "--drafter", "off", "--strategy", "off"),
+        "resumed": partial(in_two_parts, able, folder / "resumed"),
+        "warm": partial(two_agents, able, folder / "warm", *WARM),
+        # multi_gpu: several processes; --device says of what kind
+        "sharded": partial(tlt_run, "sharded", "--shard", door=ACCELERATE),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(able, tmp_path_factory):
+    """The same small run through every door and with all kinds of drafting: a folder with a run in each subfolder."""
+    folder = tmp_path_factory.mktemp("runs")
+    with ThreadPoolExecutor(2) as pool:  # they wait a lot
+        printed = {name: pool.submit(make) for name, make in training_jobs(able, folder).items()}
+        here(tlt.main, able, folder / "1", *LEARN, "--steps", 2, "--workers", 1)
+        here(train_grpo.main, able, folder / "alone", *LEARN, "--steps", 2)
+        here(train_grpo.main, able, folder / "dynamic-alone", *LEARN, "--steps", 2, *DYNAMIC)
+        here(tlt.main, able, folder / "bandit", *LEARN, "--steps", 2, "--workers", 1, "--strategy", "beg-mab")
+    for name, future in printed.items():
+        (folder / name / "printed.txt").write_text(future.result())
+    return folder
+
+
+# ---------------------------------------------------------------- the same run through every door
+
+
+def weights(folder: Path) -> torch.Tensor:
+    """All of them, in one vector."""
+    return torch.cat([w.flatten() for _, w in sorted(load_file(folder / "model.safetensors").items())])
+
+
+def check_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
+    """tolerance: distance of the two policies, as a share of the way that they have come (Adam makes steps of what
+    rounding leaves of tiny gradients).
+    """
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        for name in ("digest", "reward", "length", "eval"):
+            assert x.get(name) == y.get(name)
+        assert x.get("gap_max", 0) < 1e-4  # fp32 rollout and trainer agree
+        assert abs(x.get("grad_norm", 0) - y.get("grad_norm", 0)) <= 1e-4 * x.get("grad_norm", 0)
+    start = weights(ROOT / "base/chain")
+    x = weights(a / "policy")
+    y = weights(b / "policy")
+    assert (x - start).norm() > 0
+    assert (x - y).norm() <= tolerance * (x - start).norm()
+
+
+# alone: train_grpo.py; warm: by torchrun, with an agent for each worker; sharded: by accelerate launch
+@pytest.mark.parametrize("other", ["alone", "2", "3", "plain", "warm", "bandit", "sharded"])
+def test_every_door_number_of_workers_and_kind_of_drafting_gives_the_same_run(runs, other):
+    check_same_run(runs / "1", runs / other, 0.0 if other in ("alone", "bandit") else 0.02)
+
+
+def check_further_prompts(a: Path, b: Path) -> None:
+    """Both ask as many."""
+    for x, y in zip(step_rows(a), step_rows(b), strict=True):
+        assert x["extra"]["groups"] == y["extra"]["groups"] > 0
+        assert abs(x["entropy"] - y["entropy"]) < 1e-3
+        assert abs(x["gap_mean"] - y["gap_mean"]) < 1e-5
+    check_same_run(a, b, 0.02)
+
+
+def test_two_workers_that_draft_replace_the_same_groups(runs):
+    check_further_prompts(runs / "dynamic-alone", runs / "dynamic")
+    caught(check_same_run, runs / "alone", runs / "dynamic", 0.02)
+
+
+def test_two_workers_resume_exactly(runs):
+    whole = load_file(runs / "2/policy/model.safetensors")
+    parts = load_file(runs / "resumed/policy/model.safetensors")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_policy_learns_and_another_seed_is_seen(runs, able):
+    assert all(row["grad_norm"] > 0 for row in step_rows(runs / "1"))
+    here(tlt.main, able, runs / "other", *LEARN, "--steps", 2, "--workers", 1, "--seed", 1)
+    caught(check_same_run, runs / "1", runs / "other")
+
+
+@pytest.mark.parametrize("name", ["2", "warm"])
+def test_a_run_leaves_its_drafter_and_its_timeline(runs, name):
+    rows = step_rows(runs / name)
+    assert sum(row["speculation"]["share"] for row in rows) > 0
+    for row in rows:
+        assert 0 <= row["speculation"]["tokens_per_round"] <= 9
+        assert row["drafter"]["preempted"] >= 0
+    assert (runs / name / "drafter/drafter.safetensors").exists()
+    assert (runs / name / "timeline.png").exists()
+    trace = json.loads((runs / name / "trace.json").read_text())
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert {event["tid"] for event in events} == {0, 1}
+    assert {"update", "speculative", "checkpoint"} <= {event["name"] for event in events}
+    for worker in (0, 1):  # one state at a time, without holes
+        own = [event for event in events if event["tid"] == worker]
+        assert all(abs(a["ts"] + a["dur"] - b["ts"]) <= 2 for a, b in zip(own, own[1:]))
+
+
+def test_a_static_drafter_is_warmed_and_then_frozen(runs):
+    first, second = step_rows(runs / "warm")
+    assert first["drafter"]["steps"] > 0
+    assert second["drafter"]["steps"] == 0
+    assert second["seconds"]["speculative"] > second["seconds"]["rollout"]
+
+
+def test_a_plain_run_drafts_nothing(runs):
+    row = step_rows(runs / "plain")[0]
+    assert "speculation" not in row
+    assert row["seconds"]["speculative"] == 0
+    assert not (runs / "plain/drafter").exists()
+
+
+def test_workers_share_the_rollout_and_draw_it(runs):
+    text = (runs / "2/printed.txt").read_text()
+    assert "worker 0 |" in text
+    assert "worker 1 |" in text
+    assert "step s" in text
+    for row in step_rows(runs / "2"):
+        states = [seconds for state, seconds in row["seconds"].items() if state != "step"]
+        assert abs(sum(states) - row["seconds"]["step"]) < 1e-6
+
+
+# ---------------------------------------------------------------- from training runs
+
+
+def check_paired(result: dict, steps: int, evaluations: int) -> None:
+    """A comparison of two runs that made the same."""
+    rollout_row, _, step_row, *by_batch = result["rows"][:-1]
+    checks = result["rows"][-1]
+    assert result["name"] == "paired"
+    assert result["ratio"] == step_row["plain"] / step_row["tlt"]
+    assert checks["steps"] == checks["identical"] == steps
+    assert checks["equal"] == checks["evaluations"] == evaluations
+    assert checks["parted"] is None
+    for party in ("plain", "tlt"):
+        assert 0 < sum(row[party] for row in by_batch) <= rollout_row[party]
+
+
+def test_paired_with_a_plain_run_that_is_there(runs, run_bench):
+    result = run_bench("paired", "--run", runs / "2", "--plain", runs / "plain")
+    check_paired(result, 2, evaluations=1)
+    assert (runs / "2/paired.png").exists()
+
+
+def test_paired_makes_the_plain_run_from_the_checkpoint_before_the_last(runs, run_bench, capsys):
+    plain = runs / "2-plain"
+    result = run_bench("paired", "--run", runs / "2")
+    check_paired(result, 1, evaluations=0)
+    assert "the same tokens in 1 of 1 steps" in capsys.readouterr().out
+
+    rows = metrics(plain)
+    rows[-1]["digest"] += 1  # a token differs
+    (plain / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run_bench("paired", "--run", runs / "2", "--plain", plain)
+    caught(check_paired, result, 1, evaluations=0)
+    assert result["rows"][-1]["identical"] == 0
+    assert result["rows"][-1]["parted"] == 2
+
+
+def test_static_against_adaptive(runs, run_bench):
+    result = run_bench("drafter", "--adaptive", runs / "2", "--static", runs / "warm")
+    assert result["name"] == "drafter"
+    assert result["rows"][0]["steps"][0] == 1  # when a drafter that knows nothing is tried again depends on the time
+    assert 1 <= result["rows"][0]["static"] <= 9
+    assert (runs / "2/drafter.png").exists()
