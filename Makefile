@@ -12,6 +12,7 @@ SECONDS ?= 60
 SEEDS ?= 0 1 2
 OFTEN := --demo --eval-every 12
 FIRST := $(firstword $(SEEDS))
+PYTEST := $(RUN) -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 help:  ## what can be made
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -28,13 +29,13 @@ demo: .venv/installed  ## train a policy with TLT, then repeat the last steps wi
 test: .venv/installed  ## the style checks and all tests (5 minutes on 2 cores)
 	$(RUN) -m ruff check --quiet
 	$(RUN) -m ruff format --check --quiet
-	$(RUN) -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 soak: .venv/installed  ## kill -9 a run 50 times at random moments and resume it: its metrics and policy must come out equal (10 minutes)
 	$(RUN) tests/soak.py --kills 50
 
 fuzz: .venv/installed  ## the random tests with over 100,000 cases: verifiers, files, command lines, drafts, engine (6 minutes)
-	FUZZ=100 $(RUN) -m pytest -q -k "any_text or stack_machine or any_file or any_command_line or byte_that or by_hand_finds or random_shapes"
+	FUZZ=100 $(PYTEST) -k "any_text or stack_machine or any_file or any_command_line or byte_that or by_hand_finds or random_shapes"
 
 bench-quick: .venv/installed  ## a first look at the speeds of this machine (3 minutes on 2 cores)
 	$(RUN) -m bench engine --batches 32 --rounds 1 --max-new 256 --json runs/quick-engine.json
