@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import caught, tiny
+from conftest import cases, caught, tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train_grpo
+from parts import batches
 from parts.batches import Example, micro_batches
-from parts.interfaces import Group
+from parts.interfaces import Group, Response
 from parts.sampling import Sampling, sequence_seed
 from parts.workers import Alone, trainable
 from rollout import Engine
@@ -258,10 +261,10 @@ def check_content_order(cut):
     shuffled = random.Random(3).sample(examples, len(examples))
     shares = cut(examples, 150, 2)
     assert contents(shares) == contents(cut(shuffled, 150, 2))
-    batches = [batch for share in shares for batch in share]
-    everything = [x for batch in batches for x in batch]
+    every_batch = [batch for share in shares for batch in share]
+    everything = [x for batch in every_batch for x in batch]
     assert sorted(names(everything)) == names(examples)
-    for batch in batches:
+    for batch in every_batch:
         assert len(batch) == 1 or len(batch) * max(x.length for x in batch) <= 150
 
 
@@ -276,20 +279,68 @@ def test_micro_batches_are_cut_by_content():
     assert micro_batches([], 100, 3) == [[], [], []]
 
 
+def partitions(items: list):
+    """All ways to cut a list into neighbours."""
+    if not items:
+        yield []
+    for n in range(1, len(items) + 1):
+        for rest in partitions(items[n:]):
+            yield [items[:n], *rest]
+
+
+def check_least_cost(cut, examples: list[Example], tokens: int):
+    """No other way to cut them costs less."""
+
+    def fits(batch) -> bool:
+        return len(batch) == 1 or len(batch) * batch[0].length <= tokens
+
+    def price(way) -> int:
+        return sum(batches.cost(len(batch), batch[0].length, tokens) for batch in way)
+
+    found = cut(examples, tokens)
+    assert [x for batch in found for x in batch] == examples
+    assert all(map(fits, found))
+    assert price(found) == min(price(way) for way in partitions(examples) if all(map(fits, way)))
+
+
+def as_full_as_can_be(examples: list[Example], tokens: int) -> list[list[Example]]:
+    found = []
+    for x in examples:
+        if found and (len(found[-1]) + 1) * found[-1][0].length <= tokens:
+            found[-1].append(x)
+        else:
+            found.append([x])
+    return found
+
+
+def of_lengths(lengths: list[int]) -> list[Example]:
+    return [Example(Response(("train", 0), i, [7] * n, [], torch.zeros(0), True), 1.0) for i, n in enumerate(lengths)]
+
+
+@cases(60)
+@given(st.lists(st.integers(1, 60), max_size=9), st.integers(1, 400))
+def test_micro_batches_cost_least(lengths, tokens):
+    check_least_cost(batches.cut, of_lengths(sorted(lengths, reverse=True)), tokens)
+
+
+def test_full_micro_batches_are_not_the_cheapest():
+    caught(check_least_cost, as_full_as_can_be, of_lengths([90, 60, 20, 20, 20, 20]), 400)
+
+
 def test_every_mini_batch_holds_samples_of_every_group(monkeypatch):
     responses = make_responses(tiny())
-    batches = []
+    seen = []
 
     def look(model, reference, optimizer, examples, *rest):
-        batches.append(examples)
+        seen.append(examples)
         return train_grpo.UpdateStats()
 
     monkeypatch.setattr(train_grpo, "gradients", look)
     gradient(tiny(), responses, replace(CONFIG, minibatches=3, kl=0.1))  # with KL no group is left out
-    assert len(batches) == 3
-    everything = [x for batch in batches for x in batch]
+    assert len(seen) == 3
+    everything = [x for batch in seen for x in batch]
     assert sorted(names(everything)) == [(r.group, r.sample) for r in responses]
-    for batch in batches:
+    for batch in seen:
         assert {x.response.group for x in batch} == {r.group for r in responses}
 
 
