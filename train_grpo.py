@@ -96,7 +96,7 @@ class Config(TaskFlags):
     grad_clip: float = flag(1.0, "largest gradient norm; inf: no limit")
     epochs: int = flag(1, "passes of the update over each rollout")
     minibatches: int = flag(1, "parts that a rollout is cut into, with an update each")
-    micro_tokens: int = flag(2048, "tokens, padding included, in one forward-backward")
+    micro_tokens: int = flag(2048, "most tokens, padding included, in one forward-backward")
     gradient_checkpointing: bool = flag(False, "keep only the inputs of layers in the update: less memory, more time")
     lora_rank: int = flag(0, "rank of adapters (LoRA, needs peft), with --lr 10 times as high; 0: all weights learn")
     bf16: bool = flag(False, "bfloat16 autocast in the update (always on for GPUs)")
