@@ -118,9 +118,9 @@ def here(main, model, out, *more) -> None:
         sys.argv = before
 
 
-def metrics(out: Path) -> list[dict]:
-    """The lines that a run has written."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+def rows_of(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl that a run has written."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, cases, caught, tiny
+from conftest import ROOT, cases, caught, rows_of, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_loop import SMALL, Parity, rows_of, run_main
+from test_loop import SMALL, Parity, run_main
 
 import train_grpo
 from base.pretrain import make_tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, caught, here, tiny
+from conftest import ROOT, caught, here, rows_of, tiny
 from helpers import tiny_of, trained_drafter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
@@ -331,7 +331,7 @@ def test_a_run_leaves_a_folder_that_is_complete(model_folder, tmp_path, monkeypa
     here(tlt.main, model_folder, tmp_path / "run", "--workers", 1, "--steps", 2)
     policy = tmp_path / "run" / "policy"
     card = (policy / "README.md").read_text()
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "run")
     last = [row for row in rows if "eval" in row][-1]
     assert f"| 2 | {last['eval']['pass@1']:.3f} |" in card
     assert "2 GRPO steps" in card

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import caught
+from conftest import caught, rows_of
 from safetensors.torch import load_file
 from test_grpo import CONFIG
-from test_loop import SMALL, rows_of, run_main
+from test_loop import SMALL, run_main
 
 import train_grpo
 from parts import checkpoints, losses

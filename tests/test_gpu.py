@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LEARN, caught, here, metrics, tiny
+from conftest import LEARN, caught, here, rows_of, tiny
 from helpers import filled_buffer, make_drafter, responses_of
 from safetensors.torch import load_file
 from test_tlt import make_spot, team_of_one
@@ -263,7 +263,7 @@ def test_where_nothing_fits_drafter_training_ends_and_the_run_goes_on(able, tmp_
     monkeypatch.setattr(Spot, "AVERAGE_EVERY", 0.1)
     capsys.readouterr()
     here(tlt.main, able, tmp_path, *LEARN, "--steps", 1, "--workers", 1, "--eval-every", 0, "--warm-start", 5)
-    assert metrics(tmp_path)[-1]["drafter"]["steps"] == 0
+    assert rows_of(tmp_path)[-1]["drafter"]["steps"] == 0
     assert capsys.readouterr().out.count("out of memory in drafter training") == 4
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import finish, here, launch, metrics
+from conftest import finish, here, launch, rows_of
 from safetensors.torch import load_file
 
 import tlt
@@ -115,4 +115,4 @@ def test_nothing_is_left_behind_and_the_run_goes_on(harm, harmed_runs, model_fol
     load_file(out / "drafter/drafter.safetensors")  # whole
     step = checkpoints.read_state(checkpoints.newest(out))["step"]
     here(tlt.main, model_folder, out, "--steps", step + 1, "--workers", 1, "--eval-every", 0, "--resume")
-    assert metrics(out)[-1]["step"] == step + 1
+    assert rows_of(out)[-1]["step"] == step + 1

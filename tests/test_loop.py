@@ -1,14 +1,12 @@
 """Around GRPO's sums: memory that runs out, gradients too large or not finite, what the loop asks of a rollout."""
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import caught, tiny
+from conftest import caught, rows_of, tiny
 from safetensors.torch import load_file
 from test_grpo import CONFIG, Frozen, advantage_of, close, gradient, make_responses, norm_of
 
@@ -156,10 +154,6 @@ def parity(monkeypatch):
 def run_main(monkeypatch, *argv):
     monkeypatch.setattr("sys.argv", ["train_grpo.py", *map(str, argv)])
     run(train_grpo.main)
-
-
-def rows_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------- gradients that are too large or not finite

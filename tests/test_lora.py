@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LEARN, caught, finish, here, launch, tiny
+from conftest import LEARN, caught, finish, here, launch, rows_of, tiny
 from helpers import SAMPLINGS, by_name, check_equal, groups_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -96,7 +96,7 @@ def test_adapters_begin_as_nothing_and_alike_everywhere():
 
 
 def digests(out) -> list[int]:
-    return [json.loads(line)["digest"] for line in (out / "metrics.jsonl").open()]
+    return [row["digest"] for row in rows_of(out)]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LEARN, ROOT, caught, finish, here, launch, metrics
+from conftest import LEARN, ROOT, caught, finish, here, launch, rows_of
 from safetensors.torch import load_file
 
 import tlt
@@ -16,7 +16,7 @@ from parts.supervise import free_port
 
 
 def step_rows(out: Path) -> list[dict]:
-    return [row for row in metrics(out) if "eval" not in row]
+    return [row for row in rows_of(out) if "eval" not in row]
 
 
 def two_agents(able, out, *flags) -> str:
@@ -93,7 +93,7 @@ def check_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
     """tolerance: distance of the two policies, as a share of the way that they have come (Adam makes steps of what
     rounding leaves of tiny gradients).
     """
-    for x, y in zip(metrics(a), metrics(b), strict=True):
+    for x, y in zip(rows_of(a), rows_of(b), strict=True):
         for name in ("digest", "reward", "length", "eval"):
             assert x.get(name) == y.get(name)
         assert x.get("gap_max", 0) < 1e-4  # fp32 rollout and trainer agree
@@ -207,7 +207,7 @@ def test_paired_makes_the_plain_run_from_the_checkpoint_before_the_last(runs, ru
     check_paired(result, 1, evaluations=0)
     assert "the same tokens in 1 of 1 steps" in capsys.readouterr().out
 
-    rows = metrics(plain)
+    rows = rows_of(plain)
     rows[-1]["digest"] += 1  # a token differs
     (plain / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run_bench("paired", "--run", runs / "2", "--plain", plain)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cases, caught, tiny
+from conftest import cases, caught, rows_of, tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from test_loop import SMALL, rows_of, run_main
+from test_loop import SMALL, run_main
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 

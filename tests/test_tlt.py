@@ -1,4 +1,4 @@
-"""The workers, as real processes: every door, equal results, and what is left behind when something dies."""
+"""The workers: mistakes, spare time, the queue, sharding. Whole runs: test_runs.py; what dies: test_harm.py."""
 
 import os
 import threading
@@ -25,7 +25,7 @@ from report import STATES, Clock
 from rollout import Engine
 from tlt import Board, TLTConfig
 
-# ---------------------------------------------------------------- when something dies
+# ---------------------------------------------------------------- when something goes wrong
 
 
 def test_a_mistake_is_one_line_before_any_worker_starts(model_folder, tmp_path, monkeypatch):

@@ -4,8 +4,8 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from conftest import LEARN, caught, finish, launch
-from test_loop import SMALL, Parity, rows_of, run_main
+from conftest import LEARN, caught, finish, launch, rows_of
+from test_loop import SMALL, Parity, run_main
 
 import train_grpo
 from parts import journal
