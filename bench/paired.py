@@ -1,10 +1,13 @@
 """A training run against the same steps without speculation and drafter training, step by step.
 
-The plain run is made here, from the last checkpoint but one of --run (with --whole, or if there is none, from the
-start) and without evaluations, unless --plain names a finished one. In float32 both must make the same tokens, so the
-steps' digests are compared as well, and the held-out results that both have. The rollout's seconds are also told by how
-many responses a worker was writing at once: speculation gains most where they are few. The timelines of the last step
-are drawn into RUN/paired.png.
+The steps behind the last checkpoint but one of --run (with --whole, or if there is none, all of them) are made twice
+more, without evaluations: plain, then with TLT again. So TLT is measured before and after the plain steps, and its
+seconds are the mean of both: a machine that slowly becomes faster or slower favours nobody. --plain names a finished
+plain run instead; then nothing is made here.
+
+In float32 all of them must make the same tokens, so the steps' digests are compared as well, and the held-out results
+that the runs have. The rollout's seconds are also told by how many responses a worker was writing at once: speculation
+gains most where they are few. The timelines of the last step are drawn into RUN/paired.png.
 
 Ratio: seconds per step, plain over TLT.
 """
@@ -23,7 +26,7 @@ import torch
 from bench.harness import Metrics, Output, Result, device_of, read_metrics, read_spans, tlt_command
 from parts.common import UserError, flag
 from parts.loading import actor_dtype
-from report import Span, draw_timeline
+from report import draw_timeline
 from strategy import bucket
 
 # phases of a step; rollout: until the last response of all workers
@@ -43,59 +46,62 @@ class Config(Output):
     whole: bool = flag(False, "compare from the first step")
 
 
-# ---------------------------------------------------------------- the plain run
+# ---------------------------------------------------------------- the steps once more
+
+WITHOUT_TLT = ("--drafter", "off", "--strategy", "off", "--drafter-from", "")
 
 
-def train_plain(run: Path, plain: Path, whole: bool) -> None:
-    """Repeat the last steps of a run, or all of them, without speculation, into the folder `plain`.
+def repeat(run: Path, folder: Path, whole: bool, flags: tuple = ()) -> None:
+    """Make the last steps of a run once more, or all of them, with further flags, into another folder.
 
     Raises UserError if that fails.
     """
     starts = [] if whole else sorted(run.glob("checkpoint-??????"))[:-1]  # a short run has none before the last
-    flags = ["--config", run / "config.json", "--out", plain, "--drafter", "off", "--strategy", "off"]
-    flags += ["--drafter-from", "", "--eval-every", "0", "--resume" if starts else "--no-resume"]
+    command = ["--config", run / "config.json", "--out", folder, "--eval-every", "0", *flags]
     if starts:
-        shutil.rmtree(plain, ignore_errors=True)
-        shutil.copytree(starts[-1], plain / starts[-1].name)
-    done = subprocess.run(tlt_command(flags))
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(starts[-1], folder / starts[-1].name)
+    done = subprocess.run(tlt_command([*command, "--resume" if starts else "--no-resume"]))
     if done.returncode:
-        raise UserError(f"the plain run in {plain} failed with status {done.returncode}; its message is above")
+        raise UserError(f"the run in {folder} failed with status {done.returncode}; its message is above")
 
 
 # ---------------------------------------------------------------- the comparison
 
 
 class Pair(NamedTuple):
-    """Two runs of the same steps."""
+    """Runs of the same steps."""
 
     plain: Metrics
-    tlt: Metrics
-    steps: list[int]  # that both have made
+    tlt: list[Metrics]  # the run, and after the plain one its repetition, if there is one
+    steps: list[int]  # that all have made
 
     def identical(self) -> list[int]:
-        """Steps with the same tokens."""
-        return [step for step in self.steps if self.plain.steps[step]["digest"] == self.tlt.steps[step]["digest"]]
+        """Steps with the same tokens in all runs."""
+        runs = [self.plain, *self.tlt]
+        return [step for step in self.steps if len({run.steps[step]["digest"] for run in runs}) == 1]
 
     def drafting(self, name: str) -> list:
-        """An entry of the drafter's report, of each step."""
-        return [self.tlt.steps[step]["drafter"][name] for step in self.steps]
+        """An entry of the drafter's report, of each step of each run with TLT."""
+        return [run.steps[step]["drafter"][name] for run in self.tlt for step in self.steps]
 
-    def seconds(self, run: Metrics, states: tuple[str, ...]) -> float:
-        """Spent in these states, all steps together."""
-        return sum(run.steps[step]["seconds"][state] for step in self.steps for state in states)
+    def seconds(self, runs: list[Metrics], states: tuple[str, ...]) -> float:
+        """Spent in these states in a step, the mean over steps and runs."""
+        total = sum(run.steps[step]["seconds"][state] for run in runs for step in self.steps for state in states)
+        return total / len(runs) / len(self.steps)
 
 
-def read_pair(plain: Path, run: Path) -> Pair:
+def read_pair(plain: Path, *tlt: Path) -> Pair:
     """Raises UserError if the runs share no step."""
     plain_metrics = read_metrics(plain)
-    tlt_metrics = read_metrics(run)
+    tlt_metrics = [read_metrics(run) for run in tlt]
     steps = []
     for step, row in plain_metrics.steps.items():
         copied = "speculation" in row  # from the checkpoint that the plain run began with
-        if step in tlt_metrics.steps and not copied:
+        if not copied and all(step in metrics.steps for metrics in tlt_metrics):
             steps.append(step)
     if not steps:
-        raise UserError(f"--run {run}, --plain {plain}: these runs have no step in common")
+        raise UserError(f"--run {tlt[0]}, --plain {plain}: these runs have no step in common")
     return Pair(plain_metrics, tlt_metrics, steps)
 
 
@@ -103,37 +109,41 @@ def phase_rows(pair: Pair) -> list[dict]:
     """Mean seconds of each phase."""
     rows = []
     for phase, states in PHASES.items():
-        plain = pair.seconds(pair.plain, states) / len(pair.steps)
-        tlt = pair.seconds(pair.tlt, states) / len(pair.steps)
+        plain = pair.seconds([pair.plain], states)
+        tlt = pair.seconds(pair.tlt, states)
         rows.append({"phase": phase, "plain": plain, "tlt": tlt, "ratio": plain / tlt})
     return rows
 
 
-def rows_by_batch(spans: dict[str, dict[int, list[list[Span]]]], steps: list[int]) -> list[dict]:
-    """Where the rollout's time goes: mean seconds of a worker with 1, 2 to 3, 4 to 7 ... responses at once.
-
-    spans: of "plain" and "tlt", as harness.read_spans.
-    """
-    seconds: dict[int, dict[str, float]] = defaultdict(lambda: {"plain": 0.0, "tlt": 0.0})  # by strategy.bucket
-    for name, of_steps in spans.items():
+def seconds_by_batch(folders: list[Path], steps: list[int]) -> dict[int, float]:
+    """strategy.bucket of responses at once -> mean seconds of a worker in a step, over all these runs."""
+    seconds: dict[int, float] = defaultdict(float)
+    for folder in folders:
+        spans = read_spans(folder)
         for step in steps:
-            workers = of_steps[step]
+            workers = spans[step]
             for span in itertools.chain(*workers):
                 if span.state in ("rollout", "speculative") and span.rows:
-                    seconds[bucket(span.rows)][name] += span.seconds / len(workers) / len(steps)
+                    seconds[bucket(span.rows)] += span.seconds / len(workers) / len(steps) / len(folders)
+    return seconds
+
+
+def rows_by_batch(plain: dict[int, float], tlt: dict[int, float]) -> list[dict]:
+    """Where the rollout's time goes: with 1, 2 to 3, 4 to 7 ... responses at once; from `seconds_by_batch`."""
     rows = []
-    for number, taken in sorted(seconds.items()):
+    for number in sorted(plain.keys() | tlt.keys()):
         low, high = 1 << (number - 1), (1 << number) - 1
+        taken = {"plain": plain.get(number, 0.0), "tlt": tlt.get(number, 0.0)}
         ratio = taken["plain"] / max(1e-9, taken["tlt"])
         rows.append({"phase": f"{low} to {high} rows" if number > 1 else "1 row", **taken, "ratio": ratio})
     return rows
 
 
 def check_row(pair: Pair) -> dict:
-    """Whether both made the same, and how the idle time was used."""
+    """Whether all made the same, and how the idle time was used."""
     identical = pair.identical()
     theirs = pair.plain.evaluations
-    ours = pair.tlt.evaluations
+    ours = pair.tlt[0].evaluations
     evaluations = [step for step in theirs if step in ours and step >= pair.steps[0]]
     used = pair.seconds(pair.tlt, ("drafter",))
     idle = pair.seconds(pair.tlt, ("idle",))
@@ -146,6 +156,7 @@ def check_row(pair: Pair) -> dict:
         "equal": sum(theirs[step]["eval"] == ours[step]["eval"] for step in evaluations),
         "reclaimed": used / max(1e-9, used + idle),
         "preempted": max(pair.drafting("preempted")),
+        "tlt": [pair.seconds([run], ("step",)) for run in pair.tlt],
     }
 
 
@@ -168,18 +179,22 @@ def measure(config: Config) -> Result:
     run = Path(config.run)
     if not (run / "trace.json").exists():
         raise UserError(f"--run {run}: no finished run of tlt.py there")
+    again = Path(config.run.rstrip("/") + "-again")
     plain = Path(config.plain or config.run.rstrip("/") + "-plain")
+    with_tlt = [run]
     if not config.plain:
-        train_plain(run, plain, config.whole)
-    pair = read_pair(plain, run)
-    spans = {"plain": read_spans(plain), "tlt": read_spans(run)}
-    rows = [*phase_rows(pair), *rows_by_batch(spans, pair.steps), check_row(pair)]
+        repeat(run, plain, config.whole, WITHOUT_TLT)
+        repeat(run, again, config.whole)
+        with_tlt.append(again)
+    pair = read_pair(plain, *with_tlt)
+    by_batch = rows_by_batch(seconds_by_batch([plain], pair.steps), seconds_by_batch(with_tlt, pair.steps))
+    rows = [*phase_rows(pair), *by_batch, check_row(pair)]
 
     last = pair.steps[-1]
-    panels = {f"plain, step {last}": spans["plain"][last], f"TLT, step {last}": spans["tlt"][last]}
+    panels = {f"plain, step {last}": read_spans(plain)[last], f"TLT, step {last}": read_spans(run)[last]}
     draw_timeline(panels, run / "paired.png")
     device = device_of(run)
-    remarks = f"steps {pair.steps[0]} to {last}; {sum(pair.drafting('steps'))} drafter steps; wrote {run}/paired.png"
+    remarks = f"steps {pair.steps[0]} to {last}; wrote {run}/paired.png"
     step_ratio = next(row["ratio"] for row in rows if row["phase"] == "step")
     return Result(step_ratio, rows, device, remarks + in_bfloat16(run, device))
 
@@ -192,6 +207,8 @@ def table(rows: list[dict]) -> str:
         lines.append(f"{row['phase']:>13} {row['plain']:7.2f} {row['tlt']:7.2f} {row['ratio']:6.2f}")
     parted = f" (parted at step {checks['parted']})" if checks["parted"] is not None else ""
     lines.append(f"the same tokens in {checks['identical']} of {checks['steps']} steps{parted}")
+    if len(checks["tlt"]) == 2:
+        lines.append("TLT: the mean of {:.2f} s before the plain steps and {:.2f} s after them".format(*checks["tlt"]))
     if checks["evaluations"]:
         lines.append(f"the same held-out results in {checks['equal']} of {checks['evaluations']} evaluations")
     lines.append(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import tlt
 import train_grpo
+from bench import paired
 from parts.supervise import free_port
 
 
@@ -198,22 +199,33 @@ def check_paired(result: dict, steps: int, evaluations: int) -> None:
 def test_paired_with_a_plain_run_that_is_there(runs, run_bench):
     result = run_bench("paired", "--run", runs / "2", "--plain", runs / "plain")
     check_paired(result, 2, evaluations=1)
+    assert len(result["rows"][-1]["tlt"]) == 1
     assert (runs / "2/paired.png").exists()
 
 
-def test_paired_makes_the_plain_run_from_the_checkpoint_before_the_last(runs, run_bench, capsys):
-    plain = runs / "2-plain"
+def test_paired_makes_the_steps_behind_the_last_checkpoint_but_one_without_tlt_and_again(runs, run_bench, capsys):
     result = run_bench("paired", "--run", runs / "2")
     check_paired(result, 1, evaluations=0)
-    assert "the same tokens in 1 of 1 steps" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "the same tokens in 1 of 1 steps" in text
+    assert "before the plain steps" in text
+    assert "speculation" not in rows_of(runs / "2-plain")[-1]
+    assert "speculation" in rows_of(runs / "2-again")[-1]
+    seconds = [step_rows(runs / name)[-1]["seconds"]["step"] for name in ("2", "2-again")]
+    assert result["rows"][-1]["tlt"] == seconds
+    assert result["rows"][2]["tlt"] == pytest.approx(sum(seconds) / 2)
+    check_same_tokens(runs)
+    for run in range(3):
+        caught(check_same_tokens, runs, run)
 
-    rows = rows_of(plain)
-    rows[-1]["digest"] += 1  # a token differs
-    (plain / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run_bench("paired", "--run", runs / "2", "--plain", plain)
-    caught(check_paired, result, 1, evaluations=0)
-    assert result["rows"][-1]["identical"] == 0
-    assert result["rows"][-1]["parted"] == 2
+
+def check_same_tokens(runs, parting: int | None = None) -> None:
+    """Three runs made the same tokens; unless a token of run number `parting` is another one, which must be told."""
+    pair = paired.read_pair(runs / "2-plain", runs / "2", runs / "2-again")
+    if parting is not None:
+        [pair.plain, *pair.tlt][parting].steps[2]["digest"] += 1
+    checks = paired.check_row(pair)
+    assert (checks["identical"], checks["parted"]) == (1, None)
 
 
 def test_static_against_adaptive(runs, run_bench):
