@@ -1,7 +1,8 @@
 """Losses side by side: the same short training run with each of them, several seeds.
 
-Every run makes the demo's steps with one worker on one core, `--jobs` runs at a time. With two updates per rollout:
-with one rho is 1, then grpo and gspo are the same, and so are dapo and cispo. Runs that are there already are read.
+Every run makes steps of the demo's size with one worker on one core, `--jobs` runs at a time. With two updates per
+rollout: with one rho is 1, then grpo and gspo are the same, and so are dapo and cispo. Runs that are there already are
+read.
 
     grpo, dr_grpo, dapo, gspo, cispo    --loss, with the clip that its authors take (gspo: ten times theirs)
     dynamic                             grpo, and up to 8 further prompts for groups whose rewards are all equal
@@ -40,7 +41,7 @@ class Config(Output):
     seeds: tuple[int, ...] = flag((0, 1, 2), "seeds of the runs")
     model: str = flag("base", "the policy: a folder or a hub name")
     steps: int = flag(24, "steps of a run")
-    prompts: int = flag(8, "prompts per step")
+    prompts: int = flag(5, "prompts per step")
     samples: int = flag(8, "samples per prompt")
     max_new: int = flag(960, "longest response in tokens")
     eval_problems: int = flag(128, "held-out problems, 4 samples each")

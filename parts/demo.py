@@ -42,8 +42,8 @@ ON_A_GPU = (
     "--gradient-checkpointing"
 )
 ON_A_CPU = (
-    "--model base --device cpu --workers 2 --max-new 960 --prompts 8 --samples 8 --steps 36 --lr 2e-4 "
-    "--eval-every 36 --save-every 9"
+    "--model base --device cpu --workers 2 --max-new 960 --prompts 5 --samples 8 --steps 54 --lr 2e-4 "
+    "--eval-every 54 --save-every 9"
 )
 
 

@@ -50,8 +50,8 @@ def settings(*argv) -> TLTConfig:
 
 def test_without_a_gpu_it_is_the_tiny_policy(monkeypatch, capsys):
     fake_gpus(monkeypatch, 0)
-    sizes = {"max_new": 960, "prompts": 8, "samples": 8, "steps": 36}
-    wanted = TLTConfig(model="base", device="cpu", workers=2, lr=2e-4, eval_every=36, save_every=9, **sizes)
+    sizes = {"max_new": 960, "prompts": 5, "samples": 8, "steps": 54}
+    wanted = TLTConfig(model="base", device="cpu", workers=2, lr=2e-4, eval_every=54, save_every=9, **sizes)
     assert settings() == wanted
     line = "demo: the tiny policy in base/ on countdown, two CPU workers, because torch sees no GPU\n"
     assert capsys.readouterr().out == line
