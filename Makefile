@@ -62,7 +62,7 @@ bench-gpu: .venv/installed  ## the GPU path: what is claimed of it, measured, wi
 losses: .venv/installed  ## the same short training run with each loss, with dynamic sampling and with LoRA, three seeds (40 minutes on 2 cores)
 	$(RUN) -m bench losses --json runs/losses.json $(ARGS)
 
-seeds: .venv/installed  ## the demo's training with three seeds, for the learning curves (15 minutes on 2 cores)
+seeds: .venv/installed  ## the demo's training with three seeds, for the learning curves (14 minutes on 2 cores)
 	for seed in $(SEEDS); do $(RUN) tlt.py $(OFTEN) --seed $$seed --out runs/seed-$$seed || exit 1; done
 	$(RUN) -m bench seeds --runs $(SEEDS:%=runs/seed-%) --json runs/seeds.json
 

@@ -70,7 +70,7 @@ class Config(TaskFlags):
     out: str = flag("runs/grpo", "folder for metrics, pictures, checkpoints and the final policy")
     config: str = flag("", "a JSON file with settings, such as an earlier run's config.json; other flags override it")
     resume: bool = flag(False, "go on from the newest checkpoint in --out; without it an earlier run there is replaced")
-    seed: int = flag(0, "seed of prompts and samples")
+    seed: int = flag(0, "seed of the samples; the prompts are the same for every seed")
     device: str = flag("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
 
     steps: int = flag(30, "RL steps")
