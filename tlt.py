@@ -187,7 +187,7 @@ class Team(Alone):
         self.training = []
         drafters = {}
         if self.config.drafter != "off":
-            self.spot = Spot(actor, self.config, self.rank, stop)
+            self.spot = Spot(actor, self.config, self.rank, stop, self.start)
             drafters["learned"] = LearnedDrafts(self.spot.served)
         if self.config.ngram:
             drafters["n-gram"] = NGramDrafts()
@@ -272,15 +272,15 @@ class Team(Alone):
             self.spot.loss = 0.0
         return notes
 
-    def save(self, out):
+    def save(self, folder):
         """The drafter."""
-        if self.spot and self.rank == 0:
-            self.spot.save(out / "drafter")
+        if self.spot:
+            self.spot.save(folder / "drafter")
 
     def deploy(self, folder):
         """The drafter, and what decodes with it in stock transformers."""
+        self.save(folder)
         if self.spot:
-            self.spot.save(folder / "drafter")
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / "custom_generate", folder / "custom_generate", ignore=ignore)
 

@@ -280,7 +280,7 @@ class Training:
         self.team = team
         self.out = Path(config.out)
         self.writes = team.rank == 0
-        start = checkpoints.start_from(config, tqdm.write if self.writes else lambda text: None)
+        start = team.start = checkpoints.start_from(config, tqdm.write if self.writes else lambda text: None)
         self.task = make_task(config.task, config.data, config.columns)
         self.problems: dict[tuple[str, int], Problem] = {}  # of the rollout that is running
         source = str(config.model if config.lora_rank or not start else start)  # a checkpoint of adapters holds no more
@@ -402,9 +402,8 @@ class Training:
 
     def save(self, step: int) -> None:
         """A checkpoint; all workers take part."""
-        metrics = self.journal.metrics
-        checkpoints.save(self.out, step, self.model, self.optimizer, self.tokenizer, metrics, self.config, self.writes)
-        self.team.save(self.out)
+        state = (self.model, self.optimizer, self.tokenizer, self.journal.metrics, self.config)
+        checkpoints.save(self.out, step, *state, self.writes, self.team.save)
 
     def finish(self) -> dict:
         """Pictures, and all that deployment needs in out/policy -> the summary, the same on every worker."""

@@ -2,8 +2,8 @@
 
     out/config.json, metrics.jsonl, curves.png, timeline.png, trace.json
     out/policy/                 the final policy, an ordinary Hugging Face folder
-    out/checkpoint-NNNNNN/      a Hugging Face folder, or an adapter (--lora-rank), with optimizer.pt, state.json (step,
-                                config, metrics) and checksums.json
+    out/checkpoint-NNNNNN/      a Hugging Face folder, or an adapter (--lora-rank), with drafter/, optimizer.pt,
+                                state.json (step, config, metrics) and checksums.json
     out/earlier-run/            checkpoints of the run that was here before, until this one has written its first
     out/.lock                   held by the run that writes here; the system lets go of it however that run ends
 
@@ -171,10 +171,13 @@ def save_policy(folder: Path, model, tokenizer, weights: dict[str, torch.Tensor]
     tokenizer.save_pretrained(folder)
 
 
-def save(out: Path, step: int, model, optimizer, tokenizer, metrics: list[dict], config=None, writes=True) -> None:
+def save(
+    out: Path, step: int, model, optimizer, tokenizer, metrics: list[dict], config=None, writes=True, also=None
+) -> None:
     """Write a checkpoint; all workers take part, one writes. Raises UserError, and the checkpoints before stay.
 
-    The newest two of this run are kept. Those of an earlier run go, since one of this run is whole now.
+    also(folder): writes what belongs to it beside the policy. The newest two of this run are kept. Those of an earlier
+    run go, since one of this run is whole now.
     """
     adapted = bool(adapters.layers_of(model))
     weights = {} if adapted else whole_weights(model)
@@ -188,10 +191,12 @@ def save(out: Path, step: int, model, optimizer, tokenizer, metrics: list[dict],
             adapters.save(part, model)
         else:
             save_policy(part, model, tokenizer, weights)
+        if also:
+            also(part)
         torch.save(moments, part / "optimizer.pt")
         state = {"format": FORMAT, "step": step, "config": asdict(config) if config else {}, "metrics": metrics}
         (part / "state.json").write_text(json.dumps(state))
-        sums = {path.name: checksum(path) for path in sorted(part.iterdir())}
+        sums = {name: checksum(part / name) for name in files_of(part)}
         (part / "checksums.json").write_text(json.dumps(sums))
 
     try:
@@ -202,6 +207,11 @@ def save(out: Path, step: int, model, optimizer, tokenizer, metrics: list[dict],
     others = sorted(path for path in out.glob(PATTERN) if path != folder)
     for old in others[: max(0, len(others) - KEPT + 1)]:
         shutil.rmtree(old)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Paths of all files in a folder and its subfolders, from there."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def checksum(path: Path) -> str:
@@ -220,7 +230,7 @@ def damage(folder: Path) -> str:
     """What is wrong with a checkpoint, in words; empty if nothing is."""
     try:
         sums = json.loads((folder / "checksums.json").read_text())
-        files = {path.name for path in folder.iterdir()} - {"checksums.json"}
+        files = set(files_of(folder)) - {"checksums.json"}
         if files != sums.keys():
             return "missing or unknown: " + ", ".join(sorted(files ^ sums.keys()))
         changed = [name for name, known in sums.items() if checksum(folder / name) != known]

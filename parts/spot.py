@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from drafter import Drafter, Trainer, drafter_loss, rate_for
-from parts import checkpoints
 from parts.common import find_folder
 from parts.features import FeatureBuffer, Features, Packed, pack
 from parts.interfaces import Response
@@ -68,12 +67,12 @@ class Spot:
     AVERAGE_EVERY = 2.0  # seconds of the warm start, lest the workers' drafters drift apart
     FEWEST_TOKENS = 64  # of a batch
 
-    def __init__(self, actor, config, rank: int, stop: Iterable[int]):
-        """stop: tokens that end a response."""
+    def __init__(self, actor, config, rank: int, stop: Iterable[int], checkpoint: Path | None = None):
+        """stop: tokens that end a response; checkpoint: that the run goes on from."""
         torch.manual_seed(config.seed)  # every worker's drafter starts alike
         self.learner = Drafter(actor, torch.float32)
         self.served = Drafter(actor)
-        start = self.find_start(config)
+        start = self.find_start(config, checkpoint)
         self.draft_vocab = config.draft_vocab
         self.words = WordCounts(actor.config.vocab_size, stop)
         if start:
@@ -94,11 +93,11 @@ class Spot:
         self.steps = 0  # since the last notes; and the sum of their losses:
         self.loss = 0.0
 
-    def find_start(self, config) -> Path | None:
-        """The folder with the drafter to start from: this run's own, --drafter-from, the policy's; or None."""
+    def find_start(self, config, checkpoint: Path | None) -> Path | None:
+        """The folder with the drafter to start from: the checkpoint's, --drafter-from, the policy's; or None."""
         places = []
-        if config.resume or checkpoints.restarted():
-            places.append(Path(config.out) / "drafter")
+        if checkpoint:
+            places.append(checkpoint / "drafter")
         if config.drafter_from:
             places.append(Path(config.drafter_from))
         places.append(Path(find_folder(config.model)) / "drafter")

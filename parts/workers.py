@@ -113,6 +113,7 @@ class Alone:
         self.tis_cap = max(0.0, config.tis_cap)  # 0: no correction; -1 is settled when it is known what generates
         self.device = pick_device(config.device)
         self.layout = Adapted(config) if config.lora_rank else Replicated(config.actor_dtype)
+        self.start: Path | None = None  # the checkpoint that the run goes on from
 
     def loading(self, name: str) -> contextlib.AbstractContextManager:
         """Around the loading of a model, a folder or a hub name."""
@@ -152,8 +153,8 @@ class Alone:
         """What this worker did for speculation since the last call, for the metrics."""
         return None
 
-    def save(self, out: Path) -> None:
-        """With each checkpoint: whatever the workers keep beside the policy."""
+    def save(self, folder: Path) -> None:
+        """Into each checkpoint: whatever the workers keep beside the policy. Only the worker that writes is asked."""
 
     def deploy(self, folder: Path) -> None:
         """Into the final policy's folder: whatever else serves it."""

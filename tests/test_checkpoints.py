@@ -65,13 +65,15 @@ def refused(monkeypatch, *argv) -> None:
 
 
 def checkpoint(folder: Path, step: int, content: str = "good") -> Path:
-    """A checkpoint with one file."""
+    """A checkpoint with a file, and one in a subfolder."""
 
     def fill(part):
         (part / "x").write_text(content)
+        (part / "deep").mkdir()
+        (part / "deep/y").write_text(content)
         state = {"format": checkpoints.FORMAT, "step": step, "config": {}, "metrics": []}
         (part / "state.json").write_text(json.dumps(state))
-        sums = {name: checkpoints.checksum(part / name) for name in ("x", "state.json")}
+        sums = {name: checkpoints.checksum(part / name) for name in ("x", "deep/y", "state.json")}
         (part / "checksums.json").write_text(json.dumps(sums))
 
     save_folder(folder / f"checkpoint-{step:06d}", fill)
@@ -116,6 +118,9 @@ HARMS = {
     "another format": lambda f: (f / "state.json").write_text('{"format": 0}'),
     "a list": lambda f: (f / "state.json").write_text("[]"),
     "a strange file": lambda f: (f / "y").write_text("what is this?"),
+    "other content in a subfolder": lambda f: (f / "deep/y").write_text("goof"),
+    "a file is gone in a subfolder": lambda f: (f / "deep/y").unlink(),
+    "a strange file in a subfolder": lambda f: (f / "deep/z").write_text("what is this?"),
     "no checksums": lambda f: (f / "checksums.json").unlink(),
     "endless checksums": lambda f: (f / "checksums.json").write_text("[" * 100_000),
     "checksums of another kind": lambda f: (f / "checksums.json").write_text("[]"),
@@ -133,16 +138,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tmp_path
 
 
 @cases(40)
-@given(st.sampled_from(["x", "state.json", "checksums.json"]), st.integers(0, 10**6), st.integers(0, 255) | st.none())
+@given(
+    st.sampled_from(["x", "deep/y", "state.json", "checksums.json"]),
+    st.integers(0, 10**6),
+    st.integers(0, 255) | st.none(),
+)
 def test_a_byte_that_changes_anywhere_is_noticed(name, where, byte):
     """byte: what one byte becomes; None: the file ends there."""
     with tempfile.TemporaryDirectory() as folder:
-        file = checkpoint(Path(folder), 1) / name
+        whole = checkpoint(Path(folder), 1)
+        file = whole / name
         old = file.read_bytes()
         where %= len(old)
         new = old[:where] if byte is None else old[:where] + bytes([byte]) + old[where + 1 :]
         file.write_bytes(new)
-        assert bool(checkpoints.damage(file.parent)) == (new != old)
+        assert bool(checkpoints.damage(whole)) == (new != old)
 
 
 # ---------------------------------------------------------------- exact resume

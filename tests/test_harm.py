@@ -12,6 +12,7 @@ from conftest import finish, here, launch, rows_of
 from safetensors.torch import load_file
 
 import tlt
+from drafter import Drafter
 from parts import checkpoints
 
 
@@ -109,10 +110,15 @@ def harmed_runs(model_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_nothing_is_left_behind_and_the_run_goes_on(harm, harmed_runs, model_folder):
+def test_nothing_is_left_behind_and_the_run_goes_on(harm, harmed_runs, model_folder, monkeypatch):
     out, future = harmed_runs[harm]
     assert "Traceback" not in future.result()
-    load_file(out / "drafter/drafter.safetensors")  # whole
-    step = checkpoints.read_state(checkpoints.newest(out))["step"]
+    checkpoint = checkpoints.newest(out)
+    load_file(checkpoint / "drafter/drafter.safetensors")  # whole
+    step = checkpoints.read_state(checkpoint)["step"]
+    places = []
+    load = Drafter.load
+    monkeypatch.setattr(Drafter, "load", lambda drafter, folder: places.append(folder) or load(drafter, folder))
     here(tlt.main, model_folder, out, "--steps", step + 1, "--workers", 1, "--eval-every", 0, "--resume")
     assert rows_of(out)[-1]["step"] == step + 1
+    assert places == [checkpoint / "drafter"]

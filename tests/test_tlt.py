@@ -171,11 +171,16 @@ def test_nobody_trained_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, spot_.learner.parameters()))
 
 
-def test_a_restart_keeps_the_drafter_that_was_trained(tmp_path, monkeypatch):
-    Drafter(tiny()).save(tmp_path / "drafter")
-    assert make_spot(out=str(tmp_path)).needs_warm_start
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not make_spot(out=str(tmp_path)).needs_warm_start
+def test_a_run_that_goes_on_takes_the_drafter_of_its_checkpoint(tmp_path):
+    config = TLTConfig(out="nowhere", model="base/chain/refit")
+    trained = Drafter(tiny())
+    trained.save(tmp_path / "drafter")
+    spot_ = Spot(tiny(), config, 0, {1}, checkpoint=tmp_path)
+    assert not spot_.needs_warm_start
+    for a, b in zip(spot_.learner.parameters(), trained.parameters(), strict=True):
+        assert torch.allclose(a, b)
+    assert make_spot().needs_warm_start
+    assert Spot(tiny(), config, 0, {1}, checkpoint=tmp_path / "without").needs_warm_start
 
 
 # ---------------------------------------------------------------- evaluations teach nobody
