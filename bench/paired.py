@@ -24,9 +24,10 @@ from typing import NamedTuple
 import torch
 
 from bench.harness import Metrics, Output, Result, device_of, read_metrics, read_spans, tlt_command
+from parts import checkpoints
 from parts.common import UserError, flag
 from parts.loading import actor_dtype
-from report import draw_timeline
+from report import Span, draw_timeline
 from strategy import bucket
 
 # phases of a step; rollout: until the last response of all workers
@@ -56,7 +57,7 @@ def repeat(run: Path, folder: Path, whole: bool, flags: tuple = ()) -> None:
 
     Raises UserError if that fails.
     """
-    starts = [] if whole else sorted(run.glob("checkpoint-??????"))[:-1]  # a short run has none before the last
+    starts = [] if whole else sorted(run.glob(checkpoints.PATTERN))[:-1]  # a short run has none before the last
     command = ["--config", run / "config.json", "--out", folder, "--eval-every", "0", *flags]
     if starts:
         shutil.rmtree(folder, ignore_errors=True)
@@ -115,16 +116,18 @@ def phase_rows(pair: Pair) -> list[dict]:
     return rows
 
 
-def seconds_by_batch(folders: list[Path], steps: list[int]) -> dict[int, float]:
-    """strategy.bucket of responses at once -> mean seconds of a worker in a step, over all these runs."""
+def seconds_by_batch(runs: list[dict[int, list[list[Span]]]], steps: list[int]) -> dict[int, float]:
+    """strategy.bucket of responses at once -> mean seconds of a worker in a step, over all these runs.
+
+    runs: of each what harness.read_spans gives.
+    """
     seconds: dict[int, float] = defaultdict(float)
-    for folder in folders:
-        spans = read_spans(folder)
+    for spans in runs:
         for step in steps:
             workers = spans[step]
             for span in itertools.chain(*workers):
                 if span.state in ("rollout", "speculative") and span.rows:
-                    seconds[bucket(span.rows)] += span.seconds / len(workers) / len(steps) / len(folders)
+                    seconds[bucket(span.rows)] += span.seconds / len(workers) / len(steps) / len(runs)
     return seconds
 
 
@@ -187,11 +190,13 @@ def measure(config: Config) -> Result:
         repeat(run, again, config.whole)
         with_tlt.append(again)
     pair = read_pair(plain, *with_tlt)
-    by_batch = rows_by_batch(seconds_by_batch([plain], pair.steps), seconds_by_batch(with_tlt, pair.steps))
+    plain_spans = read_spans(plain)
+    tlt_spans = [read_spans(folder) for folder in with_tlt]
+    by_batch = rows_by_batch(seconds_by_batch([plain_spans], pair.steps), seconds_by_batch(tlt_spans, pair.steps))
     rows = [*phase_rows(pair), *by_batch, check_row(pair)]
 
     last = pair.steps[-1]
-    panels = {f"plain, step {last}": read_spans(plain)[last], f"TLT, step {last}": read_spans(run)[last]}
+    panels = {f"plain, step {last}": plain_spans[last], f"TLT, step {last}": tlt_spans[0][last]}
     draw_timeline(panels, run / "paired.png")
     device = device_of(run)
     remarks = f"steps {pair.steps[0]} to {last}; wrote {run}/paired.png"
