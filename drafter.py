@@ -23,6 +23,7 @@ Legend: B live rows, T entries per row, N entries of a packed batch (parts/featu
 Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a head of the drafter's own.
 """
 
+import copy
 import random
 import time
 from collections import deque
@@ -34,16 +35,41 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from parts.common import check_above, check_at_least, flag, load_weights, parse_flags, pick_device, run, save_weights
-from parts.features import FeatureBuffer, Packed, block_mask, scale_of
-from parts.interfaces import Draft, Drafts, Group, Strategy, describe_stats
-from parts.loading import load_model, stop_tokens
-from parts.mlp import widened
-from parts.modeling import PACK_FROM, Linear, SlotCache, attend, fuse, kv_heads, logit_scale, refilled
-from parts.sampling import Sampling, sequence_seed
-from parts.vocabulary import WordCounts
+from parts.cli import check_above, check_at_least, flag, parse_flags, run
+from parts.devices import pick_device
+from parts.engine.forward import logit_scale
+from parts.engine.fused_layers import PACK_FROM, Linear, fuse, refilled
+from parts.engine.interfaces import Draft, Drafts, Group, Strategy, describe_stats
+from parts.engine.kv_cache import SlotCache, attend, kv_heads
+from parts.engine.model_loading import load_model, stop_tokens
+from parts.engine.sampling import Sampling, sequence_seed
+from parts.files import load_weights, save_weights
+from parts.training.drafter_data import FeatureBuffer, Packed, WordCounts, block_mask, scale_of
 from rollout import Engine
 from tasks import TaskFlags, encode_prompt, make_task
+
+FEWEST = 512
+
+
+PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def width_of(layer) -> int | None:
+    """Inner width of a decoder layer's MLP; None where it is not of the usual kind, as in mixtures of experts."""
+    mlp = getattr(layer, "mlp", None)
+    if not all(isinstance(getattr(mlp, part, None), torch.nn.Linear) for part in PARTS):
+        return None
+    return mlp.down_proj.in_features
+
+
+def widened(layer, config):
+    """The decoder layer, made anew if its MLP is too narrow. config: the policy's."""
+    width = width_of(layer)
+    if width is None or width >= FEWEST or width != getattr(config, "intermediate_size", None):
+        return layer
+    config = copy.deepcopy(config)
+    config.intermediate_size = FEWEST
+    return type(layer)(config, layer_idx=0)
 
 
 class PolicyParts(NamedTuple):

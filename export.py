@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from drafter import Drafter
-from parts.common import UserError, find_folder, flag, parse_flags, replacing, run, save_weights, write_atomically
-from parts.loading import load_model
-from parts.mlp import width_of
+from drafter import Drafter, width_of
+from parts.cli import UserError, flag, parse_flags, run
+from parts.engine.model_loading import load_model
+from parts.files import find_folder, replacing, save_weights, write_atomically
 
 ARCHITECTURES = {
     "sglang": {"llama": "LlamaForCausalLMEagle", "qwen2": "Qwen2ForCausalLMEagle"},

@@ -9,10 +9,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from drafter import Drafter, LearnedDrafts
-from parts.common import UserError, check_at_least, flag, parse_flags, pick_device, run
-from parts.interfaces import MAX_DRAFTS, Draft, Group, Strategy, describe_stats
-from parts.loading import load_model, stop_tokens
-from parts.sampling import Sampling, sequence_seed
+from parts.cli import UserError, check_at_least, flag, parse_flags, run
+from parts.devices import pick_device
+from parts.engine.interfaces import MAX_DRAFTS, Draft, Group, Strategy, describe_stats
+from parts.engine.model_loading import load_model, stop_tokens
+from parts.engine.sampling import Sampling, sequence_seed
 from rollout import Engine
 from tasks import encode
 

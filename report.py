@@ -1,8 +1,5 @@
-"""What a run tells: a row of metrics per step, the table, the timeline of the workers, the curves, the model card.
-
-A worker is in exactly one state at any moment (`Clock`). The states, with their marks in the table and their colours in
-the pictures, are in STATES. timeline.png shows the last step; trace.json holds every step, for https://ui.perfetto.dev
-(Chrome's trace format: microseconds, one row per worker). Nothing here takes part in the training.
+"""What a run reports: a row of metrics per step, the table, the summary and the model card. Nothing here takes part in
+the training.
 """
 
 import json
@@ -12,67 +9,14 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import NamedTuple
+from pathlib import Path
 
-STATES = {
-    "rollout": ("#", "tab:blue"),
-    "speculative": ("=", "tab:cyan"),
-    "drafter": ("d", "tab:green"),
-    "idle": (".", "0.85"),
-    "reward": ("r", "tab:purple"),
-    "update": ("u", "tab:orange"),
-    "checkpoint": ("c", "tab:brown"),
-}
-LABELS = {"rollout": "plain rollout", "speculative": "speculative rollout", "drafter": "drafter training"}
-ROLLOUT = ("rollout", "speculative", "reward")
+from tqdm import tqdm
 
-
-class Span(NamedTuple):
-    """A worker was in a state from start to end (seconds since 1970)."""
-
-    state: str
-    start: float
-    end: float
-    rows: int = 0  # responses that it was writing; 0: before the first round, or no rollout
-
-    @property
-    def seconds(self) -> float:
-        """Its length."""
-        return self.end - self.start
-
-
-class Clock:
-    """Where a worker's time goes. It is in one state at any moment, so the states' seconds sum to the whole."""
-
-    def __init__(self, tell: Callable[[str], None] | None = None):
-        """tell(state) hears of each call of `enter`: a sign of life."""
-        self.tell = tell
-        self.spans: list[Span] = []
-        self.state = "idle"
-        self.rows = 0
-        self.since = time.time()
-
-    def enter(self, state: str, rows: int | None = None) -> None:
-        """From now on the worker is in this state, with so many live rows; None: in a rollout as many as before."""
-        if self.tell:
-            self.tell(state)
-        if rows is None:
-            rows = self.rows if state in ROLLOUT else 0
-        if (state, rows) != (self.state, self.rows):
-            now = time.time()
-            self.spans.append(Span(self.state, self.since, now, self.rows))
-            self.state = state
-            self.rows = rows
-            self.since = now
-
-    def take(self) -> list[Span]:
-        """The spans since the last call."""
-        now = time.time()
-        spans = [*self.spans, Span(self.state, self.since, now, self.rows)]
-        self.spans = []
-        self.since = now
-        return spans
-
+from parts.files import write_atomically
+from parts.running.metrics_log import open_tracker, scalars
+from parts.running.pictures import draw_curves, draw_timeline, gantt, split_metrics, trace
+from parts.running.timers import ROLLOUT, STATES, Span
 
 # ---------------------------------------------------------------- rows of metrics.jsonl
 
@@ -261,20 +205,6 @@ class Table:
         return text
 
 
-def gantt(spans: list[Span], started: float, seconds: float, width: int = 96) -> str:
-    """A line of `width` characters: in each the state that held most of that moment, by its mark."""
-    line = ""
-    for i in range(width):
-        begin = started + seconds * i / width
-        end = started + seconds * (i + 1) / width
-        share: dict[str, float] = {}
-        for span in spans:
-            share[span.state] = share.get(span.state, 0.0) + max(0.0, min(end, span.end) - max(begin, span.start))
-        longest = max(share, key=share.get, default=None)
-        line += STATES[longest][0] if longest and share[longest] > 0 else " "
-    return line
-
-
 def show_samples(say: Callable[[str], None], responses, tokenizer) -> None:
     """The best and the worst response of a step, in short."""
     ranked = sorted(responses, key=lambda r: (r.grade.reward, r.grade.strict, r.grade.lenient, -len(r.tokens)))
@@ -283,14 +213,6 @@ def show_samples(say: Callable[[str], None], responses, tokenizer) -> None:
         if len(text) >= 400:
             text = text[:200] + " ... " + text[-200:]
         say(f"  {name} ({len(r.tokens)} tokens, {'right' if r.grade.strict else 'wrong'}): {text}")
-
-
-# ---------------------------------------------------------------- at the end of a run
-
-
-def split_metrics(metrics: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(rows of steps, rows of evaluations)."""
-    return [m for m in metrics if "eval" not in m], [m for m in metrics if "eval" in m]
 
 
 def summarise(metrics: list[dict], config) -> dict:
@@ -367,84 +289,88 @@ def drafter_card(steps: list[dict]) -> list[str]:
     ]
 
 
-def trace(history: list[tuple[int, list[float], list[list[Span]]]]) -> str:
-    """history: as journal.Journal.history -> JSON text in Chrome's trace format."""
-    workers = len(history[-1][2]) if history else 0
-    events = []
-    for rank in range(workers):
-        name = {"name": f"worker {rank}"}
-        events.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": rank, "args": name})
-    for step, started, spans in history:
-        for rank, worker in enumerate(spans):
-            for span in worker:
-                event = {"name": span.state, "ph": "X", "ts": round(span.start * 1e6), "dur": round(span.seconds * 1e6)}
-                args = {"step" if span.end > started[rank] else "before": step, "rows": span.rows}
-                events.append({**event, "pid": 0, "tid": rank, "args": args})
-    return json.dumps({"traceEvents": events})
+class Journal:
+    """On every worker; only the one that `writes` prints and touches files.
 
+    metrics: the rows so far, as dicts: a step's (report.describe) or an evaluation's (report.evaluation).
+    """
 
-# ---------------------------------------------------------------- pictures
+    def __init__(self, config, metrics: list[dict], first_step: int, writes: bool):
+        self.config = config
+        self.out = Path(config.out)
+        self.metrics = metrics
+        self.writes = writes
+        self.table = Table(self.say)
+        self.bar = tqdm(
+            total=config.steps,
+            initial=first_step,
+            unit="step",
+            disable=not writes,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+        self.bar_shown = 0.0  # when its text was last written
+        # (step, when it began on each worker, each worker's spans with the evaluation and the checkpoint before it)
+        self.history: list[tuple[int, list[float], list[list[Span]]]] = []
+        self.spans: list[list[Span]] = []  # each worker's, of the last step
+        self.tracker = open_tracker(config, first_step) if writes else None
+        if writes:  # steps after the checkpoint will be made again
+            write_atomically(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.writes:
+            tqdm.write(text)
 
-def pyplot():
-    """matplotlib's, for files alone. Imported when the first picture is drawn: only rank 0 draws, at the end."""
-    import matplotlib
+    def progress(self, text: str) -> None:
+        """Show it beside the bar, twice a second at most."""
+        if time.time() > self.bar_shown + 0.5:
+            self.bar_shown = time.time()
+            self.bar.set_postfix_str(text)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def keep(self, row: dict) -> None:
+        """Add a row to the metrics."""
+        self.metrics.append(row)
+        if self.writes:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.on_row(row)
 
-    return plt
+    def on_row(self, row: dict) -> None:
+        """Called on rank 0 with each new row, of a step or of an evaluation (which has the key "eval")."""
+        if self.tracker:
+            self.tracker.log(scalars(row), step=row["step"])
 
+    def step(self, step: int, started: list[float], responses, rewards, stats: dict, spans, notes) -> dict:
+        """A step is done -> its row. started, spans, notes: of each worker."""
+        self.history.append((step, started, spans))
+        self.spans = []
+        for begin, worker in zip(started, spans):
+            self.spans.append([s._replace(start=max(s.start, begin)) for s in worker if s.end > begin])
+        row = describe(step, responses, rewards, stats, self.spans, notes)
+        self.keep(row)
+        self.table.show(row, self.spans)
+        self.bar.update()
+        return row
 
-def draw_timeline(panels: dict[str, list[list[Span]]], path) -> None:
-    """panels: title -> each worker's spans; on one scale. A rollout's bar is as high as responses still run."""
-    plt = pyplot()
-    size = (9, 1.2 + 0.45 * len(panels) + 0.6 * sum(map(len, panels.values())))
-    figure, axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, squeeze=False)
-    drawn: set[str] = set()
-    most = max((span.rows for spans in panels.values() for worker in spans for span in worker), default=0)
-    for axis, (title, spans) in zip(axes[:, 0], panels.items()):
-        zero = min(worker[0].start for worker in spans)
-        for rank, worker in enumerate(spans):
-            for span in worker:
-                label = None if span.state in drawn else LABELS.get(span.state, span.state)
-                drawn.add(span.state)
-                bar = (span.start - zero, span.seconds)
-                height = 0.9 * span.rows / most if span.state in ROLLOUT and span.rows else 0.9
-                axis.broken_barh([bar], (rank + 0.45 - height, height), color=STATES[span.state][1], label=label)
-        names = [f"worker {rank}" for rank in range(len(spans))]
-        axis.set(title=title, yticks=range(len(spans)), yticklabels=names, ylim=(len(spans) - 0.5, -0.5))
-    heights = f"; the height of a rollout: responses that still run, at most {most}" if most else ""
-    axes[-1, 0].set_xlabel("seconds" + heights)
-    figure.legend(loc="lower center", ncols=4)
-    figure.tight_layout(rect=(0, 0.55 / size[1], 1, 1))  # room for the legend
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    def evaluation(self, row: dict) -> None:
+        """A held-out evaluation is done."""
+        self.keep(row)
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in row["eval"].items())
+        self.say(
+            f"held-out at step {row['step']}: {scores}, lenient {row['lenient']:.3f}, "
+            f"mean length {row['length']:.0f} ({row['problems']} problems, {row['seconds']:.0f} s)"
+        )
 
-
-def draw_curves(metrics: list[dict], path, config) -> None:
-    """Rewards and held-out scores, response lengths, seconds by state, over the steps."""
-    plt = pyplot()
-    steps, evals = split_metrics(metrics)
-    figure, (scores, lengths, seconds) = plt.subplots(1, 3, figsize=(13, 3.6))
-    x = [m["step"] for m in steps]
-    rewards = [m["reward"] for m in steps]
-    scores.plot(x, rewards, lw=1, color="0.6", label="reward (training)")
-    for name in evals[0]["eval"] if evals else []:
-        scores.plot([m["step"] for m in evals], [m["eval"][name] for m in evals], "o-", label=f"held-out {name}")
-    scores.set(title=f"{config.task}, {config.loss}, seed {config.seed}", xlabel="RL step")
-    scores.set_ylim(min([0, *rewards]), max([1, *rewards]))
-    scores.legend()
-    for name in ("mean", "p50", "p95", "max"):
-        lengths.plot(x, [m["length"][name] for m in steps], label=name)
-    lengths.set(title="response length (tokens)", xlabel="RL step")
-    lengths.legend()
-    states = [state for state in STATES if steps and state in steps[0]["seconds"]]
-    if states:
-        areas = [[m["seconds"][state] for m in steps] for state in states]
-        seconds.stackplot(x, areas, labels=states, colors=[STATES[state][1] for state in states])
-        seconds.legend(loc="upper left")
-    seconds.set(title="seconds per step", xlabel="RL step")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    def finish(self) -> dict:
+        """Pictures -> the summary, the same on every worker."""
+        self.bar.close()
+        if self.tracker:
+            self.tracker.finish()
+        summary = summarise(self.metrics, self.config)
+        if self.writes:
+            draw_curves(self.metrics, self.out / "curves.png", self.config)
+            if self.history:
+                draw_timeline({f"step {self.config.steps}": self.spans}, self.out / "timeline.png")
+                write_atomically(self.out / "trace.json", trace(self.history))
+        return summary

@@ -32,14 +32,17 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
 
-from parts.accept import Coupled, Verdict
-from parts.common import UserError
-from parts.graphs import Graphs, Marks, Shape, rounded
-from parts.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Response, RoundReport, Row, Stats, Strategy
-from parts.loading import agrees, too_long
-from parts.memory import free_memory, rows_that_fit
-from parts.modeling import SlotCache, Tree, fast_head, forward, fuse_model, head_of
-from parts.sampling import Sampling, seed_words
+from parts.cli import UserError
+from parts.devices import free_memory
+from parts.engine.acceptance import Coupled, Verdict
+from parts.engine.cuda_graphs import Graphs, Marks, Shape, rounded
+from parts.engine.forward import fast_head, forward, head_of
+from parts.engine.fused_layers import fuse_model
+from parts.engine.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Response, RoundReport, Row, Stats, Strategy
+from parts.engine.kv_cache import SlotCache, Tree, rows_that_fit
+from parts.engine.model_loading import too_long
+from parts.engine.parity import agrees
+from parts.engine.sampling import Sampling, seed_words
 
 # ---------------------------------------------------------------- the engine
 

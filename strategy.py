@@ -31,9 +31,9 @@ from statistics import median, median_low
 
 import numpy as np
 
-from parts.common import UserError
-from parts.interfaces import MAX_DRAFTS, Draft, RoundReport, Row, Strategy
-from report import Clock
+from parts.cli import UserError
+from parts.engine.interfaces import MAX_DRAFTS, Draft, RoundReport, Row, Strategy
+from parts.running.timers import Clock
 
 LENGTHS = {"learned": (1, 2, 3, 4, 6, 8, 12), "n-gram": (2, 4)}  # draft lengths to choose from
 

@@ -29,9 +29,9 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.common import UserError, check_package, flag, reason
-from parts.grading import LOOKED_AT, Referee, answer_tag, boxed_answer, evaluate, last_number
-from parts.rows import halves, load_splits, pick_columns, read_hub, read_jsonl
+from parts.cli import UserError, check_package, flag, reason
+from parts.tasks.answers import LOOKED_AT, Referee, answer_tag, boxed_answer, evaluate, last_number
+from parts.tasks.data_files import halves, load_splits, pick_columns, read_hub, read_jsonl
 
 
 @dataclass(frozen=True)

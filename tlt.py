@@ -49,21 +49,20 @@ import torch
 from torch.distributed import TCPStore
 
 from drafter import LearnedDrafts
-from parts import checkpoints
-from parts.common import ROOT, UserError, check_above, check_at_least, find_folder, flag, parse_flags, run
-from parts.demo import demo_flags
-from parts.group import join
-from parts.interfaces import Group, Response, Stats
-from parts.ngram import NGramDrafts
-from parts.shard import Sharded
-from parts.spot import Spot, train_until
-from parts.sums import sum_up
-from parts.supervise import spawn
-from parts.workers import Alone
+from parts.cli import UserError, check_above, check_at_least, flag, parse_flags, run
+from parts.engine.interfaces import Group, Response, Stats
+from parts.engine.ngram import NGramDrafts
+from parts.files import ROOT, find_folder
+from parts.running import checkpoints
+from parts.running.communication import join, sum_up
+from parts.running.demo import demo_flags
+from parts.running.launcher import spawn
+from parts.training.fsdp import Sharded
 from report import WorkerNotes
 from rollout import Engine
+from spot import Spot, train_until
 from strategy import Watched, make_strategy
-from train_grpo import Config, check, train
+from train_grpo import Alone, Config, check, train
 
 
 @dataclass(frozen=True)

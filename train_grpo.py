@@ -40,25 +40,30 @@ Rules that keep the sums right (each has a test):
 Left out: a critic, reward models, replay of old rollouts.
 """
 
+import contextlib
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from parts import checkpoints
-from parts.batches import Example, UpdateStats, combine, micro_batches, per_token, precision, score, with_less_memory
-from parts.common import UserError, check_above, check_at_least, check_package, flag, parse_flags, pick_device, run
-from parts.interfaces import Group, Response
-from parts.journal import Journal
-from parts.loading import ACTOR_DTYPES, check_context, load_model, load_tokenizer, stop_tokens
-from parts.logprobs import checkpoint_layers, token_logprobs, token_scores
-from parts.losses import choose, missing_groups, sequence_old, set_rate, truncated_importance, uneven
-from parts.sampling import Sampling, sequence_seed
-from parts.workers import Alone, trainable
-from report import evaluation, model_card, show_samples
+from parts.cli import UserError, check_above, check_at_least, check_package, flag, parse_flags, run
+from parts.devices import pick_device
+from parts.engine.interfaces import Group, Response, Strategy
+from parts.engine.model_loading import ACTOR_DTYPES, check_context, load_model, load_tokenizer, stop_tokens
+from parts.engine.sampling import Sampling, sequence_seed
+from parts.running import checkpoints
+from parts.running.timers import Clock
+from parts.training.layouts import Adapted, Replicated, trainable
+from parts.training.logprobs import checkpoint_layers, token_logprobs, token_scores
+from parts.training.losses import choose, missing_groups, sequence_old, set_rate, truncated_importance, uneven
+from parts.training.micro_batches import Example, micro_batches, per_token, precision, score, with_less_memory
+from parts.training.update_stats import UpdateStats, combine
+from report import Journal, WorkerNotes, evaluation, model_card, show_samples
+from rollout import Engine
 from tasks import Problem, TaskFlags, encode_prompt, make_task
 
 
@@ -250,6 +255,77 @@ def accumulate(model, reference, batches, on_policy: bool, config: Config, team)
             if on_policy or team.tis_cap:
                 stats.compare(gap, team.tis_cap)
     return stats
+
+
+# ---------------------------------------------------------------- one worker
+
+
+class Alone:
+    """One process."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, config, tell: Callable[[str], None] | None = None):
+        """config: train_grpo.Config; tell: see report.Clock."""
+        self.config = config
+        self.clock = Clock(tell)
+        self.micro_tokens = config.micro_tokens  # falls when memory runs out
+        self.tis_cap = max(0.0, config.tis_cap)  # 0: no correction; -1 is settled when it is known what generates
+        self.device = pick_device(config.device)
+        self.layout = Adapted(config) if config.lora_rank else Replicated(config.actor_dtype)
+        self.start: Path | None = None  # the checkpoint that the run goes on from
+
+    def loading(self, name: str) -> contextlib.AbstractContextManager:
+        """Around the loading of a model, a folder or a hub name."""
+        return contextlib.nullcontext()
+
+    def engine(self, actor, stop: set[int], slots: int, reserve_bytes: int) -> Engine:
+        """The engine that generates."""
+        return Engine(actor, stop, slots, reserve_bytes=reserve_bytes)
+
+    def idle_bytes(self) -> int:
+        """Memory that is needed while others still generate."""
+        return 0
+
+    def rollout(self, engine: Engine, groups: list[Group], sampling, grade, progress, learn: bool) -> list[Response]:
+        """All responses to the groups, graded, ordered by (group, sample): the same list on every worker.
+
+        progress(number so far) hears of each; learn: whether a drafter may be trained on them (not on held-out ones).
+        """
+        responses = []
+        for response in self.work(engine, groups, sampling, grade):
+            responses.append(response)
+            progress(len(responses))
+        return sorted(responses, key=lambda r: (r.group, r.sample))
+
+    def work(
+        self, engine: Engine, groups: Iterable[Group], sampling, grade, strategy: Strategy | None = None
+    ) -> Iterator[Response]:
+        """This worker's responses, graded as they end."""
+        self.clock.enter("rollout")
+        for response in engine.generate(groups, sampling, strategy):
+            self.clock.enter("reward")
+            grade(response)
+            yield response
+            self.clock.enter("rollout")
+
+    def notes(self) -> WorkerNotes | None:
+        """What this worker did for speculation since the last call, for the metrics."""
+        return None
+
+    def save(self, folder: Path) -> None:
+        """Into each checkpoint: whatever the workers keep beside the policy. Only the worker that writes is asked."""
+
+    def deploy(self, folder: Path) -> None:
+        """Into the final policy's folder: whatever else serves it."""
+
+    def all_reduce(self, tensors: list[torch.Tensor]) -> None:
+        """Add up each tensor over the workers, in place."""
+
+    def gather(self, value) -> list:
+        """The values of all workers, by rank."""
+        return [value]
 
 
 # ---------------------------------------------------------------- the loop

@@ -38,7 +38,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from parts.common import UserError, check_above, check_at_least, flag, parse_flags, run
+from parts.cli import UserError, check_above, check_at_least, flag, parse_flags, run
 from tasks import Chain, Countdown, combine
 
 SYMBOLS = {

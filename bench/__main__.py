@@ -8,7 +8,8 @@ from pathlib import Path
 import bench
 from bench import aging, engine, gpu, identity, losses, paired, real, scale, seeds, speculation, spot, step
 from bench.harness import machine
-from parts.common import parse_flags, run, write_atomically
+from parts.cli import parse_flags, run
+from parts.files import write_atomically
 
 TABLES = {
     "engine": engine,

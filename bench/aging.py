@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.harness import Output, Result, device_of, read_metrics
-from parts.common import UserError, flag
-from report import pyplot
+from parts.cli import UserError, flag
+from parts.running.pictures import pyplot
 
 K = 8
 PART = 10  # steps in a row of the table

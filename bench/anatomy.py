@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from drafter import Drafter, LearnedDrafts
-from parts import sampling as sampler
-from parts.graphs import Graphs
-from parts.interfaces import Draft, Group, RoundReport, Strategy
-from parts.sampling import Sampling, sequence_seed
-from parts.vocabulary import WordCounts
+from parts.engine import sampling as sampler
+from parts.engine.cuda_graphs import Graphs
+from parts.engine.interfaces import Draft, Group, RoundReport, Strategy
+from parts.engine.sampling import Sampling, sequence_seed
+from parts.training.drafter_data import WordCounts
 from rollout import Engine
 
 WAYS = ("modules", "fused layers", "fused sampler", "graphs")

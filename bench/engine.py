@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from bench.harness import Result, Settings, groups_for, load, room, rounds_flag, take_turns, threads_flag
 from custom_generate.generate import generate
-from parts.common import check_at_least, find_folder, flag
-from parts.interfaces import Group
-from parts.loading import in_dtype, stop_tokens
-from parts.sampling import Sampling, sequence_seed
+from parts.cli import check_at_least, flag
+from parts.engine.interfaces import Group
+from parts.engine.model_loading import in_dtype, stop_tokens
+from parts.engine.sampling import Sampling, sequence_seed
+from parts.files import find_folder
 from rollout import Engine
 
 RIVALS = ("generate", "continuous", "prompt lookup")

@@ -11,11 +11,11 @@ import torch
 from bench.harness import groups_for, room
 from bench.verdicts import Found, Place, Verdict
 from drafter import Drafter, LearnedDrafts
-from parts.common import ROOT
-from parts.graphs import Graphs
-from parts.interfaces import Draft, Response, Strategy
-from parts.loading import in_dtype, load_model, stop_tokens
-from parts.sampling import Sampling, all_words, compiled_draw, draw, gumbel, sample, seed_words, sequence_seed
+from parts.engine.cuda_graphs import Graphs
+from parts.engine.interfaces import Draft, Response, Strategy
+from parts.engine.model_loading import in_dtype, load_model, stop_tokens
+from parts.engine.sampling import Sampling, all_words, compiled_draw, draw, gumbel, sample, seed_words, sequence_seed
+from parts.files import ROOT
 from rollout import Engine
 from strategy import Goodput, arms
 from tasks import Countdown

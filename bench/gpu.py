@@ -37,9 +37,11 @@ from bench.exact import exact_part
 from bench.harness import Output, Result, now, train
 from bench.verdicts import Found, Place, Verdict
 from drafter import Drafter, LearnedDrafts
-from parts.common import ROOT, UserError, check_at_least, flag, pick_device, reason
-from parts.graphs import Recorder
-from parts.logprobs import forward_bytes, logprobs_at
+from parts.cli import UserError, check_at_least, flag, reason
+from parts.devices import pick_device
+from parts.engine.cuda_graphs import Recorder
+from parts.files import ROOT
+from parts.training.logprobs import forward_bytes, logprobs_at
 from rollout import Engine
 
 PARTS = ("machine", "exact", "round", "bandwidth", "training", "memory")

@@ -17,13 +17,15 @@ import torch
 from tqdm import tqdm
 
 from drafter import Drafter, LearnedDrafts, warm_start
-from parts.accept import Coupled
-from parts.common import ROOT, UserError, find_folder, flag, pick_device
-from parts.interfaces import Draft, Group, RoundReport, Row, Strategy
-from parts.loading import ACTOR_DTYPES, actor_dtype, in_dtype, load_model, stop_tokens
-from parts.ngram import NGramDrafts
-from parts.sampling import Sampling, sequence_seed
-from report import Span
+from parts.cli import UserError, flag
+from parts.devices import pick_device
+from parts.engine.acceptance import Coupled
+from parts.engine.interfaces import Draft, Group, RoundReport, Row, Strategy
+from parts.engine.model_loading import ACTOR_DTYPES, actor_dtype, in_dtype, load_model, stop_tokens
+from parts.engine.ngram import NGramDrafts
+from parts.engine.sampling import Sampling, sequence_seed
+from parts.files import ROOT, find_folder
+from parts.running.timers import Span
 from rollout import Engine
 from strategy import bucket
 from tasks import Countdown, encode_prompt

@@ -21,11 +21,11 @@ import torch
 from tqdm import tqdm
 
 from bench.harness import DrafterSettings, Result, drafted_engine, groups_for, load_policy, room, threads_flag
-from parts.accept import Tree
-from parts.common import check_at_least, flag
-from parts.interfaces import Draft, Group, Response, Row, Strategy
-from parts.loading import ACTOR_DTYPES
-from parts.sampling import Sampling
+from parts.cli import check_at_least, flag
+from parts.engine.acceptance import Tree
+from parts.engine.interfaces import Draft, Group, Response, Row, Strategy
+from parts.engine.model_loading import ACTOR_DTYPES
+from parts.engine.sampling import Sampling
 from rollout import Engine
 
 SLOTS = 64

@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bench.harness import Output, Result, read_metrics, train
-from parts.common import UserError, check_at_least, flag
+from parts.cli import UserError, check_at_least, flag
 
 VARIANTS = {
     "grpo": (),

@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 
 from bench.harness import now
-from parts import adapters, logprobs
-from parts.common import UserError, flag, parse_flags, pick_device, run
-from parts.interfaces import Response
-from parts.loading import load_model
-from parts.workers import Alone, trainable
-from train_grpo import Config, update
+from parts.cli import UserError, flag, parse_flags, run
+from parts.devices import pick_device
+from parts.engine.interfaces import Response
+from parts.engine.model_loading import load_model
+from parts.training import logprobs
+from parts.training import lora as adapters
+from parts.training.layouts import trainable
+from train_grpo import Alone, Config, update
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from typing import NamedTuple
 import torch
 
 from bench.harness import Metrics, Output, Result, device_of, read_metrics, read_spans, tlt_command
-from parts import checkpoints
-from parts.common import UserError, flag
-from parts.loading import actor_dtype
-from report import Span, draw_timeline
+from parts.cli import UserError, flag
+from parts.engine.model_loading import actor_dtype
+from parts.running import checkpoints
+from parts.running.pictures import draw_timeline
+from parts.running.timers import Span
 from strategy import bucket
 
 # phases of a step; rollout: until the last response of all workers

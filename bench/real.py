@@ -43,13 +43,13 @@ from bench.harness import (
 from bench.speculation import Rollout
 from bench.step import Party, Steps, row_of
 from drafter import Drafter, LearnedDrafts, Trainer, collect, fit
-from parts import accept
-from parts.common import ROOT, UserError, check_at_least, flag
-from parts.features import FeatureBuffer
-from parts.interfaces import Draft, Group, Strategy
-from parts.loading import stop_tokens
-from parts.sampling import Sampling, all_words, noise_for, seed_words, sequence_seed
-from parts.vocabulary import WordCounts
+from parts.cli import UserError, check_at_least, flag
+from parts.engine import acceptance as accept
+from parts.engine.interfaces import Draft, Group, Strategy
+from parts.engine.model_loading import stop_tokens
+from parts.engine.sampling import Sampling, all_words, noise_for, seed_words, sequence_seed
+from parts.files import ROOT
+from parts.training.drafter_data import FeatureBuffer, WordCounts
 from rollout import Engine
 from strategy import Goodput, arms
 from tasks import encode_prompt, make_task

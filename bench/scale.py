@@ -26,9 +26,9 @@ from bench.harness import (
     room,
     threads_flag,
 )
-from parts.common import check_at_least, flag
-from parts.interfaces import Group, Strategy
-from parts.sampling import Sampling
+from parts.cli import check_at_least, flag
+from parts.engine.interfaces import Group, Strategy
+from parts.engine.sampling import Sampling
 from rollout import Engine
 from strategy import Goodput, arms, bucket
 from tlt import fair_share

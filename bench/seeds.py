@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.harness import Metrics, Output, Result, device_of, read_metrics
-from parts.common import UserError, flag
-from report import pyplot
+from parts.cli import UserError, flag
+from parts.running.pictures import pyplot
 
 LAST = 10  # steps
 

@@ -33,11 +33,11 @@ from bench.harness import (
     take_turns,
     threads_flag,
 )
-from parts.accept import Ratio, Tree
-from parts.common import UserError, check_at_least, flag
-from parts.interfaces import Draft, Group, Stats, Strategy
-from parts.sampling import Sampling
-from report import pyplot
+from parts.cli import UserError, check_at_least, flag
+from parts.engine.acceptance import Ratio, Tree
+from parts.engine.interfaces import Draft, Group, Stats, Strategy
+from parts.engine.sampling import Sampling
+from parts.running.pictures import pyplot
 from rollout import Engine
 from strategy import Bandit, Goodput, arms
 

@@ -34,11 +34,11 @@ from bench.harness import (
     take_turns,
 )
 from drafter import Drafter, Trainer
-from parts import checkpoints
-from parts.common import UserError, check_at_least
-from parts.features import FeatureBuffer
-from parts.interfaces import Draft, Group, Response, Strategy
-from parts.sampling import Sampling
+from parts.cli import UserError, check_at_least
+from parts.engine.interfaces import Draft, Group, Response, Strategy
+from parts.engine.sampling import Sampling
+from parts.running import checkpoints
+from parts.training.drafter_data import FeatureBuffer
 
 ROWS = 8
 ROLLOUTS = 4  # in a turn

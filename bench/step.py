@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from bench import trl
 from bench.harness import Result, Settings, rounds_flag, train, worker_flags
-from parts.common import check_at_least, flag, pick_device
+from parts.cli import check_at_least, flag
+from parts.devices import pick_device
 
 # a step's phases, each the sum of the states that a worker can be in (report.STATES)
 PHASES = {

@@ -11,7 +11,9 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from parts.common import UserError, find_folder, pick_device
+from parts.cli import UserError
+from parts.devices import pick_device
+from parts.files import find_folder
 from tasks import Countdown
 
 

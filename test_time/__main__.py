@@ -1,7 +1,7 @@
 """The command line: `python -m test_time [answer|learn|sweep|report|speed]`."""
 
 import test_time
-from parts.common import parse_flags, run
+from parts.cli import parse_flags, run
 from test_time.answer import answer
 from test_time.config import Config
 from test_time.learn import learn

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
-from parts.common import UserError
+from parts.cli import UserError
 from tasks import Problem, make_task
 from test_time.attempts import Attempt, Ledger, SearchStrategy
 from test_time.choices import read_choices

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from parts.interfaces import Response
+from parts.engine.interfaces import Response
 from tasks import Problem
 
 

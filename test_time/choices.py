@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parts.common import UserError, write_atomically
+from parts.cli import UserError
+from parts.files import write_atomically
 from test_time.optimal import BINS, allocate
 from test_time.results import GREEDY, Key, Results
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.common import UserError, flag
+from parts.cli import UserError, flag
 
 STRATEGIES = ["auto", "greedy", "majority", "parallel", "beam", "lookahead", "dvts", "revise"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from report import pyplot
+from parts.running.pictures import pyplot
 from test_time.optimal import BINS, best_within
 from test_time.results import GREEDY, LARGE, Key, Results
 from test_time.trials import RATIOS

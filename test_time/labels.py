@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from parts.interfaces import Group, Response
-from parts.sampling import sequence_seed
+from parts.engine.interfaces import Group, Response
+from parts.engine.sampling import sequence_seed
 from test_time.attempts import Question
 from test_time.solver import Solver
 from test_time.verifier import step_features

@@ -21,9 +21,9 @@ import torch
 
 from base import pretrain
 from drafter import Drafter, warm_start
-from parts.interfaces import Group
-from parts.loading import load_model
-from parts.sampling import Sampling, sequence_seed
+from parts.engine.interfaces import Group
+from parts.engine.model_loading import load_model
+from parts.engine.sampling import Sampling, sequence_seed
 from tasks import Problem, Task, make_task
 from test_time.attempts import Question, in_view
 from test_time.config import Config, writable_folder

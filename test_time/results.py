@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parts.common import UserError
+from parts.cli import UserError
 from test_time.optimal import BINS, Optimal, PerStrategy, compute_optimal, interval, matched_samples, quintiles
 
 

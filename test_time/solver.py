@@ -23,10 +23,12 @@ import torch
 from tqdm import tqdm
 
 from drafter import Drafter, LearnedDrafts
-from parts.common import UserError, find_folder, pick_device
-from parts.interfaces import Group, Response
-from parts.loading import load_model, stop_tokens
-from parts.sampling import Sampling, sequence_seed
+from parts.cli import UserError
+from parts.devices import pick_device
+from parts.engine.interfaces import Group, Response
+from parts.engine.model_loading import load_model, stop_tokens
+from parts.engine.sampling import Sampling, sequence_seed
+from parts.files import find_folder
 from rollout import Engine
 from strategy import Goodput, arms
 from tasks import Problem, Task, encode_prompt

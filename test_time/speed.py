@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from parts.common import find_folder, write_atomically
+from parts.files import find_folder, write_atomically
 from tasks import Problem, make_task
 from test_time.config import Config
 from test_time.solver import Solver

@@ -15,7 +15,7 @@ noise goes on where it stopped. So an attempt made in pieces is the same as one 
 from collections.abc import Generator
 from dataclasses import replace
 
-from parts.sampling import sequence_seed
+from parts.engine.sampling import sequence_seed
 from test_time.attempts import Attempt, Search, SeedOf, Want, in_view
 from test_time.picking import score
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from parts.common import UserError, find_folder, write_atomically
+from parts.cli import UserError
+from parts.files import find_folder, write_atomically
 from tasks import Problem, Task, make_task
 from test_time.config import Config
 from test_time.picking import pick, score

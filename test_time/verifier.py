@@ -35,9 +35,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from parts.common import load_weights, save_weights
-from parts.interfaces import Response
-from parts.modeling import head_of
+from parts.engine.forward import head_of
+from parts.engine.interfaces import Response
+from parts.files import load_weights, save_weights
 
 FILE = "verifier.safetensors"
 PIECE = 8192  # tokens whose logits are in memory at once

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 import bench.__main__
 import tlt
 from base.pretrain import make_tokenizer
-from parts.common import ROOT
+from parts.files import ROOT
 
 torch.set_num_threads(1)
 

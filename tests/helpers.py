@@ -10,12 +10,12 @@ from conftest import tiny
 from transformers import LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config, Qwen3Config
 
 from drafter import Drafter, LearnedDrafts, Trainer
-from parts.accept import Coupled
-from parts.features import FeatureBuffer
-from parts.graphs import Shape
-from parts.interfaces import Draft, Group, Response, Row, Strategy
-from parts.ngram import NGramDrafts
-from parts.sampling import Sampling, sequence_seed
+from parts.engine.acceptance import Coupled
+from parts.engine.cuda_graphs import Shape
+from parts.engine.interfaces import Draft, Group, Response, Row, Strategy
+from parts.engine.ngram import NGramDrafts
+from parts.engine.sampling import Sampling, sequence_seed
+from parts.training.drafter_data import FeatureBuffer
 from rollout import Engine
 
 FAMILIES = {

@@ -26,8 +26,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import report  # noqa: E402
 import tlt  # noqa: E402
-from parts import checkpoints  # noqa: E402
-from parts.common import flag, parse_flags, run, write_atomically  # noqa: E402
+from parts.cli import flag, parse_flags, run
+from parts.files import write_atomically
+from parts.running import checkpoints
 
 WORKERS = 2
 SETTINGS = {
@@ -91,7 +92,7 @@ class WatchedClock(report.Clock):
 
 
 if os.environ.get("SOAK_STATES"):  # spawned workers import this file, too
-    from parts import workers
+    from parts.training import layouts as workers
 
     workers.Clock = WatchedClock
 

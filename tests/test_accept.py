@@ -30,12 +30,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drafter import Drafter, LearnedDrafts
-from parts import accept, modeling
-from parts import sampling as sampling_module
-from parts.accept import Coupled, Ratio, Tree
-from parts.common import UserError
-from parts.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Strategy
-from parts.sampling import Sampling, all_words, narrow, noise_for, sequence_seed
+from parts.cli import UserError
+from parts.engine import acceptance as accept
+from parts.engine import kv_cache as modeling
+from parts.engine import sampling as sampling_module
+from parts.engine.acceptance import Coupled, Ratio, Tree
+from parts.engine.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Strategy
+from parts.engine.sampling import Sampling, all_words, narrow, noise_for, sequence_seed
 from rollout import Engine
 
 

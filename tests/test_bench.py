@@ -13,8 +13,8 @@ import tlt
 from base import smollm2
 from bench import aging, engine, harness, losses, memory, paired, real, scale
 from bench.__main__ import TABLES, main
-from parts.common import UserError, parse_flags
-from parts.interfaces import Draft, RoundReport, Strategy
+from parts.cli import UserError, parse_flags
+from parts.engine.interfaces import Draft, RoundReport, Strategy
 from rollout import Engine
 
 

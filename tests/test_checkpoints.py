@@ -20,9 +20,9 @@ from test_loop import SMALL, Parity, run_main
 
 import train_grpo
 from base.pretrain import make_tokenizer
-from parts import checkpoints
-from parts.checkpoints import claim, newest, save_folder
-from parts.common import UserError
+from parts.cli import UserError
+from parts.running import checkpoints
+from parts.running.checkpoints import claim, newest, save_folder
 
 
 @pytest.fixture

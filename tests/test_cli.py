@@ -17,7 +17,7 @@ from test_loop import run_main
 
 import tlt
 import train_grpo
-from parts.common import UserError, parse_flags
+from parts.cli import UserError, parse_flags
 from train_grpo import Config
 
 MISTAKES = [

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from parts import common
-from parts.common import ROOT, UserError, cannot_write, find_folder, reason, write_atomically
-from parts.loading import check_context, load_model
+from parts import cli as common
+from parts.cli import UserError, reason
+from parts.engine.model_loading import check_context, load_model
+from parts.files import ROOT, cannot_write, find_folder, write_atomically
 
 # ---------------------------------------------------------------- folders
 

@@ -10,10 +10,10 @@ from conftest import ROOT, caught
 from test_group import fake_gpus
 from transformers import AutoModelForCausalLM
 
-from parts import demo
-from parts.common import UserError, parse_flags
-from parts.logprobs import checkpoint_layers
-from parts.workers import Replicated
+from parts.cli import UserError, parse_flags
+from parts.running import demo
+from parts.training.layouts import Replicated
+from parts.training.logprobs import checkpoint_layers
 from rollout import Engine
 from tlt import TLTConfig
 

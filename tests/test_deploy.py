@@ -20,14 +20,13 @@ from base.pretrain import make_tokenizer
 from custom_generate import generate as stock_side
 from drafter import Drafter, LearnedDrafts
 from export import export
-from parts import loading
-from parts.common import UserError
-from parts.interfaces import Draft, Group, Strategy
-from parts.loading import load_model, stop_tokens
-from parts.sampling import Sampling
-from parts.workers import Alone
+from parts.cli import UserError
+from parts.engine import model_loading as loading
+from parts.engine.interfaces import Draft, Group, Strategy
+from parts.engine.model_loading import load_model, stop_tokens
+from parts.engine.sampling import Sampling
 from rollout import Engine
-from train_grpo import Config, Training
+from train_grpo import Alone, Config, Training
 
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 

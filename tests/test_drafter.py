@@ -23,12 +23,12 @@ from helpers import (
 )
 
 import drafter as drafter_module
+import drafter as mlp
 from drafter import Drafter, LearnedDrafts, Trainer, drafter_loss, fit
-from parts import mlp
-from parts.common import UserError
-from parts.features import FeatureBuffer, Features, pack
-from parts.interfaces import Draft, Group, Response, Row, Strategy
-from parts.sampling import Sampling
+from parts.cli import UserError
+from parts.engine.interfaces import Draft, Group, Response, Row, Strategy
+from parts.engine.sampling import Sampling
+from parts.training.drafter_data import FeatureBuffer, Features, pack
 from rollout import Engine
 
 # ---------------------------------------------------------------- alignment and packing

@@ -15,10 +15,11 @@ from test_grpo import CONFIG
 from test_loop import SMALL, run_main
 
 import train_grpo
-from parts import checkpoints, losses
-from parts.losses import choose, missing_groups
-from parts.workers import Alone
+from parts.running import checkpoints
+from parts.training import losses
+from parts.training.losses import choose, missing_groups
 from tasks import Countdown, Grade
+from train_grpo import Alone
 
 # ---------------------------------------------------------------- the choice
 

@@ -17,11 +17,15 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
 import generate
 from base.pretrain import make_tokenizer
-from parts import loading, modeling
-from parts.common import UserError, run
-from parts.loading import CLEAR, agrees, check_supported, in_dtype, load_model
-from parts.modeling import SlotCache, forward, fuse_model, head_of, logit_scale
-from parts.sampling import Sampling
+from parts.cli import UserError, run
+from parts.engine import kv_cache as modeling
+from parts.engine import model_loading as loading
+from parts.engine.forward import forward, head_of, logit_scale
+from parts.engine.fused_layers import fuse_model
+from parts.engine.kv_cache import SlotCache
+from parts.engine.model_loading import check_supported, in_dtype, load_model
+from parts.engine.parity import CLEAR, agrees
+from parts.engine.sampling import Sampling
 from rollout import Engine
 
 # ---------------------------------------------------------------- families

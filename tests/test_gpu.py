@@ -14,17 +14,18 @@ from torch.utils._pytree import tree_iter
 
 import drafter
 import rollout
+import spot
 import tlt
 import train_grpo
 from base.pretrain import make_tokenizer
 from drafter import Drafter, Trainer, drafter_loss
-from parts import checkpoints, spot
-from parts.features import FeatureBuffer, Features, pack
-from parts.loading import in_dtype
-from parts.spot import Spot, allocate_moments, step_bytes, train_until
-from parts.workers import Replicated
-from report import Clock
+from parts.engine.model_loading import in_dtype
+from parts.running import checkpoints
+from parts.running.timers import Clock
+from parts.training.drafter_data import FeatureBuffer, Features, pack
+from parts.training.layouts import Replicated
 from rollout import Engine
+from spot import Spot, allocate_moments, step_bytes, train_until
 
 # ---------------------------------------------------------------- random numbers
 

@@ -9,10 +9,10 @@ from conftest import cases, caught
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parts import grading
-from parts.common import UserError
-from parts.grading import LOOKED_AT, Referee, answer_tag, boxed_answer, last_number
-from parts.symbolic import only_a_word
+from parts.cli import UserError
+from parts.tasks import answers as grading
+from parts.tasks.answers import LOOKED_AT, Referee, answer_tag, boxed_answer, last_number
+from parts.tasks.latex_worker import only_a_word
 from tasks import Chain, Countdown, Problem, make_task
 
 # ---------------------------------------------------------------- the number at a text's end

@@ -28,13 +28,13 @@ from helpers import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from parts import graphs as graphs_module
-from parts import modeling
-from parts.accept import Tree
-from parts.graphs import Graphs, Shape, rounded
-from parts.interfaces import Draft
-from parts.modeling import Linear, fuse_model, refilled
-from parts.sampling import Sampling, sequence_seed
+from parts.engine import cuda_graphs as graphs_module
+from parts.engine import kv_cache as modeling
+from parts.engine.acceptance import Tree
+from parts.engine.cuda_graphs import Graphs, Shape, rounded
+from parts.engine.fused_layers import Linear, fuse_model, refilled
+from parts.engine.interfaces import Draft
+from parts.engine.sampling import Sampling, sequence_seed
 from rollout import Engine
 from strategy import Goodput, arms
 

@@ -12,8 +12,10 @@ from conftest import caught
 from test_memory import tensors_of
 
 import tlt
-from parts import group, memory, sums
-from parts.common import UserError
+from parts.cli import UserError
+from parts.engine import kv_cache as memory
+from parts.running import communication as group
+from parts.running import communication as sums
 from tlt import Board, TLTConfig
 
 # ---------------------------------------------------------------- a model that is downloaded

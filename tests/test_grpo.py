@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_grpo
-from parts import batches
-from parts.batches import Example, micro_batches
-from parts.interfaces import Group, Response
-from parts.sampling import Sampling, sequence_seed
-from parts.workers import Alone, trainable
+from parts.engine.interfaces import Group, Response
+from parts.engine.sampling import Sampling, sequence_seed
+from parts.training import micro_batches as batches
+from parts.training.layouts import trainable
+from parts.training.micro_batches import Example, micro_batches
 from rollout import Engine
 from tasks import Grade
-from train_grpo import Config, advantages, policy_loss, token_logprobs, token_scores, token_weights, update
+from train_grpo import Alone, Config, advantages, policy_loss, token_logprobs, token_scores, token_weights, update
 
 CONFIG = Config(prompts=4, samples=6, max_new=30, micro_tokens=200, device="cpu")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import tlt
 from drafter import Drafter
-from parts import checkpoints
+from parts.running import checkpoints
 
 
 def left_over(session: int) -> list[str]:

@@ -15,7 +15,7 @@ import test_time.config
 import tlt
 import train_grpo
 from base import pretrain
-from parts import common
+from parts import cli as common
 
 # a file may import files of the lines above its own, nothing else of the project
 ORDER = (ROOT / "docs/walk.md").read_text().partition("## What may import what")[2]

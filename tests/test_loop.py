@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 from test_grpo import CONFIG, Frozen, advantage_of, close, gradient, make_responses, norm_of
 
 import train_grpo
-from parts import loading
-from parts.batches import with_less_memory
-from parts.common import UserError, run
-from parts.workers import Alone
+from parts.cli import UserError, run
+from parts.engine import model_loading as loading
+from parts.training.micro_batches import with_less_memory
 from tasks import Countdown, Grade
-from train_grpo import policy_loss, token_scores, update
+from train_grpo import Alone, policy_loss, token_scores, update
 
 # ---------------------------------------------------------------- memory
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tlt
 import train_grpo
-from parts import adapters
-from parts.common import UserError, run
-from parts.workers import Adapted
+from parts.cli import UserError, run
+from parts.training import lora as adapters
+from parts.training.layouts import Adapted
 from rollout import Engine
 from train_grpo import Config
 

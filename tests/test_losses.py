@@ -13,12 +13,12 @@ from test_grpo import CONFIG, Frozen, Rank, advantage_of, close, equal, gradient
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 import train_grpo
-from parts import batches
-from parts.batches import Example, UpdateStats, combine
-from parts.interfaces import Response
-from parts.losses import overlong_penalty, rate_factor, set_rate
-from parts.workers import Alone
-from train_grpo import Config, token_weights, update
+from parts.engine.interfaces import Response
+from parts.training import micro_batches as batches
+from parts.training.losses import overlong_penalty, rate_factor, set_rate
+from parts.training.micro_batches import Example
+from parts.training.update_stats import UpdateStats, combine
+from train_grpo import Alone, Config, token_weights, update
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 

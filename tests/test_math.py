@@ -12,8 +12,8 @@ from conftest import caught
 from test_loop import SMALL, run_main
 
 import tasks
-from parts import rows
-from parts.common import UserError, check_package
+from parts.cli import UserError, check_package
+from parts.tasks import data_files as rows
 from tasks import Math, Problem, make_task
 
 ROWS = [{"problem": f"{n} + 1 = ?", "solution": f"Add: $\\boxed{{{n + 1}}}$.", "answer": str(n + 1)} for n in range(40)]

@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GraniteConfig
 
 import train_grpo
-from parts import logprobs, sums, supervise
-from parts.common import UserError
-from parts.logprobs import checkpoint_layers, forward_bytes, token_logprobs, token_scores
-from parts.sampling import Sampling
+from parts.cli import UserError
+from parts.engine.sampling import Sampling
+from parts.running import communication as sums
+from parts.running import launcher as supervise
+from parts.training import logprobs
+from parts.training.logprobs import checkpoint_layers, forward_bytes, token_logprobs, token_scores
 from rollout import Engine
 
 VOCAB = 1009  # a prime, so that no other dimension has this size

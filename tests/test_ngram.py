@@ -8,8 +8,8 @@ from helpers import SAMPLINGS, fixed, groups_of, make_engine, shape_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parts.interfaces import Group, Row
-from parts.ngram import NGramDrafts
+from parts.engine.interfaces import Group, Row
+from parts.engine.ngram import NGramDrafts
 
 
 class FakeEngine:

@@ -18,8 +18,8 @@ import report
 import strategy
 import tasks
 import train_grpo
-from parts.interfaces import Draft
-from parts.sampling import Sampling
+from parts.engine.interfaces import Draft
+from parts.engine.sampling import Sampling
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

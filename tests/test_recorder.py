@@ -6,9 +6,9 @@ import weakref
 import torch
 from conftest import caught
 
-from parts.graphs import Graphs, Recorder, Shape
-from parts.interfaces import Draft
-from parts.sampling import Sampling
+from parts.engine.cuda_graphs import Graphs, Recorder, Shape
+from parts.engine.interfaces import Draft
+from parts.engine.sampling import Sampling
 
 
 class Device:

@@ -12,20 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import report
-from parts.interfaces import Response, Stats
-from report import (
-    Clock,
-    Span,
-    WorkerNotes,
-    describe,
-    evaluation,
-    gantt,
-    model_card,
-    pass_at_k,
-    speculation,
-    summarise,
-    trace,
-)
+from parts.engine.interfaces import Response, Stats
+from parts.running.pictures import gantt, trace
+from parts.running.timers import Clock, Span
+from report import WorkerNotes, describe, evaluation, model_card, pass_at_k, speculation, summarise
 from tasks import Grade
 from train_grpo import Config
 

@@ -13,12 +13,13 @@ from transformers import AttentionInterface, SmolLM3Config
 import generate
 import rollout
 from drafter import Drafter
-from parts import accept, modeling
-from parts.common import UserError
-from parts.interfaces import Group
-from parts.loading import check_supported, load_model
-from parts.modeling import SlotCache
-from parts.sampling import Sampling, sample, seed_words
+from parts.cli import UserError
+from parts.engine import acceptance as accept
+from parts.engine import kv_cache as modeling
+from parts.engine.interfaces import Group
+from parts.engine.kv_cache import SlotCache
+from parts.engine.model_loading import check_supported, load_model
+from parts.engine.sampling import Sampling, sample, seed_words
 from rollout import Engine
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import tlt
 import train_grpo
 from bench import paired
-from parts.supervise import free_port
+from parts.running.launcher import free_port
 
 
 def step_rows(out: Path) -> list[dict]:

@@ -7,9 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._inductor import config
 
-from parts import sampling as sampling_module
-from parts.common import UserError
-from parts.sampling import Compiled, Sampling, all_words, draw, gumbel, noise_for, sample, seed_words, sequence_seed
+from parts.cli import UserError
+from parts.engine import sampling as sampling_module
+from parts.engine.sampling import (
+    Compiled,
+    Sampling,
+    all_words,
+    draw,
+    gumbel,
+    noise_for,
+    sample,
+    seed_words,
+    sequence_seed,
+)
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafter import Drafter, LearnedDrafts
-from parts.common import UserError
-from parts.interfaces import Draft, Group, RoundReport, Strategy
-from parts.sampling import Sampling, sequence_seed
+from parts.cli import UserError
+from parts.engine.interfaces import Draft, Group, RoundReport, Strategy
+from parts.engine.sampling import Sampling, sequence_seed
 from rollout import Engine
 from strategy import Bandit, Goodput, arms, bucket, make_strategy
 

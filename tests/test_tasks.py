@@ -17,12 +17,11 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 import drafter
 import train_grpo
 from base.pretrain import make_tokenizer, trace
-from parts.common import UserError
-from parts.grading import answer_tag, evaluate, last_number
-from parts.rows import read_jsonl
-from parts.workers import Alone
+from parts.cli import UserError
+from parts.tasks.answers import answer_tag, evaluate, last_number
+from parts.tasks.data_files import read_jsonl
 from tasks import GSM8K, Countdown, Grade, Problem, encode_prompt, gsm8k_row, make_task
-from train_grpo import advantages
+from train_grpo import Alone, advantages
 
 PROBLEM = Problem("", "3,7,8=29<think>", ((3, 7, 8), 29))
 HOSTILE = [

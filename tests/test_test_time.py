@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rollout
-from parts.common import UserError
-from parts.interfaces import Group
-from parts.sampling import Sampling
+from parts.cli import UserError
+from parts.engine.interfaces import Group
+from parts.engine.sampling import Sampling
 from tasks import Chain
 from test_time import strategies, verifier
 from test_time.__main__ import main

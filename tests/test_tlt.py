@@ -10,20 +10,23 @@ import torch
 from conftest import LEARN, caught, finish, here, launch, tiny
 
 import bench.scale
+import spot
 import tlt
 import train_grpo
 from drafter import Drafter
-from parts import checkpoints, logprobs, spot, supervise
-from parts.common import UserError
-from parts.interfaces import Draft, Group, RoundReport, Stats, Strategy
-from parts.logprobs import checkpoint_layers
-from parts.sampling import Sampling
-from parts.spot import Spot, train_until
-from parts.supervise import free_port
-from parts.workers import Alone
-from report import STATES, Clock
+from parts.cli import UserError
+from parts.engine.interfaces import Draft, Group, RoundReport, Stats, Strategy
+from parts.engine.sampling import Sampling
+from parts.running import checkpoints
+from parts.running import launcher as supervise
+from parts.running.launcher import free_port
+from parts.running.timers import STATES, Clock
+from parts.training import logprobs
+from parts.training.logprobs import checkpoint_layers
 from rollout import Engine
+from spot import Spot, train_until
 from tlt import Board, TLTConfig
+from train_grpo import Alone
 
 # ---------------------------------------------------------------- when something goes wrong
 

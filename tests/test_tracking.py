@@ -7,11 +7,11 @@ import pytest
 from conftest import LEARN, caught, finish, launch, rows_of
 from test_loop import SMALL, Parity, run_main
 
+import report as journal
 import train_grpo
-from parts import journal
-from parts.common import UserError
-from parts.journal import Journal
-from parts.tracking import open_tracker, scalars
+from parts.cli import UserError
+from parts.running.metrics_log import open_tracker, scalars
+from report import Journal
 from train_grpo import Config
 
 STEP = {

@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drafter import Drafter, Trainer, block_mask, collect, drafter_loss, rate_for
-from parts import vocabulary
-from parts.features import FeatureBuffer, Packed
-from parts.sampling import Sampling
-from parts.spot import Spot
-from parts.vocabulary import WordCounts
-from report import Clock
+from parts.engine.sampling import Sampling
+from parts.running.timers import Clock
+from parts.training import drafter_data as vocabulary
+from parts.training.drafter_data import FeatureBuffer, Packed, WordCounts
+from spot import Spot
 from tlt import TLTConfig
 
 

@@ -1,11 +1,35 @@
-"""Sums over the workers, in place: in messages of a bounded size, so that they need little memory beside the tensors.
+"""Between workers: joining the process group, and sums over all workers.
 
-One message for all gradients would be a second copy of them, and a message for each tensor hundreds of small ones.
+Joining. accelerate gives worker i of a host the GPU i modulo their number. Workers that have the same GPU divide its
+memory, and communicate through gloo, on the host: NCCL refuses two of them on one device.
+
+Sums are made in place, in messages of a bounded size, so that they need little memory beside the tensors. One message
+for all gradients would be a second copy of them, and one for each tensor hundreds of small ones.
 """
 
+import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
+
+HOUR = 3600.0  # after so many seconds a collective gives up; loading a model is not waited for in one
+
+
+def join(config):
+    """Join them -> accelerate's Accelerator, which knows this worker's rank and device. config: tlt.TLTConfig."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    shared = config.gpus and config.workers_per_gpu > 1
+    group = {"timeout": timedelta(seconds=min(max(HOUR, 2 * config.patience), 24 * HOUR))}
+    if shared and "RANK" in os.environ:
+        group["backend"] = "gloo"
+    accelerator = Accelerator(cpu=not config.gpus, kwargs_handlers=[InitProcessGroupKwargs(**group)])
+    if shared:
+        torch.cuda.set_per_process_memory_fraction(1 / config.workers_per_gpu, accelerator.device)
+    return accelerator
+
 
 MESSAGE = 1 << 23  # numbers in a message at most: 32 MB in float32
 

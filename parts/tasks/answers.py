@@ -11,7 +11,7 @@ characters of a text only, and walk through these a fixed number of times. Nothi
 widespread regex-then-evaluate verifiers hang on `97**98**99`.)
 
 Equality in LaTeX is a matter for a computer algebra system, and such a system can work for hours on ten characters. So
-the work is done by a child process (parts/symbolic.py), which the kernel ends when its time is up. Signals in this
+the work is done by a child process (parts/tasks/latex_worker.py), which the kernel ends when its time is up. Signals in this
 process would not do: they reach the main thread only, and not while C code runs.
 
 Left out: mixed numbers (`1 1/2`), powers of ten (`4.2e1`), number words; a text that ends with one has no number.
@@ -26,7 +26,8 @@ import subprocess
 import sys
 from fractions import Fraction
 
-from parts.common import ROOT, UserError
+from parts.cli import UserError
+from parts.files import ROOT
 
 LOOKED_AT = 100_000  # characters, from the end of a text
 ANSWER_LOOKED_AT = 500  # characters of an answer in LaTeX; the longest of MATH's 5,000 test problems has 81
@@ -166,7 +167,7 @@ TEXT_LOOKED_AT = 1000  # characters, from the end of a text in which an answer i
 
 
 class Referee:
-    """Says whether two answers are equal. It asks parts/symbolic.py, in a child process that starts with the first
+    """Says whether two answers are equal. It asks parts/tasks/latex_worker.py, in a child process that starts with the first
     question and ends with this process.
 
     A question that takes the child more than its time or memory ends the child; the answer is then no, and the next
@@ -210,8 +211,8 @@ class Referee:
 
 
 def start_child() -> subprocess.Popen:
-    """parts/symbolic.py, ready for questions. Raises UserError."""
-    command = [sys.executable, "-m", "parts.symbolic"]
+    """parts/tasks/latex_worker.py, ready for questions. Raises UserError."""
+    command = [sys.executable, "-m", "parts.tasks.latex_worker"]
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
     said = child.stdout.readline().strip()

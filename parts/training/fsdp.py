@@ -15,8 +15,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from parts.logprobs import forward_bytes, logprobs_at
-from parts.workers import Replicated
+from parts.training.layouts import Replicated
+from parts.training.logprobs import forward_bytes, logprobs_at
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

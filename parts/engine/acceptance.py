@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import torch
 
-from parts.common import UserError
-from parts.interfaces import MAX_DRAFTS
-from parts.modeling import Tree as TreeShape
-from parts.sampling import (
+from parts.cli import UserError
+from parts.engine.interfaces import MAX_DRAFTS
+from parts.engine.kv_cache import Tree as TreeShape
+from parts.engine.sampling import (
     Sampling,
     all_words,
     logprob_of,

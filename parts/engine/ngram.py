@@ -8,7 +8,7 @@ from collections.abc import Hashable
 
 import torch
 
-from parts.interfaces import Drafts, Row
+from parts.engine.interfaces import Drafts, Row
 
 
 class NGramDrafts(Drafts):

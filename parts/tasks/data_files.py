@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from parts.common import UserError, reason
+from parts.cli import UserError, reason
 
 Take = Callable[[object, str], object]  # (row, where it stands) -> what the task wants of it. Raises UserError
 

@@ -24,12 +24,13 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-from parts.common import UserError, find_folder, reason
-from parts.interfaces import MAX_DRAFTS
-from parts.logprobs import checkpoint_layers, forward_bytes
-from parts.modeling import SlotCache
-from parts.shard import Sharded
-from parts.workers import Replicated
+from parts.cli import UserError, reason
+from parts.engine.interfaces import MAX_DRAFTS
+from parts.engine.kv_cache import SlotCache
+from parts.files import find_folder
+from parts.training.fsdp import Sharded
+from parts.training.layouts import Replicated
+from parts.training.logprobs import checkpoint_layers, forward_bytes
 
 MAX_NEW = 1024
 PROMPT = 160  # tokens of a prompt of countdown-hard

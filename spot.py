@@ -14,15 +14,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from drafter import Drafter, Trainer, drafter_loss, rate_for
-from parts.common import find_folder
-from parts.features import FeatureBuffer, Features, Packed, pack
-from parts.interfaces import Response
-from parts.logprobs import numbers_kept
-from parts.mlp import width_of
-from parts.modeling import kv_heads
-from parts.vocabulary import MOST, WordCounts
-from report import Clock
+from drafter import Drafter, Trainer, drafter_loss, rate_for, width_of
+from parts.engine.interfaces import Response
+from parts.engine.kv_cache import kv_heads
+from parts.files import find_folder
+from parts.running.timers import Clock
+from parts.training.drafter_data import MOST, FeatureBuffer, Features, Packed, WordCounts, pack
+from parts.training.logprobs import numbers_kept
 
 AllReduce = Callable[[list[torch.Tensor]], None]  # sums over all workers, in place
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from parts.common import UserError, reason
+from parts.cli import UserError, reason
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # of peft's format
 PREFIX = "base_model.model."  # of names there

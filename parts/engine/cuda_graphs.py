@@ -33,9 +33,9 @@ from typing import NamedTuple
 
 import torch
 
-from parts.common import reason
-from parts.interfaces import Draft
-from parts.sampling import Sampling
+from parts.cli import reason
+from parts.engine.interfaces import Draft
+from parts.engine.sampling import Sampling
 
 STEP = 128  # cached tokens
 LONGEST_GAP = 16  # entries: longer catch-ups are rare, and run as usual

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from parts.common import UserError, flag, flag_name, reason
+from parts.cli import UserError, flag, flag_name, reason
 
 SHARED = 1 << 17  # noise of so many logits is made once in a round
 IN_CACHE = 150_000  # logits that are worked on at once on a CPU: three such tensors fit the 2 MB next to a core

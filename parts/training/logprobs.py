@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from parts.common import UserError
-from parts.interfaces import Response
-from parts.modeling import head_of
+from parts.cli import UserError
+from parts.engine.forward import head_of
+from parts.engine.interfaces import Response
 
 SLICE = 1 << 24  # logits that exist at once: 64 MB in float32
 

@@ -33,8 +33,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
-from parts import adapters
-from parts.common import UserError, cannot_write, write_atomically
+from parts.cli import UserError
+from parts.files import cannot_write, write_atomically
+from parts.training import lora as adapters
 
 FORMAT = 3  # of checkpoints
 KEPT = 2  # checkpoints

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 import torch.multiprocessing as mp
 
-from parts.common import UserError, script_name
-from report import STATES
+from parts.cli import UserError, script_name
+from parts.running.timers import STATES
 
 SLOW_STATES = ("start", "checkpoint")  # loading a model or writing a checkpoint may take long
 

@@ -1,9 +1,10 @@
-"""--track: metrics also go to TensorBoard or to Weights & Biases, through accelerate's trackers.
+"""metrics.jsonl, and the tracker that gets the same numbers with --track: TensorBoard or Weights & Biases, through
+accelerate's trackers.
 
 Both packages are optional, and only a run that asks for one imports it. TensorBoard's files are in out/tensorboard/; a
-new run removes those of an earlier one, a resumed run goes on with them, and steps that it makes again are shown once.
-For Weights & Biases a resumed run is a run of its own. The project is named tlt, and WANDB_MODE, WANDB_PROJECT and so
-on mean what they always do.
+new run removes those of an earlier one, a resumed run continues them, and steps that it makes again are shown once. For
+Weights & Biases a resumed run is a run of its own. The project is named tlt, and WANDB_MODE, WANDB_PROJECT and so on
+mean what they always mean.
 """
 
 import os
@@ -11,7 +12,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from parts.common import UserError, reason
+from parts.cli import UserError, reason
 
 
 def open_tracker(config, first_step: int):

@@ -1,0 +1,114 @@
+"""A run in pictures: timelines of the workers as text, as PNG and in Chrome's trace format, and the learning curves.
+
+timeline.png shows the last step; trace.json holds every step, for https://ui.perfetto.dev (microseconds, one row per
+worker).
+"""
+
+import json
+
+from parts.running.timers import LABELS, ROLLOUT, STATES, Span
+
+
+def gantt(spans: list[Span], started: float, seconds: float, width: int = 96) -> str:
+    """A line of `width` characters: in each the state that held most of that moment, by its mark."""
+    line = ""
+    for i in range(width):
+        begin = started + seconds * i / width
+        end = started + seconds * (i + 1) / width
+        share: dict[str, float] = {}
+        for span in spans:
+            share[span.state] = share.get(span.state, 0.0) + max(0.0, min(end, span.end) - max(begin, span.start))
+        longest = max(share, key=share.get, default=None)
+        line += STATES[longest][0] if longest and share[longest] > 0 else " "
+    return line
+
+
+# ---------------------------------------------------------------- at the end of a run
+
+
+def split_metrics(metrics: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(rows of steps, rows of evaluations)."""
+    return [m for m in metrics if "eval" not in m], [m for m in metrics if "eval" in m]
+
+
+def trace(history: list[tuple[int, list[float], list[list[Span]]]]) -> str:
+    """history: as journal.Journal.history -> JSON text in Chrome's trace format."""
+    workers = len(history[-1][2]) if history else 0
+    events = []
+    for rank in range(workers):
+        name = {"name": f"worker {rank}"}
+        events.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": rank, "args": name})
+    for step, started, spans in history:
+        for rank, worker in enumerate(spans):
+            for span in worker:
+                event = {"name": span.state, "ph": "X", "ts": round(span.start * 1e6), "dur": round(span.seconds * 1e6)}
+                args = {"step" if span.end > started[rank] else "before": step, "rows": span.rows}
+                events.append({**event, "pid": 0, "tid": rank, "args": args})
+    return json.dumps({"traceEvents": events})
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def pyplot():
+    """matplotlib's, for files alone. Imported when the first picture is drawn: only rank 0 draws, at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_timeline(panels: dict[str, list[list[Span]]], path) -> None:
+    """panels: title -> each worker's spans; on one scale. A rollout's bar is as high as responses still run."""
+    plt = pyplot()
+    size = (9, 1.2 + 0.45 * len(panels) + 0.6 * sum(map(len, panels.values())))
+    figure, axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, squeeze=False)
+    drawn: set[str] = set()
+    most = max((span.rows for spans in panels.values() for worker in spans for span in worker), default=0)
+    for axis, (title, spans) in zip(axes[:, 0], panels.items()):
+        zero = min(worker[0].start for worker in spans)
+        for rank, worker in enumerate(spans):
+            for span in worker:
+                label = None if span.state in drawn else LABELS.get(span.state, span.state)
+                drawn.add(span.state)
+                bar = (span.start - zero, span.seconds)
+                height = 0.9 * span.rows / most if span.state in ROLLOUT and span.rows else 0.9
+                axis.broken_barh([bar], (rank + 0.45 - height, height), color=STATES[span.state][1], label=label)
+        names = [f"worker {rank}" for rank in range(len(spans))]
+        axis.set(title=title, yticks=range(len(spans)), yticklabels=names, ylim=(len(spans) - 0.5, -0.5))
+    heights = f"; the height of a rollout: responses that still run, at most {most}" if most else ""
+    axes[-1, 0].set_xlabel("seconds" + heights)
+    figure.legend(loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.55 / size[1], 1, 1))  # room for the legend
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(metrics: list[dict], path, config) -> None:
+    """Rewards and held-out scores, response lengths, seconds by state, over the steps."""
+    plt = pyplot()
+    steps, evals = split_metrics(metrics)
+    figure, (scores, lengths, seconds) = plt.subplots(1, 3, figsize=(13, 3.6))
+    x = [m["step"] for m in steps]
+    rewards = [m["reward"] for m in steps]
+    scores.plot(x, rewards, lw=1, color="0.6", label="reward (training)")
+    for name in evals[0]["eval"] if evals else []:
+        scores.plot([m["step"] for m in evals], [m["eval"][name] for m in evals], "o-", label=f"held-out {name}")
+    scores.set(title=f"{config.task}, {config.loss}, seed {config.seed}", xlabel="RL step")
+    scores.set_ylim(min([0, *rewards]), max([1, *rewards]))
+    scores.legend()
+    for name in ("mean", "p50", "p95", "max"):
+        lengths.plot(x, [m["length"][name] for m in steps], label=name)
+    lengths.set(title="response length (tokens)", xlabel="RL step")
+    lengths.legend()
+    states = [state for state in STATES if steps and state in steps[0]["seconds"]]
+    if states:
+        areas = [[m["seconds"][state] for m in steps] for state in states]
+        seconds.stackplot(x, areas, labels=states, colors=[STATES[state][1] for state in states])
+        seconds.legend(loc="upper left")
+    seconds.set(title="seconds per step", xlabel="RL step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
