@@ -1,25 +1,26 @@
-"""The one-layer EAGLE drafter: guesses the policy's next tokens from its last hidden state, at a fraction of its cost.
+"""The one-layer EAGLE drafter: predicts the policy's next tokens from its last hidden state, at a fraction of its cost.
 
     h' = layer(fc([embed(x_{t+1}); h_t]))          logits of token t+2 = lm_head(h')
 
 h_t is the policy's last hidden state (after the final norm) at position t. The layer is of the policy's own class;
-embedding, head and rotary angles are the LIVE policy's, by reference: they follow it for free and are never touched by
-drafter training.
+embedding, head and rotary angles are the LIVE policy's, by reference: they follow it at no cost and are never changed
+by drafter training.
 
     training, entry t :   input (x_{t+1}, h_t)   ->   target h_{t+1} and softmax(lm_head(h_{t+1}))
     inference         :   over accepted tokens with the TRUE h; then k - 1 more steps on its own tokens and features
 
-The shift is the classic trap: pairing (x_t, h_t) trains just as smoothly and guesses badly, since x_{t+1} is what h_t
+The shift is a classic mistake: pairing (x_t, h_t) trains just as smoothly and drafts badly, since x_{t+1} is what h_t
 was uncertain about.
 
     loss = soft cross-entropy + feature_weight * SmoothL1(h', h_{t+1})     (EAGLE, arXiv 2401.15077; responses only)
 
-From the second guess on, inference feeds the drafter its own h', not the true h. Training shows it both: a first pass
-without gradient guesses all features, and the trained pass sees, at a random half of the positions, the guess in place
-of h_t (scheduled sampling, 1506.03099: a cheap form of EAGLE-3's training-time test). On base/, 60 s on one core:
-3.69 -> 3.93 tokens per round at k = 4, 4.67 -> 5.72 at k = 8, although a step then costs a third more.
+From the second draft token on, inference feeds the drafter its own h' instead of the true h. Training shows it both: a
+first pass without gradient predicts all features, and the trained pass sees, at a random half of the positions, the
+prediction in place of h_t (scheduled sampling, 1506.03099: a cheap form of EAGLE-3's training-time test). On base/, 60
+s on one core: 3.69 -> 3.93 tokens per round at k = 4, 4.67 -> 5.72 at k = 8, although a step then costs a third more.
 
-Legend: B live rows, T entries per row, N entries of a packed batch (parts/features.py), D model width.
+Legend: B running sequences, T entries per sequence, N entries of a packed batch (drafter_data.py) or token ids of the
+draft vocabulary, D model width.
 Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a head of the drafter's own.
 """
 
@@ -38,41 +39,47 @@ from tqdm import tqdm
 from parts.cli import check_above, check_at_least, flag, parse_flags, run
 from parts.devices import pick_device
 from parts.engine.forward import logit_scale
-from parts.engine.fused_layers import PACK_FROM, Linear, fuse, refilled
-from parts.engine.interfaces import Draft, Drafts, Group, Strategy, describe_stats
-from parts.engine.kv_cache import SlotCache, attend, kv_heads
+from parts.engine.fused_layers import PACK_FROM, FusedLayer, JoinedLinear, PackedLinear, fuse
+from parts.engine.interfaces import DraftPlan, Group, Proposer, Strategy, describe_stats
+from parts.engine.kv_cache import CacheWindow, KVCache, attention_inputs, kv_heads
 from parts.engine.model_loading import load_model, stop_tokens
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.files import load_weights, save_weights
-from parts.training.drafter_data import FeatureBuffer, Packed, WordCounts, block_mask, scale_of
+from parts.training.drafter_data import FeatureBuffer, PackedBatch, TokenCounts, block_mask, embedding_scale
 from rollout import Engine
 from tasks import TaskFlags, encode_prompt, make_task
 
-FEWEST = 512
+# ---------------------------------------------------------------- the model
+
+# Beside a tiny policy, a layer of its own size cannot do in one step what the policy does in 28, and a larger one costs
+# next to nothing. So the MLP gets at least this width. With base/ (64 wide, an MLP of 144), 75 s of training on one
+# core: the likeliest token is right in 93.7 % instead of 92.4 %, and a round gives 5.79 tokens instead of 5.50 (k = 8).
+MIN_MLP_WIDTH = 512
+MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
-PARTS = ("gate_proj", "up_proj", "down_proj")
-
-
-def width_of(layer) -> int | None:
-    """Inner width of a decoder layer's MLP; None where it is not of the usual kind, as in mixtures of experts."""
+def mlp_width(layer) -> int | None:
+    """Return the inner width of a decoder layer's MLP; None if it is of another kind, such as a mixture of experts."""
     mlp = getattr(layer, "mlp", None)
-    if not all(isinstance(getattr(mlp, part, None), torch.nn.Linear) for part in PARTS):
+    if not all(isinstance(getattr(mlp, part, None), torch.nn.Linear) for part in MLP_PARTS):
         return None
     return mlp.down_proj.in_features
 
 
-def widened(layer, config):
-    """The decoder layer, made anew if its MLP is too narrow. config: the policy's."""
-    width = width_of(layer)
-    if width is None or width >= FEWEST or width != getattr(config, "intermediate_size", None):
+def decoder_layer(policy) -> torch.nn.Module:
+    """Return a new decoder layer of the policy's class, with an MLP of at least MIN_MLP_WIDTH."""
+    config = policy.config
+    layer_class = type(policy.get_decoder().layers[0])
+    layer = layer_class(config, layer_idx=0)
+    width = mlp_width(layer)
+    if width is None or width >= MIN_MLP_WIDTH or width != getattr(config, "intermediate_size", None):
         return layer
     config = copy.deepcopy(config)
-    config.intermediate_size = FEWEST
-    return type(layer)(config, layer_idx=0)
+    config.intermediate_size = MIN_MLP_WIDTH
+    return layer_class(config, layer_idx=0)
 
 
-class PolicyParts(NamedTuple):
+class BorrowedModules(NamedTuple):
     """What a drafter borrows from the live policy."""
 
     embed: torch.nn.Module
@@ -82,10 +89,9 @@ class PolicyParts(NamedTuple):
 
 
 class Drafter(torch.nn.Module):
-    """One decoder layer on top of [embedding; feature]. Its parameters are only its own; the policy's parts are
-    borrowed.
+    """One decoder layer on top of [embedding; feature]. Its parameters are only its own; the policy's are borrowed.
 
-    dtype: the policy's, unless given: one that learns beside a bfloat16 policy does so in float32.
+    dtype: the policy's, unless given: a drafter that learns beside a bfloat16 policy does so in float32.
     """
 
     def __init__(self, policy, dtype: torch.dtype | None = None):
@@ -94,14 +100,14 @@ class Drafter(torch.nn.Module):
         config = policy.config
         width = self.width = config.hidden_size
         dtype = dtype or policy.dtype
-        self.embed_scale = scale_of(decoder.embed_tokens.weight)
-        self.words: torch.Tensor | None = None  # (N,) int32: ids that it may guess, see parts/vocabulary.py; None: all
+        self.embed_scale = embedding_scale(decoder.embed_tokens.weight)
+        self.draft_vocab: torch.Tensor | None = None  # (N,) int32: the ids that it drafts, see TokenCounts; None: all
         # in a tuple, the policy's modules do not become submodules
-        self.policy = PolicyParts(decoder.embed_tokens, decoder.rotary_emb, policy.get_output_embeddings(), config)
+        self.policy = BorrowedModules(decoder.embed_tokens, decoder.rotary_emb, policy.get_output_embeddings(), config)
         self.fc = torch.nn.Linear(2 * width, width, bias=False)
-        self.layer = widened(type(decoder.layers[0])(config, layer_idx=0), config)
-        # no first norm, as in EAGLE, so that SGLang and vLLM can serve it; with the norm 2 % more tokens a round, and a
-        # dearer step
+        self.layer = decoder_layer(policy)
+        # no first norm, as in EAGLE, so that SGLang and vLLM can serve it; with the norm 2 % more tokens per round, and
+        # a more expensive step
         if hasattr(self.layer, "input_layernorm"):
             self.layer.input_layernorm = torch.nn.Identity()
         for p in self.parameters():
@@ -109,29 +115,26 @@ class Drafter(torch.nn.Module):
                 torch.nn.init.normal_(p, std=p.shape[1] ** -0.5 * 0.5)
         self.to(policy.device, dtype)  # drawn on the host: the same weights whatever the device
 
-    def forward(self, ids, features, angles, mask, cache: SlotCache | None = None) -> torch.Tensor:
-        """ids (B, T): x_{t+1}; features (B, T, D): h_t; angles: of positions t -> guesses of h_{t+1}, (B, T, D)."""
-        return self.through_layer(self.enter(ids, features), angles, mask, cache)
+    def forward(self, ids, features, angles, mask) -> torch.Tensor:
+        """ids (B, T): x_{t+1}; features (B, T, D): h_t; angles: of positions t -> predictions of h_{t+1}, (B, T, D)."""
+        x = self.fc(torch.cat([self.policy.embed(ids).detach() * self.embed_scale, features], -1))
+        return self.run_layer(x, angles, mask)
 
-    def through_layer(self, x, angles, mask, cache: SlotCache | None) -> torch.Tensor:
+    def run_layer(self, x, angles, mask, window: CacheWindow | None = None) -> torch.Tensor:
         """x (B, T, D) -> (B, T, D)."""
-        cached = {"past_key_values": cache, "use_cache": cache is not None}
+        cached = {"past_key_values": window, "use_cache": window is not None}
         return self.layer(x, attention_mask=mask, position_embeddings=angles, **cached)
 
-    def enter(self, ids, features) -> torch.Tensor:
-        """The layer's input, (B, T, D)."""
-        return self.fc(torch.cat([self.policy.embed(ids).detach() * self.embed_scale, features], -1))
-
     def angles(self, positions):
-        """Rotary cosines and sines of positions (B, T)."""
+        """Return rotary cosines and sines of positions (B, T)."""
         return self.policy.rotary(self.fc.weight, positions)
 
-    def head_rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(weight (N, D), bias (N,) or None) of the live policy's head, of the drafter's words."""
+    def head_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the live policy's head restricted to the draft vocabulary: weight (N, D), bias (N,) or None."""
         head = self.policy.head
-        words = slice(None) if self.words is None else self.words.to(head.weight.device)
-        weight = head.weight[words]
-        bias = None if head.bias is None else head.bias[words]
+        ids = slice(None) if self.draft_vocab is None else self.draft_vocab.to(head.weight.device)
+        weight = head.weight[ids]
+        bias = None if head.bias is None else head.bias[ids]
         factor = logit_scale(self.policy.config)
         if factor == 1:
             return weight, bias
@@ -139,11 +142,11 @@ class Drafter(torch.nn.Module):
 
     def save(self, folder) -> None:
         """Write folder/drafter.safetensors. Raises UserError."""
-        words = {} if self.words is None else {"words": self.words}
-        save_weights({**self.plain_weights(), **words}, folder)
+        vocab = {} if self.draft_vocab is None else {"draft_vocab": self.draft_vocab}
+        save_weights({**self.plain_weights(), **vocab}, folder)
 
     def plain_weights(self) -> dict[str, torch.Tensor]:
-        """The weights for embeddings that are not scaled, as files and servers want them."""
+        """Return the weights for embeddings that are not scaled, as files and servers want them."""
         weights = dict(self.state_dict())
         weights["fc.weight"] = weights["fc.weight"].clone()
         weights["fc.weight"][:, : self.width] *= self.embed_scale
@@ -153,180 +156,209 @@ class Drafter(torch.nn.Module):
     def load(self, folder) -> None:
         """Read folder/drafter.safetensors. Raises UserError."""
         path = Path(folder) / "drafter.safetensors"
-        extras = load_weights(self, path, "a drafter (`make drafter` trains one)", ("words",))
+        extras = load_weights(self, path, "a drafter (`make drafter` trains one)", ("draft_vocab",))
         self.fc.weight[:, : self.width] /= self.embed_scale
-        self.words = extras.get("words")
+        self.draft_vocab = extras.get("draft_vocab")
 
 
-# ---------------------------------------------------------------- guessing, inside the engine
+# ---------------------------------------------------------------- drafting, inside the engine
 
 
-class LearnedDrafts(Drafts):
-    """The drafter at work, with a one-layer slot cache beside the engine's. Entry t of a row holds (x_{t+1}, h_t).
+class EagleProposer(Proposer):
+    """The drafter at work, with a one-layer cache beside the engine's. Entry t of a sequence holds (x_{t+1}, h_t).
 
-    Each round first catches up: every entry that now has its true feature is computed, over the last round's guesses.
-    After plain rounds, or right after prefill, that gap is just longer: speculation can begin at any time without
-    touching the policy.
+    The entries of a prompt are computed once per group, when the group is admitted. After that, each round first
+    catches up: every entry that has got its true feature since is computed, over the predictions that stood in its
+    place. While rounds are speculative these are at most k + 1 entries; after plain rounds they are as many as tokens
+    were decoded. So speculation can begin at any time without touching the policy.
     """
 
     needs_hidden = True
-    asks_host = False
-    # Guesses are drawn as if from logits so much larger: one who is not sure does better to bet on what is likely. More
-    # tokens per round: base/ 7.11 -> 7.15 (k = 8), SmolLM2-135M 1.63 -> 1.65 (k = 4), soon after the start 1.47 -> 1.52
+    needs_host = False
+    # Draft tokens are sampled as if the logits were larger by this factor: a drafter that is unsure does better to bet
+    # on what is likely. Tokens per round: base/ 7.11 -> 7.15 (k = 8), SmolLM2-135M 1.63 -> 1.65 (k = 4), and early in
+    # its training 1.47 -> 1.52
     SHARPEN = 1.2
-    PIECE = 256  # columns caught up with at once: the mask of 12,000 at once would take gigabytes
+    PIECE = 256  # entries computed at once: the mask of 12,000 at once would take gigabytes
 
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
-        self.fused_layer = None  # a FusedLayer, or None: the module itself
-        self.fc: torch.Tensor | None = None  # (D, 2D), for embeddings as they are
-        self.rows: torch.Tensor | None = None  # (N, D) of the policy's head
-        self.bias: torch.Tensor | None = None  # (N,)
-        self.head: Linear | None = None  # features (B, T, D) -> logits (B, T, N)
-        self.words: torch.Tensor | None = None  # as Drafter.words
-        self.cache: SlotCache | None = None
-        self.true_entries: list[int] = []  # of each slot: entries that were made from true features
+        self.fused_layer: FusedLayer | None = None  # None: the module itself
+        self.fc: torch.Tensor | None = None  # (D, 2D), for embeddings that are not scaled
+        self.head_weight: torch.Tensor | None = None  # (N, D) of the policy's head, times SHARPEN
+        self.head_bias: torch.Tensor | None = None  # (N,)
+        self.head: JoinedLinear | PackedLinear | None = None  # features (B, T, D) -> logits (B, T, N)
+        self.draft_vocab: torch.Tensor | None = None  # as Drafter.draft_vocab
+        self.cache: KVCache | None = None
+        self.read_lens: list[int] = []  # of each slot: entries that were computed from true features
 
-    def begin(self):
-        """As Drafts.begin: take the drafter's weights as they are now."""
-        before = [self.fc, self.rows, self.bias, self.words]
+    def load_weights(self):
+        """Copy the drafter's weights as they are now. Return whether a copy has a new address."""
+        drafter = self.drafter
+        before = [self.fc, self.head_weight, self.head_bias, self.draft_vocab]
         if self.fc is None:
-            fused_layers = fuse([self.drafter.layer], self.drafter.policy.config, self.drafter.policy.rotary)
+            fused_layers = fuse([drafter.layer], drafter.policy.config, drafter.policy.rotary)
             self.fused_layer = fused_layers[0] if fused_layers else None
         elif self.fused_layer is not None:
-            self.fused_layer.read()
-        self.fc = refilled(self.fc, self.drafter.plain_weights()["fc.weight"])
-        rows, bias = self.drafter.head_rows()
-        self.rows = refilled(self.rows, rows * self.SHARPEN)
-        self.bias = None if bias is None else refilled(self.bias, bias * self.SHARPEN)
-        self.head = Linear([(self.rows, self.bias)], pack=rows.numel() >= PACK_FROM)
-        words = self.drafter.words
-        self.words = None if words is None else refilled(self.words, words.to(rows.device))
-        return any(new is not old for new, old in zip((self.fc, self.rows, self.bias, self.words), before))
+            self.fused_layer.read_weights()
+        weight, bias = drafter.head_weights()
+        self.fc = refilled(self.fc, drafter.plain_weights()["fc.weight"])
+        self.head_weight = refilled(self.head_weight, weight * self.SHARPEN)
+        self.head_bias = refilled(self.head_bias, None if bias is None else bias * self.SHARPEN)
+        parts = [(self.head_weight, self.head_bias)]
+        packed = PackedLinear.of(parts) if weight.numel() >= PACK_FROM else None
+        self.head = packed or JoinedLinear(parts)
+        vocab = drafter.draft_vocab
+        self.draft_vocab = refilled(self.draft_vocab, None if vocab is None else vocab.to(weight.device))
+        after = [self.fc, self.head_weight, self.head_bias, self.draft_vocab]
+        return any(new is not old for new, old in zip(after, before))
 
-    def reserve(self, engine, slots, room):
-        """As Drafts.reserve."""
+    def reserve(self, engine, slots, max_len):
+        """Allocate the cache."""
         model = engine.model
-        self.cache = SlotCache(model.config, slots, room, model.dtype, model.device, layers=1)
-        self.true_entries = [0] * slots
+        self.cache = KVCache(model.config, slots, max_len, model.dtype, model.device, layers=1)
+        self.read_lens = [0] * slots
 
-    def admit(self, rows):
-        """As Drafts.admit."""
-        self.true_entries[rows] = [0] * (rows.stop - rows.start)
+    def read_prompts(self, slots, tokens, hidden):
+        """Compute the entries of prompts, which have just been prefilled in these slots."""
+        length = hidden.shape[1]
+        for begin in range(0, length, self.PIECE):
+            end = min(length, begin + self.PIECE)
+            begins = torch.full((len(tokens),), begin, device=tokens.device)
+            self.compute_entries(slots, begins, tokens[:, begin + 1 : end + 1], hidden[:, begin:end], end)
+        self.read_lens[slots] = [length] * len(tokens)
 
-    def move(self, source, target):
-        """As Drafts.move."""
-        self.cache.move(source, slice(target, target + 1), self.true_entries[source])
-        self.true_entries[target] = self.true_entries[source]
+    def copy(self, source, targets, length):
+        """Copy entries to other slots."""
+        length = min(length, self.read_lens[source])
+        self.cache.copy(source, targets, length)
+        self.read_lens[targets] = [length] * (targets.stop - targets.start)
+
+    def catch_up_len(self, running):
+        """Return the largest number of entries that a sequence lacks; at least 1, since the last one is read again."""
+        return max(1, *(sequence.length - read for sequence, read in zip(running, self.read_lens)))
+
+    def caught_up(self, running):
+        """Note that all entries up to the sequences' lengths are computed."""
+        self.read_lens[: len(running)] = [sequence.length for sequence in running]
 
     def angles(self, positions):
-        """Of positions (B, T), as the layer wants them."""
+        """Return the angles of positions (B, T), in the form that the layer wants."""
         if self.fused_layer is None:
             return self.drafter.angles(positions)
         return self.cache.angles(self.drafter.policy.rotary, positions)
 
-    def forward(self, ids, features, angles, mask) -> torch.Tensor:
-        """As Drafter.forward, on the cache's next entries, which `attend` has placed."""
+    def forward(self, ids, features, angles, mask, window: CacheWindow) -> torch.Tensor:
+        """As Drafter.forward, writing the cache's entries that `window` names."""
         x = F.linear(torch.cat([self.drafter.policy.embed(ids), features], -1), self.fc)
         if self.fused_layer is None:
-            return self.drafter.through_layer(x, angles, mask, self.cache)
-        return self.fused_layer(x, mask, self.cache, angles, 0)
+            return self.drafter.run_layer(x, angles, mask, window)
+        return self.fused_layer(x, mask, window, angles, 0)
 
-    def missing(self, live):
-        """As Drafts.missing."""
-        ends = [row.length for row in live]
-        gap = max(1, *(end - true for end, true in zip(ends, self.true_entries)))
-        self.true_entries[: len(ends)] = ends
-        return gap
+    def compute_entries(self, slots, begins, ids, features, kv_len) -> torch.Tensor:
+        """Compute T entries of each slot, from `begins` (B,) on: ids (B, T), features (B, T, D) -> (B, T, D)."""
+        positions, mask, window = attention_inputs(self.cache, slots, begins, kv_len, ids.shape[1])
+        return self.forward(ids, features, self.angles(positions), mask, window)
 
-    def propose(self, engine, shape, guess):
-        """As Drafts.propose: catch up, then k - 1 single steps."""
+    def propose(self, engine, shape, draft_token):
+        """Catch up, then draft k tokens one after the other -> (B, k)."""
         feature = self.catch_up(engine, shape)  # (B, 1, D): h' for position lens
-        n, k = shape.rows, shape.draft.k
-        # angles, masks and slots of all the single steps at once
-        positions, mask = attend(self.cache, slice(0, n), engine.lens[:n], shape.view, k)  # (B, k), (B, 1, groups*k, S)
+        n, k = shape.batch_size, shape.plan.k
+        # positions, masks and cache windows of all the single steps are made at once
+        positions, mask, window = attention_inputs(self.cache, slice(0, n), engine.lens[:n], shape.kv_len, k)
         angles = list(zip(*(part.split(1, -2) for part in self.angles(positions))))
-        masks = mask.view(n, 1, -1, k, shape.view).unbind(3)
-        slots = self.cache.flat.view(n, -1, k).movedim(-1, 0).flatten(1)  # (k, B * kv heads)
+        masks = mask.view(n, 1, -1, k, mask.shape[-1]).unbind(3)
+        windows = window.columns(k)
         drafts = []
         for depth in range(k):
-            drafts.append(guess(depth, self.head(feature), self.words))  # (B, 1)
+            drafts.append(draft_token(depth, self.head(feature), self.draft_vocab))  # (B, 1)
             if depth + 1 < k:
-                self.cache.flat = slots[depth]
-                feature = self.forward(drafts[-1], feature, angles[depth], masks[depth])
+                feature = self.forward(drafts[-1], feature, angles[depth], masks[depth], windows[depth])
         return torch.cat(drafts, 1)
 
     def catch_up(self, engine, shape) -> torch.Tensor:
-        """Compute the entries that have got their true features -> what the last of them guesses, (B, 1, D).
+        """Compute the entries that have got their true features -> the prediction of the last of them, (B, 1, D).
 
-        All rows compute as many of their last entries as the row that is furthest behind (shape.gap): what a row
-        computes again comes out as it was, and what stands beyond its end is overwritten before anyone looks.
+        All sequences compute as many of their last entries as the one that is furthest behind (shape.catch_up_len): an
+        entry that is computed again comes out as it was, and what is written beyond the end of a sequence is
+        overwritten before anyone reads it.
         """
-        n, gap = shape.rows, shape.gap
+        n, count = shape.batch_size, shape.catch_up_len
         rows = torch.arange(n, device=engine.lens.device)
         lens = engine.lens[:n]
-        first = (lens - gap).clamp(min=0)  # (B,)
-        newest = lens - first - 1  # the column of a row's last true feature; -1: it has none, and guesses from 0
+        first = (lens - count).clamp(min=0)  # (B,)
+        newest = lens - first - 1  # column of a sequence's last true feature; -1: it has none, and drafts from 0
         feature = torch.zeros((), device=lens.device)
-        for done in range(0, gap, self.PIECE):
-            width = min(self.PIECE, gap - done)
+        for done in range(0, count, self.PIECE):
+            width = min(self.PIECE, count - done)
             columns = (first + done)[:, None] + torch.arange(width, device=lens.device)
             columns = columns.clamp(max=engine.tokens.shape[1] - 2)
-            positions, mask = attend(self.cache, slice(0, n), first + done, shape.view, width)
             ids = engine.tokens[:n].gather(1, columns + 1)
-            out = self.forward(ids, engine.hidden[rows[:, None], columns], self.angles(positions), mask)
+            features = engine.hidden[rows[:, None], columns]
+            out = self.compute_entries(slice(0, n), first + done, ids, features, shape.kv_len)
             here = (newest >= done) & (newest < done + width)
             last = out[rows, (newest - done).clamp(0, width - 1)]  # (B, D)
             feature = torch.where(here[:, None], last, feature)
         return feature[:, None]
 
 
+def refilled(buffer: torch.Tensor | None, value: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the value: written into the buffer, which keeps its address, if that has the same shape; else the value.
+    """
+    if buffer is None or value is None or buffer.shape != value.shape:
+        return value
+    return buffer.copy_(value)
+
+
 # ---------------------------------------------------------------- training
 
 
-def drafter_loss(drafter: Drafter, batch: Packed, feature_weight: float = 0.5, own: float = 0.5):
-    """-> (loss, share of entries whose likeliest token is the policy's). own: share that see a guessed feature."""
-    ids, features, targets, positions, owner, counted = batch
+def drafter_loss(drafter: Drafter, batch: PackedBatch, feature_weight: float = 0.5, own: float = 0.5):
+    """Return the loss and the share of entries whose likeliest token is the policy's.
+
+    own: share of the entries that see a predicted feature in place of the true one.
+    """
+    ids, features, targets, positions, sequence_ids, loss_mask = batch
     config = drafter.policy.config
     groups = config.num_attention_heads // kv_heads(config)
-    wanted = targets[0][counted]
+    wanted = targets[0][loss_mask]
     # float32 weights beside a bfloat16 policy
     with torch.autocast(features.device.type, torch.bfloat16, enabled=features.dtype == torch.bfloat16):
-        mask = block_mask(owner, positions, groups, features.dtype)
+        mask = block_mask(sequence_ids, positions, groups, features.dtype)
         angles = drafter.angles(positions)
         with torch.no_grad():
-            weight, bias = drafter.head_rows()
+            weight, bias = drafter.head_weights()
             p = F.linear(wanted, weight, bias).float().softmax(-1)
             if own:
-                guess = drafter(ids, features, angles, mask).roll(1, dims=1)  # entry t - 1 guesses h_t
-                swap = (torch.rand(ids.shape) < own).to(ids.device) & (positions > 0)  # drawn on the host, too
-                features = torch.where(swap[..., None], guess.to(features.dtype), features)
-        guessed = drafter(ids, features, angles, mask)[0][counted]
-        logits = F.linear(guessed, weight, bias).float()
+                predicted = drafter(ids, features, angles, mask).roll(1, dims=1)  # entry t - 1 predicts h_t
+                swap = (torch.rand(ids.shape) < own).to(ids.device) & (positions > 0)  # random numbers of the host
+                features = torch.where(swap[..., None], predicted.to(features.dtype), features)
+        predicted = drafter(ids, features, angles, mask)[0][loss_mask]
+        logits = F.linear(predicted, weight, bias).float()
     cross_entropy = -(p * logits.log_softmax(-1)).sum(-1).mean()
-    loss = cross_entropy + feature_weight * F.smooth_l1_loss(guessed.float(), wanted.float())
+    loss = cross_entropy + feature_weight * F.smooth_l1_loss(predicted.float(), wanted.float())
     return loss, (logits.argmax(-1) == p.argmax(-1)).float().mean()
 
 
-def rate_for(width: int, at_128: float = 3e-3) -> float:
-    """Learning rate of a drafter of that width: in inverse proportion to it, from the rate that is best at 128. At 576
-    that is 7e-4, where 2e-3 learns worse and 3e-4 slower.
+def scaled_lr(width: int, at_128: float = 3e-3) -> float:
+    """Return the learning rate of a drafter of that width: in inverse proportion to it, from the rate that is best at
+    128. At 576 that is 7e-4, where 2e-3 learns worse and 3e-4 slower.
     """
     return at_128 * min(1.0, 128 / width)
 
 
-class Trainer:
+class DrafterTrainer:
     """The drafter's optimizer. Training can be stopped at any time between two calls of `step`.
 
-    What guesses best is not the last weights but their running average (it does what a falling learning rate does,
-    without an end to fall towards): `publish`.
+    The weights that draft best are not the last ones but their running average (which does what a falling learning rate
+    does, without an end to fall towards): see `publish`.
     """
 
     WARMUP = 20  # steps
 
     def __init__(self, drafter: Drafter, tokens: int = 512, seed: int = 0, keep: float = 0.99):
         self.drafter = drafter
-        self.lr = rate_for(drafter.policy.config.hidden_size)
+        self.lr = scaled_lr(drafter.policy.config.hidden_size)
         self.tokens = tokens  # of a batch
         self.keep = keep  # of the average in a step
         self.rng = random.Random(seed)
@@ -336,13 +368,13 @@ class Trainer:
         self.average = [p.detach().clone() for p in parameters]
 
     def step(self, buffer: FeatureBuffer) -> tuple[float, float]:
-        """One micro-step on the buffer -> (loss, agreement)."""
+        """Make one training step on the buffer -> (loss, agreement)."""
         device = self.drafter.fc.weight.device
-        batch = Packed(*(x.to(device) for x in buffer.pack(self.tokens, self.rng)))
+        batch = PackedBatch(*(x.to(device) for x in buffer.pack(self.tokens, self.rng)))
         loss, agreement = drafter_loss(self.drafter, batch)
         parameters = list(self.drafter.parameters())
         self.optimizer.zero_grad()
-        torch.autograd.backward(loss, inputs=parameters)  # nothing reaches the borrowed head
+        torch.autograd.backward(loss, inputs=parameters)  # no gradient reaches the borrowed head
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.steps += 1
         for group in self.optimizer.param_groups:
@@ -355,12 +387,12 @@ class Trainer:
 
     @torch.no_grad()
     def publish(self, drafter: Drafter) -> None:
-        """Give a drafter, e.g. the one in the engine, the averaged weights."""
+        """Copy the averaged weights into a drafter, e.g. the one in the engine."""
         for p, mean in zip(drafter.parameters(), self.average):
             p.copy_(mean)
 
 
-def fit(trainer: Trainer, buffer: FeatureBuffer, seconds: float, progress: bool = True) -> tuple[float, float]:
+def fit(trainer: DrafterTrainer, buffer: FeatureBuffer, seconds: float, progress: bool = True) -> tuple[float, float]:
     """Train for so many seconds, the learning rate falling to 0 in the second half -> mean loss and agreement at the
     end.
     """
@@ -379,24 +411,24 @@ def fit(trainer: Trainer, buffer: FeatureBuffer, seconds: float, progress: bool 
     return sum(losses) / len(recent), sum(agreements) / len(recent)
 
 
-def collect(engine: Engine, groups: list[Group], sampling: Sampling, buffer: FeatureBuffer, words: WordCounts) -> None:
-    """Roll out the groups plainly: features go into the buffer, tokens are counted. engine: keeps hidden states."""
+def collect(engine: Engine, groups: list[Group], sampling, buffer: FeatureBuffer, counts: TokenCounts) -> None:
+    """Roll out the groups plainly: features go into the buffer, token ids are counted. engine: keeps hidden states."""
     total = sum(len(group.seeds) for group in groups)
     responses = engine.generate(groups, sampling)
     for response in tqdm(responses, total=total, desc="rollout", unit="response", mininterval=1):
         buffer.add(response)
-        words.add(response.tokens)
+        counts.add(response.tokens)
 
 
 def warm_start(drafter, engine: Engine, groups, sampling: Sampling, seconds: float, seed: int, draft_vocab: int = 0):
-    """Roll out the groups, train the drafter on the features, say how it went. engine: keeps hidden states;
-    draft_vocab: as WordCounts.choose.
+    """Roll out the groups, train the drafter on the features, print the result. engine: keeps hidden states;
+    draft_vocab: size of the draft vocabulary, see TokenCounts.choose.
     """
     buffer = FeatureBuffer(limit=4 << 30)
-    words = WordCounts(engine.model.config.vocab_size, engine.stop_set)
-    collect(engine, groups, sampling, buffer, words)
-    drafter.words = words.choose(draft_vocab)
-    trainer = Trainer(drafter, seed=seed)
+    counts = TokenCounts(engine.model.config.vocab_size, engine.stop_set)
+    collect(engine, groups, sampling, buffer, counts)
+    drafter.draft_vocab = counts.choose(draft_vocab)
+    trainer = DrafterTrainer(drafter, seed=seed)
     loss, agreement = fit(trainer, buffer, seconds)
     trainer.publish(drafter)
     how = f"{trainer.steps} steps in {seconds:.0f} s, {torch.get_num_threads()} threads"
@@ -412,10 +444,10 @@ class Command(TaskFlags):
 
     model: str = flag("base", "policy: a folder or a hub name")
     out: str = flag("runs/drafter", "folder for drafter.safetensors")
-    start: str = flag("", "go on from the drafter in this folder; empty: from random weights")
+    start: str = flag("", "continue from the drafter in this folder; empty: from random weights")
     prompts: int = flag(64, "prompts to roll out, 16 samples each")
     seconds: float = flag(60.0, "training time")
-    draft_vocab: int = flag(0, "words that the drafter may guess; 0: all, of a large vocabulary those that are used")
+    draft_vocab: int = flag(0, "token ids that the drafter may draft; 0: all, of a large vocabulary those in use")
     k: int = flag(4, "draft length of the measurement before and after")
     max_new: int = flag(512, "longest response in tokens")
     threads: int = flag(0, "threads of torch; 0: torch's own choice")
@@ -431,8 +463,8 @@ class Command(TaskFlags):
 def main() -> None:
     """Warm-start a drafter for a policy from the policy's own rollouts.
 
-    Nobody has to: a random drafter is a valid start for training (python tlt.py), which trains it along.
-    Tokens per round on held-out prompts are printed before and after.
+    This is never required: a random drafter is a valid start for training (python tlt.py), which trains it along the
+    way. Tokens per round on held-out prompts are printed before and after.
     """
     command = parse_flags(Command, main.__doc__)
     if command.threads:
@@ -444,7 +476,7 @@ def main() -> None:
     if command.start:
         drafter.load(command.start)
     stop = stop_tokens(model, tokenizer)
-    engine = Engine(model, stop, slots=64, drafters={"learned": LearnedDrafts(drafter)}, keep_hidden=True)
+    engine = Engine(model, stop, slots=64, proposers={"eagle": EagleProposer(drafter)}, keep_hidden=True)
     sampling = Sampling(max_new=command.max_new)
 
     def groups(split: str, prompts: int, samples: int) -> list[Group]:
@@ -458,7 +490,7 @@ def main() -> None:
         return result
 
     def measure(when: str) -> None:
-        for _ in engine.generate(groups("test", 16, 4), sampling, Strategy(Draft("learned", command.k))):
+        for _ in engine.generate(groups("test", 16, 4), sampling, Strategy(DraftPlan("eagle", command.k))):
             pass
         print(f"{when}: {describe_stats(engine.stats)}")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from drafter import Drafter, width_of
+from drafter import Drafter, mlp_width
 from parts.cli import UserError, flag, parse_flags, run
 from parts.engine.model_loading import load_model
 from parts.files import find_folder, replacing, save_weights, write_atomically
@@ -45,7 +45,7 @@ def export(drafter: Drafter, folder, server: str) -> None:
     settings = {name: value for name, value in config.to_dict().items() if name not in NOT_OF_ONE_LAYER}
     settings["architectures"] = [ARCHITECTURES[server][kind]]
     settings["num_hidden_layers"] = 1
-    settings["intermediate_size"] = width_of(drafter.layer)
+    settings["intermediate_size"] = mlp_width(drafter.layer)
     settings["torch_dtype"] = str(drafter.fc.weight.dtype).removeprefix("torch.")
     weights = {name.replace("layer.", "layers.0.", 1): w.cpu() for name, w in drafter.plain_weights().items()}
     if server == "sglang":  # its fc has a bias, which would stay random; vLLM's has none, and refuses it

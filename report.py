@@ -2,7 +2,6 @@
 the training.
 """
 
-import json
 import math
 import time
 import zlib
@@ -14,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from parts.files import write_atomically
-from parts.running.metrics_log import open_tracker, scalars
+from parts.running.metrics_log import MetricsLog
 from parts.running.pictures import draw_curves, draw_timeline, gantt, split_metrics, trace
 from parts.running.timers import ROLLOUT, STATES, Span
 
@@ -22,35 +21,35 @@ from parts.running.timers import ROLLOUT, STATES, Span
 
 
 @dataclass
-class WorkerNotes:
+class SpeculationStats:
     """What a worker did for speculation in a step. See interfaces.Stats for the first five."""
 
     rounds: int = 0
     spec_rounds: int = 0
-    spec_row_rounds: int = 0
+    spec_sequence_rounds: int = 0
     spec_tokens: int = 0
     spec_drafts: int = 0
-    tried: list[int] = field(default_factory=list)  # by depth: guesses of the learned drafter that were reached
-    right: list[int] = field(default_factory=list)  # by depth: those that were right
+    drafted: list[int] = field(default_factory=list)  # by depth: draft tokens of the EAGLE drafter that were reached
+    accepted: list[int] = field(default_factory=list)  # by depth: those that were accepted
     drafter_steps: int = 0
     drafter_loss: float = 0.0  # their sum
 
     def add_rollout(self, stats) -> None:
-        """What a rollout took, as interfaces.Stats."""
+        """Add the totals of a rollout, an interfaces.Stats."""
         self.rounds += stats.rounds
         self.spec_rounds += stats.spec_rounds
-        self.spec_row_rounds += stats.spec_row_rounds
+        self.spec_sequence_rounds += stats.spec_sequence_rounds
         self.spec_tokens += stats.spec_tokens
         self.spec_drafts += stats.spec_drafts
 
 
-def describe(
-    step: int, responses, rewards, stats: dict, spans: list[list[Span]], notes: list[WorkerNotes | None]
+def metrics_row(
+    step: int, responses, rewards, stats: dict, spans: list[list[Span]], speculation: list[SpeculationStats | None]
 ) -> dict:
-    """One row of metrics.jsonl.
+    """Return a step's row of metrics.jsonl.
 
-    rewards (P, G); stats: of the update; spans, notes: of each worker. The seconds by state are means over the
-    workers and sum to the step. Equal digests: the same tokens, every one.
+    rewards (P, G); stats: of the update; spans, speculation: of each worker. The seconds by state are means over the
+    workers and sum to the step. Equal digests mean that every token is the same.
     """
     lengths = sorted(len(r.tokens) for r in responses)
     samples = rewards.shape[1]
@@ -65,7 +64,7 @@ def describe(
         "step": step,
         "reward": rewards.mean().item(),
         "solved": sum(any(group) for group in right) / len(right),
-        "flat_groups": int((rewards == rewards[:, :1]).all(1).sum()),
+        "zero_variance_groups": int((rewards == rewards[:, :1]).all(1).sum()),
         "lenient": sum(r.grade.lenient for r in responses) / len(responses),
         "length": {
             "mean": sum(lengths) / len(lengths),
@@ -80,7 +79,7 @@ def describe(
         "tokens_per_second": sum(lengths) / max(1e-9, seconds["step"] - seconds["update"]),
         "seconds": seconds,
         **stats,
-        **speculation(spans, notes),
+        **speculation_figures(spans, speculation),
     }
 
 
@@ -94,26 +93,26 @@ def last_end(spans: list[list[Span]], *states: str) -> float:
     return max((span.end for worker in spans for span in worker if span.state in states), default=0.0)
 
 
-def speculation(spans: list[list[Span]], notes: list[WorkerNotes | None]) -> dict:
-    """How speculation and drafter training went in a step, over all workers; {} where nobody could draft."""
-    if any(n is None for n in notes):
+def speculation_figures(spans: list[list[Span]], workers: list[SpeculationStats | None]) -> dict:
+    """Return the figures of speculation and drafter training in a step, over all workers; {} where none could draft."""
+    if any(n is None for n in workers):
         return {}
-    rows = max(1, sum(n.spec_row_rounds for n in notes))
-    tried = [sum(depth) for depth in zip_longest(*(n.tried for n in notes), fillvalue=0)]
-    right = [sum(depth) for depth in zip_longest(*(n.right for n in notes), fillvalue=0)]
-    steps = sum(n.drafter_steps for n in notes)
+    rows = max(1, sum(n.spec_sequence_rounds for n in workers))
+    drafted = [sum(depth) for depth in zip_longest(*(n.drafted for n in workers), fillvalue=0)]
+    accepted = [sum(depth) for depth in zip_longest(*(n.accepted for n in workers), fillvalue=0)]
+    steps = sum(n.drafter_steps for n in workers)
     trained = time_in(spans, "drafter")
     return {
         "speculation": {
-            "tokens_per_round": sum(n.spec_tokens for n in notes) / rows,
-            "k": sum(n.spec_drafts for n in notes) / rows,
-            "share": sum(n.spec_rounds for n in notes) / max(1, sum(n.rounds for n in notes)),
-            # of the learned drafter, by depth
-            "acceptance": [r / t if t else None for r, t in zip(right, tried)],
+            "tokens_per_round": sum(n.spec_tokens for n in workers) / rows,
+            "k": sum(n.spec_drafts for n in workers) / rows,
+            "share": sum(n.spec_rounds for n in workers) / max(1, sum(n.rounds for n in workers)),
+            # of the EAGLE drafter, by depth
+            "acceptance": [a / d if d else None for a, d in zip(accepted, drafted)],
         },
         "drafter": {
             "steps": steps,
-            "loss": sum(n.drafter_loss for n in notes) / max(1, steps),
+            "loss": sum(n.drafter_loss for n in workers) / max(1, steps),
             # share of the idle time that was used
             "reclaimed": trained / max(1e-9, trained + time_in(spans, "idle")),
             # seconds from the last response to the end of drafter training
@@ -185,7 +184,7 @@ class Table:
         s = row["seconds"]
         rollout = sum(s[state] for state in ROLLOUT)
         return (
-            f"{row['step']:5d}  {row['reward']:6.3f}  {row['solved']:6.2f}  {row['flat_groups']:4d} | "
+            f"{row['step']:5d}  {row['reward']:6.3f}  {row['solved']:6.2f}  {row['zero_variance_groups']:4d} | "
             f"{n['mean']:13.0f} {n['p50']:4d} {n['p95']:4d} {n['max']:4d} {row['truncated']:5.1%} | "
             f"{row['tokens_per_second']:5.0f} |{rollout:9.2f}{s['drafter']:8.2f}{s['idle']:8.2f}{s['update']:8.2f} ="
             f"{s['step']:8.2f} |{row['gap_max']:7.0e}"
@@ -289,10 +288,14 @@ def drafter_card(steps: list[dict]) -> list[str]:
     ]
 
 
-class Journal:
-    """On every worker; only the one that `writes` prints and touches files.
+# ---------------------------------------------------------------- a run as it goes on
 
-    metrics: the rows so far, as dicts: a step's (report.describe) or an evaluation's (report.evaluation).
+
+class RunReport:
+    """What a training run writes and shows: metrics.jsonl, the progress bar, the table, at the end the pictures.
+
+    It exists on every worker; only the one that `writes` prints and touches files.
+    metrics: the rows so far, as dicts: a step's (`metrics_row`) or an evaluation's (`evaluation`).
     """
 
     def __init__(self, config, metrics: list[dict], first_step: int, writes: bool):
@@ -313,9 +316,7 @@ class Journal:
         # (step, when it began on each worker, each worker's spans with the evaluation and the checkpoint before it)
         self.history: list[tuple[int, list[float], list[list[Span]]]] = []
         self.spans: list[list[Span]] = []  # each worker's, of the last step
-        self.tracker = open_tracker(config, first_step) if writes else None
-        if writes:  # steps after the checkpoint will be made again
-            write_atomically(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
+        self.log = MetricsLog(config, metrics, first_step) if writes else None
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -323,39 +324,32 @@ class Journal:
             tqdm.write(text)
 
     def progress(self, text: str) -> None:
-        """Show it beside the bar, twice a second at most."""
+        """Show a text beside the bar, twice a second at most."""
         if time.time() > self.bar_shown + 0.5:
             self.bar_shown = time.time()
             self.bar.set_postfix_str(text)
 
-    def keep(self, row: dict) -> None:
+    def add_row(self, row: dict) -> None:
         """Add a row to the metrics."""
         self.metrics.append(row)
-        if self.writes:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            self.on_row(row)
+        if self.log:
+            self.log.write(row)
 
-    def on_row(self, row: dict) -> None:
-        """Called on rank 0 with each new row, of a step or of an evaluation (which has the key "eval")."""
-        if self.tracker:
-            self.tracker.log(scalars(row), step=row["step"])
-
-    def step(self, step: int, started: list[float], responses, rewards, stats: dict, spans, notes) -> dict:
-        """A step is done -> its row. started, spans, notes: of each worker."""
+    def add_step(self, step: int, started: list[float], responses, rewards, stats: dict, spans, speculation) -> dict:
+        """Report a finished step -> its row. started, spans, speculation: of each worker."""
         self.history.append((step, started, spans))
         self.spans = []
-        for begin, worker in zip(started, spans):
-            self.spans.append([s._replace(start=max(s.start, begin)) for s in worker if s.end > begin])
-        row = describe(step, responses, rewards, stats, self.spans, notes)
-        self.keep(row)
+        for begin, worker_spans in zip(started, spans):
+            self.spans.append([s._replace(start=max(s.start, begin)) for s in worker_spans if s.end > begin])
+        row = metrics_row(step, responses, rewards, stats, self.spans, speculation)
+        self.add_row(row)
         self.table.show(row, self.spans)
         self.bar.update()
         return row
 
-    def evaluation(self, row: dict) -> None:
-        """A held-out evaluation is done."""
-        self.keep(row)
+    def add_evaluation(self, row: dict) -> None:
+        """Report a held-out evaluation."""
+        self.add_row(row)
         scores = ", ".join(f"{name} {value:.3f}" for name, value in row["eval"].items())
         self.say(
             f"held-out at step {row['step']}: {scores}, lenient {row['lenient']:.3f}, "
@@ -363,12 +357,11 @@ class Journal:
         )
 
     def finish(self) -> dict:
-        """Pictures -> the summary, the same on every worker."""
+        """Draw the pictures -> the summary, the same on every worker."""
         self.bar.close()
-        if self.tracker:
-            self.tracker.finish()
         summary = summarise(self.metrics, self.config)
-        if self.writes:
+        if self.log:
+            self.log.close()
             draw_curves(self.metrics, self.out / "curves.png", self.config)
             if self.history:
                 draw_timeline({f"step {self.config.steps}": self.spans}, self.out / "timeline.png")

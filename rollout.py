@@ -1,105 +1,122 @@
 """The rollout engine: many sequences through one Hugging Face causal LM, reproducible token by token, and speculative.
 
-One round feeds every live row its newest token `cur` (not in the cache yet) and k drafts behind it, and samples the
-policy's own token at each:
+One round feeds every running sequence its newest token `cur` (whose keys and values are not in the cache yet) and k
+draft tokens behind it, and samples the policy's own token at each:
 
-    ids      = [cur, d1 .. dk]                                                      (B, T),  T = k + 1
-    slots    = lens[:, None] + arange(T)      where row b's new keys and values go  (B, T)
-    mask     = arange(view) <= slots          what they see: view = max(lens) + T   (B, 1, T, view)
-    y        = argmax(logits / temperature + g)   g: the noise of parts/sampling.py (B, T)
-    accepted = (y[:, :k] == ids[:, 1:]).cumprod(1).sum(1)                           (B,)
-    emit y[:, :accepted + 1];  lens += accepted + 1    THIS is the rollback: rejected slots are overwritten later
+    ids       = [cur, d1 .. dk]                                                      (B, T),  T = k + 1
+    positions = lens[:, None] + arange(T)    where the new keys and values go        (B, T)
+    mask      = arange(kv_len) <= positions  what they see; kv_len = max(lens) + T   (B, 1, T, kv_len)
+    y         = argmax(logits / temperature + g)   g: the noise of sampling.py       (B, T)
+    accepted  = (y[:, :k] == ids[:, 1:]).cumprod(1).sum(1)                           (B,)
+    emit y[:, :accepted + 1];  lens += accepted + 1    THIS is the rollback: rejected entries are overwritten later
 
 k = 0 is plain decoding: the same code.
 
-Why nothing can go wrong. Every emitted token is the policy's own sample, and its noise belongs to its place in its
+Why this is lossless. Every emitted token is the policy's own sample, and its noise belongs to its place in its
 sequence. So no drafter and no strategy can bias a token, and the same seed gives the same rollout with speculation on
-or off, on 1 or 8 workers. Drafters sample with the SAME noise on THEIR logits: a drafter that knows the policy's
-distribution guesses its sample, at any temperature. This rule and others (probability ratio, trees) are in
-parts/accept.py.
+or off, on 1 or 8 workers. Drafters sample with the SAME noise from THEIR logits: a drafter that knows the policy's
+distribution predicts its sample, at any temperature. This rule and others (probability ratio, trees) are in
+parts/engine/acceptance.py.
 
-Continuous batching. Rows that end leave at once: the last live row moves into the hole, so the live rows stay
-contiguous and a round costs what its live rows cost. Free slots are refilled from an iterator of groups; a group's
-prompt is prefilled once, and its keys and values are copied to its samples.
+A round has four parts: `plan_round` (how far to draft, which shape), `run_round` (all work on the device: draft,
+verify, accept, commit), `read_back` (the host waits for the device, once), `account` (tokens, statistics, strategy).
 
-Legend: B live rows, T new tokens per row, k draft length, V vocabulary, D model width, G samples per prompt.
-Left out: prefix sharing between prompts, prefill in chunks, beam search.
+Continuous batching. Finished sequences leave at once: the last running one moves into the free slot, so that the
+running sequences stay contiguous and a round costs what they cost. Free slots are filled from an iterator of groups.
+The prompt of a group is prefilled once, by the policy and by the drafter, and the entries are copied to its samples.
+
+Legend: B running sequences, T new tokens per sequence, k draft length, V vocabulary, D model width, G samples per
+prompt. Left out: prefix sharing between prompts, prefill in chunks, beam search.
 """
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from parts.cli import UserError
-from parts.devices import free_memory
-from parts.engine.acceptance import Coupled, Verdict
-from parts.engine.cuda_graphs import Graphs, Marks, Shape, rounded
+from parts.devices import free_memory, is_gpu
+from parts.engine.acceptance import Coupled, Verification
+from parts.engine.cuda_graphs import GraphPool, RoundShape, RoundTimer, bucketed_shape
 from parts.engine.forward import fast_head, forward, head_of
 from parts.engine.fused_layers import fuse_model
-from parts.engine.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Response, RoundReport, Row, Stats, Strategy
-from parts.engine.kv_cache import SlotCache, Tree, rows_that_fit
+from parts.engine.interfaces import (
+    MAX_DRAFT_LEN,
+    DraftPlan,
+    Group,
+    Proposer,
+    Response,
+    RoundReport,
+    RoundTrace,
+    Sequence,
+    Stats,
+    Strategy,
+)
+from parts.engine.kv_cache import KVCache, TreeShape, sequences_that_fit
 from parts.engine.model_loading import too_long
-from parts.engine.parity import agrees
-from parts.engine.sampling import Sampling, seed_words
+from parts.engine.parity import matches_own_code
+from parts.engine.sampling import Sampling, split_seeds
 
-# ---------------------------------------------------------------- the engine
+# ---------------------------------------------------------------- the queue
 
 
 class GroupQueue:
-    """The groups that wait. One is drawn only when it would fit if it were as large as the last: what waits here,
-    no other worker can have.
+    """The groups that wait for free slots. With several workers, a group that one of them has pulled is lost to the
+    others. So a group is pulled only when it would fit if it were as large as the last one.
     """
 
     def __init__(self, groups: Iterable[Group]):
         self.groups = iter(groups)
-        self.waiting: Group | None = None  # drawn, and too large for what was free
+        self.waiting: Group | None = None  # pulled, but too large for the free slots
         self.last_size = 0
 
-    def take(self, live: int, row_limit: int) -> list[Group]:
-        """The next groups that fit beside `live` rows. Where nothing lives, one comes in any case."""
+    def take(self, running: int, max_running: int) -> list[Group]:
+        """Return the next groups that fit beside `running` sequences. If nothing runs, at least one is returned."""
         batch = []
-        while not live or live + self.last_size <= row_limit:
+        while not running or running + self.last_size <= max_running:
             group = self.waiting or next(self.groups, None)
             self.waiting = None
             if group is None:
                 break
             self.last_size = len(group.seeds)
-            if live and live + self.last_size > row_limit:
+            if running and running + self.last_size > max_running:
                 self.waiting = group
                 break
             batch.append(group)
-            live += self.last_size
+            running += self.last_size
         return batch
+
+
+# ---------------------------------------------------------------- the engine
 
 
 class Engine:
     """Generates responses for groups.
 
-    model           from loading.load_model
+    model           from model_loading.load_model
     stop_tokens     ids that end a response
-    slots           rows that run at once; fewer if the memory of a GPU does not hold them
+    slots           sequences that run at once; fewer if the memory of a GPU does not hold them
     context         longest prompt + response, see `reserve`
     keep_hidden     give each Response its hidden states
-    drafters        name -> Drafts, for speculation
-    rule            how drafts are verified: a class of parts/accept.py
+    proposers       method -> Proposer, for speculation
+    rule            how draft tokens are verified: a class of acceptance.py
     frozen          neither the model's nor the drafters' weights will change, so they are read once
     reserve_bytes   GPU memory to leave to others
-    bucketed        rounds in few sizes, so that a GPU can replay them (parts/graphs.py); None: on a GPU
+    bucketed        rounds in few shapes, so that a GPU can replay them (cuda_graphs.py); None: on a GPU
 
-    stats tells of the last `generate`; row_limit may be lowered between rollouts: a group that would make more rows
-    waits.
+    `stats` describes the last `generate`. `max_running` may be lowered between rollouts: then a group that would make
+    more sequences run waits.
     """
 
-    cache: SlotCache
-    lens: torch.Tensor  # (slots,) valid cache entries of each row
+    cache: KVCache
+    lens: torch.Tensor  # (slots,) valid cache entries of each sequence
     start: torch.Tensor  # (slots,) where its response begins
     seeds: torch.Tensor  # (slots, 2) int32, of its noise
-    tokens: torch.Tensor  # (slots, room) x_t; the newest, `cur`, stands at lens
-    logprobs: torch.Tensor  # (slots, room) of x_t
-    hidden: torch.Tensor | None  # (slots, room, D) h_t, if they are kept
-    live_count: torch.Tensor  # () how many rows live, for rounds of more rows
+    tokens: torch.Tensor  # (slots, max_len) x_t; the newest, `cur`, stands at lens
+    logprobs: torch.Tensor  # (slots, max_len) of x_t
+    hidden: torch.Tensor | None  # (slots, max_len, D) h_t, if they are kept
+    running_count: torch.Tensor  # () how many sequences run, for rounds of a larger shape
     stop: torch.Tensor  # (V,) bool: tokens that end a response
 
     def __init__(
@@ -109,45 +126,47 @@ class Engine:
         slots: int = 64,
         context: int = 64,
         keep_hidden: bool = False,
-        drafters: dict[str, Drafts] | None = None,
+        proposers: dict[str, Proposer] | None = None,
         rule: type[Coupled] = Coupled,
         frozen: bool = False,
         reserve_bytes: int = 0,
         bucketed: bool | None = None,
     ):
-        on_gpu = model.device.type == "cuda"
+        on_gpu = is_gpu(model.device)
         self.model = model
         self.slots = self.slots_wanted = slots
-        self.row_limit = slots
+        self.max_running = slots
         self.context = 0
-        self.drafters = drafters or {}
+        self.proposers = proposers or {}
         self.rule = rule
         self.frozen = frozen
         self.reserve_bytes = reserve_bytes
-        self.keep_hidden = keep_hidden or any(d.needs_hidden for d in self.drafters.values())
-        self.live: list[Row] = []
+        self.keep_hidden = keep_hidden or any(p.needs_hidden for p in self.proposers.values())
+        self.running: list[Sequence] = []  # sequence i is in slot i
         self.stats = Stats()
         self.fused_layers = fuse_model(model)
-        if self.fused_layers and not agrees(model, self.fused_layers)[0]:
+        if self.fused_layers and not matches_own_code(model, self.fused_layers)[0]:
             self.fused_layers = None
         self.head = head_of(model)
-        self.logits_at_once = 1 << (25 if on_gpu else 21)
+        self.max_logits = 1 << (25 if on_gpu else 21)  # that exist at once
         self.bucketed = on_gpu if bucketed is None else bucketed
-        self.graphs = Graphs(self.compute) if on_gpu and self.bucketed else None
-        self.marks = Marks(model.device)
+        self.graphs = GraphPool(self.compute_round) if on_gpu and self.bucketed else None
+        self.timer = RoundTimer(model.device)
         self.weights_read = False
         self.stop = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
-        self.stop_at(stop_tokens)
+        self.set_stop_tokens(stop_tokens)
         self.reserve(context)
 
-    def stop_at(self, tokens: Iterable[int]) -> None:
+    def set_stop_tokens(self, tokens: Iterable[int]) -> None:
         """From now on these tokens end a response. Call it between rollouts."""
         self.stop_set = set(tokens)
-        self.stop.zero_()  # in place: recorded rounds look there
+        self.stop.zero_()  # in place: recorded rounds read it at its address
         self.stop[[token for token in self.stop_set if 0 <= token < len(self.stop)]] = True
 
+    # ---------------------------------------------------------------- memory
+
     def reserve(self, context: int) -> None:
-        """Make room for sequences of `context` tokens, prompt and response together, between rollouts. Raises
+        """Allocate for sequences of `context` tokens, prompt and response together. Call it between rollouts. Raises
         UserError.
         """
         limit = getattr(self.model.config, "max_position_embeddings", None) or context
@@ -157,40 +176,44 @@ class Engine:
             return
         self.context = context
         config, dtype, device = self.model.config, self.model.dtype, self.model.device
-        room = context + MAX_DRAFTS + 1  # rejected drafts may stand beyond the end
-        room = -(-room // 8) * 8  # a GPU's attention wants masks of such a length, and copies others for every layer
-        self.cache = self.tokens = self.logprobs = self.hidden = None  # what was there makes room
-        slots = self.slots = self.row_limit = self.affordable(room)
-        self.cache = SlotCache(config, slots, room, dtype, device)
+        max_len = context + MAX_DRAFT_LEN + 1  # rejected draft tokens may stand beyond the end
+        max_len = -(-max_len // 8) * 8  # a GPU's attention wants masks of such a length
+        self.cache = self.tokens = self.logprobs = self.hidden = None  # free what was there
+        slots = self.slots = self.max_running = self.affordable(max_len)
+        self.cache = KVCache(config, slots, max_len, dtype, device)
         self.lens = torch.zeros(slots, dtype=torch.long, device=device)
         self.start = torch.zeros(slots, dtype=torch.long, device=device)
         self.seeds = torch.zeros(slots, 2, dtype=torch.int32, device=device)
-        self.tokens = torch.zeros(slots, room, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(slots, room, device=device)
+        self.tokens = torch.zeros(slots, max_len, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(slots, max_len, device=device)
         if self.keep_hidden:
-            self.hidden = torch.zeros(slots, room, config.hidden_size, dtype=dtype, device=device)
-        self.live_count = torch.zeros((), dtype=torch.long, device=device)
-        for drafter in self.drafters.values():
-            drafter.reserve(self, slots, room)
+            self.hidden = torch.zeros(slots, max_len, config.hidden_size, dtype=dtype, device=device)
+        self.running_count = torch.zeros((), dtype=torch.long, device=device)
+        for proposer in self.proposers.values():
+            proposer.reserve(self, slots, max_len)
         if self.graphs:
-            self.graphs.forget()  # they knew where everything was
+            self.graphs.clear()
 
-    def affordable(self, room: int) -> int:
-        """As many slots as asked for, or as four fifths of the free GPU memory, less reserve_bytes, hold."""
+    def affordable(self, max_len: int) -> int:
+        """Return the number of slots: as many as asked for, or as four fifths of the free GPU memory hold, less
+        reserve_bytes.
+        """
         free = free_memory(self.model.device)
         if free is None:
             return self.slots_wanted
         wanted = self.slots_wanted
-        # in float32: logits, noise, sum, hash
-        logits_bytes = 16 * min(self.logits_at_once, wanted * (MAX_DRAFTS + 1) * self.model.config.vocab_size)
-        return rows_that_fit(wanted, room, self.row_bytes(room), free - logits_bytes, self.reserve_bytes)
+        # in float32: logits, noise, their sum, the hash
+        logits_bytes = 16 * min(self.max_logits, wanted * (MAX_DRAFT_LEN + 1) * self.model.config.vocab_size)
+        return sequences_that_fit(wanted, max_len, self.slot_bytes(max_len), free - logits_bytes, self.reserve_bytes)
 
-    def row_bytes(self, room: int) -> int:
-        """Memory of a slot of so many tokens."""
+    def slot_bytes(self, max_len: int) -> int:
+        """Return the memory of a slot of so many tokens."""
         config, dtype = self.model.config, self.model.dtype
-        layers = config.num_hidden_layers + len(self.drafters)
-        cache = SlotCache(config, 1, room, dtype, "meta", layers).data.nbytes
-        return cache + self.keep_hidden * room * config.hidden_size * dtype.itemsize
+        layers = config.num_hidden_layers + len(self.proposers)
+        cache = KVCache(config, 1, max_len, dtype, "meta", layers).data.nbytes
+        return cache + self.keep_hidden * max_len * config.hidden_size * dtype.itemsize
+
+    # ---------------------------------------------------------------- a rollout
 
     @torch.inference_mode()
     def generate(
@@ -198,51 +221,52 @@ class Engine:
         groups: Iterable[Group],
         sampling: Sampling,
         strategy: Strategy | None = None,
-        on_token: Callable[[Hashable, int, int], None] | None = None,
+        on_round: Callable[[RoundTrace], None] | None = None,
     ) -> Iterator[Response]:
-        """Yields a Response as each one ends. groups: asked for the next one only when its rows fit.
+        """Yield a Response as each one is finished. groups: pulled one by one, as slots become free.
 
-        strategy: how to draft each round; None: plain decoding. on_token(group key, sample, token) hears every token as
-        it is made. Raises UserError for a group that does not fit.
+        strategy: how to draft each round; None: plain decoding. on_round is called for each running sequence after each
+        round. Raises UserError for a group that does not fit.
         """
         strategy = strategy or Strategy()
         queue = GroupQueue(self.checked(groups, sampling))
         started = time.perf_counter()
-        self.live = []
+        self.running = []
         self.stats = Stats()
         self.read_weights()
         while True:
-            batch = queue.take(len(self.live), self.row_limit)
+            batch = queue.take(len(self.running), self.max_running)
             if batch:
                 self.admit(batch)
-            if not self.live:
+            if not self.running:
                 break
-            ended = self.round(sampling, strategy, on_token)
-            for i in reversed(ended):  # from the back: the last row fills the hole
-                yield self.take(i)
+            finished = self.round(sampling, strategy, on_round)
+            for i in reversed(finished):  # from the back: the last sequence moves into the free slot
+                yield self.remove(i)
         self.stats.seconds = time.perf_counter() - started
 
     def read_weights(self) -> None:
-        """Copies of weights are filled anew, with the weights as they are now."""
+        """Refresh all copies of weights with the weights as they are now."""
         if self.frozen and self.weights_read:
             return
         for layer in self.fused_layers or ():
-            layer.read()
+            layer.read_weights()
         self.head = fast_head(self.model)
         self.weights_read = True
-        moved = [drafter.begin() for drafter in self.drafters.values()]
+        moved = [proposer.load_weights() for proposer in self.proposers.values()]
         if self.graphs and any(moved):
-            self.graphs.forget()
+            self.graphs.clear()
 
     def checked(self, groups: Iterable[Group], sampling: Sampling) -> Iterator[Group]:
-        """The same groups. Raises UserError for the first that cannot run."""
+        """Yield the same groups. Raises UserError for the first that cannot run."""
         for group in groups:
-            tokens = len(group.prompt) - group.begun
+            begun = group.response_prefix_len
+            tokens = len(group.prompt) - begun
             name = f"prompt {group.key}"
             if not group.prompt:
                 raise UserError(f"{name} is empty: a policy needs at least one token to start from")
-            if group.begun >= sampling.max_new:
-                raise UserError(f"{name}: its {group.begun} first tokens leave nothing of max_new {sampling.max_new}")
+            if begun >= sampling.max_new:
+                raise UserError(f"{name}: its {begun} first tokens leave nothing of max_new {sampling.max_new}")
             if tokens + sampling.max_new > self.context:
                 limits = f"with max_new {sampling.max_new} it exceeds the context of {self.context}"
                 raise UserError(f"{name} has {tokens} tokens; {limits}")
@@ -252,151 +276,173 @@ class Engine:
             yield group
 
     def admit(self, batch: list[Group]) -> None:
-        """Prefill prompt[:-1] of each group once, in the rows behind the live ones, then give every sample its copy.
-
-        cur = prompt[-1].
+        """Prefill prompt[:-1] of each group once, in the slots behind the running sequences, then copy the entries to
+        its samples. cur = prompt[-1].
         """
         device = self.lens.device
-        first = len(self.live)
+        first = len(self.running)
         padded = [torch.tensor(g.prompt) for g in batch]
         prompts = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True).to(device)  # (n, longest + 1)
         longest = prompts.shape[1] - 1
         if longest:
-            rows = slice(first, first + len(batch))
-            none_yet = torch.zeros(len(batch), dtype=torch.long, device=device)
-            hidden = self.forward(rows, prompts[:, :-1], none_yet, longest)
+            slots = slice(first, first + len(batch))
+            no_entries = torch.zeros(len(batch), dtype=torch.long, device=device)
+            hidden = self.forward(slots, prompts[:, :-1], no_entries, longest)  # (n, longest, D)
+            for proposer in self.proposers.values():
+                proposer.read_prompts(slots, prompts, hidden)
         ends = [first]
         for group in batch:
             ends.append(ends[-1] + len(group.seeds))
-            self.live += [Row(group, k) for k in range(len(group.seeds))]
-        # group i sits in row first + i: from the back, nothing is overwritten early
+            self.running += [Sequence(group, k) for k in range(len(group.seeds))]
+        # group i is in slot first + i: from the back, nothing is overwritten before it is copied
         for i in reversed(range(len(batch))):
-            rows = slice(ends[i], ends[i + 1])
-            self.cache.move(first + i, rows, len(batch[i].prompt) - 1)
-            self.tokens[rows, : longest + 1] = prompts[i]
+            slots = slice(ends[i], ends[i + 1])
+            self.copy_entries(first + i, slots, len(batch[i].prompt) - 1)
+            self.tokens[slots, : longest + 1] = prompts[i]
             if self.keep_hidden and longest:
-                self.hidden[rows, :longest] = hidden[i]
-        self.set_up_rows(slice(first, ends[-1]))
+                self.hidden[slots, :longest] = hidden[i]
+        self.init_slots(slice(first, ends[-1]))
 
-    def set_up_rows(self, rows: slice) -> None:
-        """Lengths and seeds of new rows, whose prompts are in the cache."""
-        new = self.live[rows]
+    def copy_entries(self, source: int, targets: slice, length: int) -> None:
+        """Copy the first `length` cache entries of a slot to others, the policy's and the drafters'."""
+        self.cache.copy(source, targets, length)
+        for proposer in self.proposers.values():
+            proposer.copy(source, targets, length)
+
+    def init_slots(self, slots: slice) -> None:
+        """Set lengths and seeds of new sequences, whose prompts are in the cache."""
+        new = self.running[slots]
         device = self.lens.device
-        self.lens[rows] = torch.tensor([row.length for row in new], device=device)
-        self.start[rows] = self.lens[rows] + 1 - torch.tensor([row.group.begun for row in new], device=device)
-        self.seeds[rows] = seed_words(torch.tensor([row.group.seeds[row.sample] for row in new], device=device))
-        for drafter in self.drafters.values():
-            drafter.admit(rows)
+        prefix_lens = torch.tensor([sequence.group.response_prefix_len for sequence in new], device=device)
+        seeds = torch.tensor([sequence.group.seeds[sequence.sample] for sequence in new], device=device)
+        self.lens[slots] = torch.tensor([sequence.length for sequence in new], device=device)
+        self.start[slots] = self.lens[slots] + 1 - prefix_lens
+        self.seeds[slots] = split_seeds(seeds)
 
-    def forward(self, rows: slice, ids: torch.Tensor, lens: torch.Tensor, view: int, tree: Tree | None = None):
-        """Hidden states (B, T, D) of the policy for new tokens ids (B, T)."""
-        return forward(self.model, self.cache, rows, ids, lens, view, tree, self.fused_layers)
+    def forward(self, slots: slice, ids: torch.Tensor, lens: torch.Tensor, kv_len: int, tree: TreeShape | None = None):
+        """Return the policy's hidden states (B, T, D) for new tokens ids (B, T)."""
+        return forward(self.model, self.cache, slots, ids, lens, kv_len, tree, self.fused_layers)
 
-    def round(self, sampling: Sampling, strategy: Strategy, on_token: Callable | None = None) -> list[int]:
-        """Draft, verify, accept, commit, tell, for all live rows -> the rows that ended."""
-        draft = strategy.choose(self.live)
-        if not 0 <= draft.k <= MAX_DRAFTS:
-            raise UserError(f"draft length {draft.k}: 0 to {MAX_DRAFTS} drafts fit a round")
+    # ---------------------------------------------------------------- a round
+
+    def round(self, sampling: Sampling, strategy: Strategy, on_round: Callable | None = None) -> list[int]:
+        """Run one round for all running sequences -> the indices of those that are finished."""
+        shape = self.plan_round(sampling, strategy)
         started = time.perf_counter()
-        shape = self.shape_of(draft, sampling)
+        outcome = self.run_round(shape)
+        accepted, new_tokens, drafts = self.read_back(outcome, shape.plan.k)
+        finished = self.append_tokens(new_tokens, drafts, sampling, on_round)
+        strategy.observe(self.account(shape.plan, accepted, new_tokens, time.perf_counter() - started))
+        return finished
+
+    def plan_round(self, sampling: Sampling, strategy: Strategy) -> RoundShape:
+        """Decide everything about the next round that the host decides."""
+        plan = strategy.choose(self.running)
+        if not 0 <= plan.k <= MAX_DRAFT_LEN:
+            raise UserError(f"draft length {plan.k}: 0 to {MAX_DRAFT_LEN} draft tokens fit a round")
+        catch_up_len = self.proposers[plan.method].catch_up_len(self.running) if plan.k else 0
+        kv_len = max(sequence.length for sequence in self.running) + plan.k + 1
+        shape = RoundShape(len(self.running), kv_len, catch_up_len, plan, sampling)
+        return bucketed_shape(shape, self.slots, self.tokens.shape[1]) if self.bucketed else shape
+
+    def run_round(self, shape: RoundShape) -> torch.Tensor:
+        """Run `compute_round`, replayed as a CUDA graph if possible."""
+        plan = shape.plan
         if self.bucketed:
-            self.live_count.fill_(len(self.live))
-        asks_host = self.rule is not Coupled or (draft.k and self.drafters[draft.kind].asks_host)
-        graphs = None if asks_host else self.graphs
-        outcome = graphs.run(shape) if graphs else self.compute(shape)
-        accepted, new_tokens = self.to_host(outcome)
-        ended = self.extend_rows(new_tokens, sampling, outcome.shape[1] - 3, on_token)
-        report = self.tell(draft, accepted, sum(map(len, new_tokens)), started)
-        strategy.observe(report._replace(first=graphs is not None and graphs.first))
-        return ended
+            self.running_count.fill_(len(self.running))
+        needs_host = self.rule is not Coupled or (plan.k > 0 and self.proposers[plan.method].needs_host)
+        outcome = self.graphs.run(shape, needs_host) if self.graphs else self.compute_round(shape)
+        if plan.k:
+            self.proposers[plan.method].caught_up(self.running)
+        return outcome
 
-    def shape_of(self, draft: Draft, sampling: Sampling) -> Shape:
-        """All that the host decides about the next round."""
-        gap = self.drafters[draft.kind].missing(self.live) if draft.k else 0
-        view = max(row.length for row in self.live) + draft.k + 1
-        shape = Shape(len(self.live), view, gap, draft, sampling)
-        return rounded(shape, self.slots, self.tokens.shape[1]) if self.bucketed else shape
+    def compute_round(self, shape: RoundShape) -> torch.Tensor:
+        """Run a round on the device -> (B, 2 + T + k): tokens emitted, draft tokens accepted, the policy's samples, the
+        draft tokens.
 
-    def compute(self, shape: Shape) -> torch.Tensor:
-        """A round on the device -> (rows, 2 + T): tokens emitted, drafts accepted, the policy's samples.
-
-        It reads `shape` and the buffers, nothing else of the host's: so it can be recorded, and replayed.
+        It reads `shape` and the engine's tensors, and nothing else of the host's, so that it can be recorded.
         """
-        verdict, index = self.guess_and_check(shape)
-        emitted = self.commit(verdict, index, shape.sampling)
-        return torch.cat([emitted[:, None], verdict.accepted[:, None], verdict.tokens], 1)
+        verification, index, drafts = self.draft_and_verify(shape)
+        emitted = self.commit(verification, index, shape.sampling)
+        return torch.cat([emitted[:, None], verification.accepted[:, None], verification.tokens, drafts], 1)
 
-    def guess_and_check(self, shape: Shape) -> tuple[Verdict, torch.Tensor]:
-        """Draft, verify, accept -> what the policy says, and index (B, T): which token of its response each sample is.
+    def draft_and_verify(self, shape: RoundShape) -> tuple[Verification, torch.Tensor, torch.Tensor]:
+        """Draft, verify, accept -> what the policy samples; index (B, T), the number of each sample in its response;
+        the draft tokens (B, k).
 
-        Nothing changes but cache entries beyond the rows' ends: done twice, it is as if done once.
+        Nothing changes but cache entries beyond the sequences' ends: done twice, it is as if done once.
         """
-        self.marks.set(0)
-        draft = shape.draft
-        rows = slice(0, shape.rows)
-        lens = self.lens[rows]
-        columns = self.cache.numbers[: draft.k + 1]
-        index = (lens + 1 - self.start[rows])[:, None] + columns
-        rule = self.rule(shape.sampling, self.seeds[rows], index, self.model.config.vocab_size)
-        ids = self.tokens[rows].gather(1, lens[:, None])  # (B, 1): cur
+        self.timer.round_begins()
+        plan = shape.plan
+        slots = slice(0, shape.batch_size)
+        lens = self.lens[slots]
+        columns = self.cache.numbers[: plan.k + 1]
+        index = (lens + 1 - self.start[slots])[:, None] + columns
+        rule = self.rule(shape.sampling, self.seeds[slots], index, self.model.config.vocab_size)
+        ids = self.tokens[slots].gather(1, lens[:, None])  # (B, 1): cur
+        drafts = ids[:, :0]
         tree = None
-        if draft.k:
-            drafts = self.drafters[draft.kind].propose(self, shape, rule.guess)
-            ids, tree = rule.columns(ids, drafts)
-        self.marks.set(1)
-        view = shape.view + ids.shape[1] - len(columns)  # a tree has more columns
-        hidden = self.forward(rows, ids, lens, view, tree)  # (B, T, D)
-        return rule.accept(self, ids, hidden), index
+        if plan.k:
+            drafts = self.proposers[plan.method].propose(self, shape, rule.draft_token)
+            ids, tree = rule.verify_inputs(ids, drafts)
+        self.timer.drafts_ready()
+        kv_len = shape.kv_len + ids.shape[1] - len(columns)  # a tree has more columns
+        hidden = self.forward(slots, ids, lens, kv_len, tree)  # (B, T, D)
+        return rule.verify(self, ids, hidden), index, drafts
 
-    def commit(self, verdict: Verdict, index: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    def commit(self, verification: Verification, index: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         """Write a round's tokens, log-probabilities and features, and move the lengths -> tokens emitted (B,)."""
-        n, columns = verdict.tokens.shape
-        rows = slice(0, n)
+        n, columns = verification.tokens.shape
+        slots = slice(0, n)
         steps = self.cache.numbers[:columns]
         # a stop token or the length limit may come inside the accepted run
-        stops = self.stop[verdict.tokens]
+        stops = self.stop[verification.tokens]
         before_stop = torch.where(stops, steps, columns).amin(1)
-        emitted = torch.minimum(verdict.accepted, before_stop) + 1
+        emitted = torch.minimum(verification.accepted, before_stop) + 1
         emitted = torch.minimum(emitted, sampling.max_new - index[:, 0])
-        if self.bucketed:  # the rows beyond the live ones stay as they are
-            emitted = torch.where(self.cache.numbers[:n] < self.live_count, emitted, 0)
-        # (B, k+1), of cur and the drafts; the sample of a place stands one later
-        places = self.lens[rows, None] + steps
-        self.tokens[rows].scatter_(1, places + 1, verdict.tokens)
-        self.logprobs[rows].scatter_(1, places + 1, verdict.logprobs)
+        if self.bucketed:  # slots beyond the running sequences stay as they are
+            emitted = torch.where(self.cache.numbers[:n] < self.running_count, emitted, 0)
+        # positions (B, k+1) of cur and the draft tokens; the sample made at a position is the token of the next one
+        positions = self.lens[slots, None] + steps
+        self.tokens[slots].scatter_(1, positions + 1, verification.tokens)
+        self.logprobs[slots].scatter_(1, positions + 1, verification.logprobs)
         if self.keep_hidden:
-            self.hidden[rows].scatter_(1, places[..., None].expand_as(verdict.hidden), verdict.hidden)
-        self.lens[rows] += emitted
+            where = positions[..., None].expand_as(verification.hidden)
+            self.hidden[slots].scatter_(1, where, verification.hidden)
+        self.lens[slots] += emitted
         return emitted
 
-    def to_host(self, outcome: torch.Tensor) -> tuple[list[int], list[list[int]]]:
-        """outcome: of `compute` -> (drafts accepted, tokens emitted) of each live row. The round's one wait for the
-        device.
+    def read_back(self, outcome: torch.Tensor, k: int) -> tuple[list[int], list[list[int]], list[list[int]]]:
+        """Return, for each running sequence, the number of accepted draft tokens, the tokens emitted and the draft
+        tokens. outcome: from `compute_round`. Here the host waits for the device, once a round.
         """
-        host = outcome.tolist()[: len(self.live)]
-        return [line[1] for line in host], [line[2 : 2 + line[0]] for line in host]
+        host = outcome.tolist()[: len(self.running)]
+        accepted = [line[1] for line in host]
+        new_tokens = [line[2 : 2 + line[0]] for line in host]
+        drafts = [line[len(line) - k :] for line in host]
+        return accepted, new_tokens, drafts
 
-    def extend_rows(self, new_tokens: list[list[int]], sampling: Sampling, drafts: int, on_token) -> list[int]:
-        """Give the rows their new tokens -> the rows that ended."""
-        ended = []
-        for i, (row, tokens) in enumerate(zip(self.live, new_tokens)):
-            row.tokens += tokens
-            row.rounds += 1
-            row.drafts += drafts
-            if tokens[-1] in self.stop_set or row.group.begun + len(row.tokens) >= sampling.max_new:
-                ended.append(i)
-            if on_token:
-                for token in tokens:
-                    on_token(row.group.key, row.sample, token)
-        return ended
+    def append_tokens(self, new_tokens, drafts, sampling: Sampling, on_round: Callable | None) -> list[int]:
+        """Append a round's tokens to the sequences -> the indices of those that are finished."""
+        finished = []
+        for i, (sequence, tokens) in enumerate(zip(self.running, new_tokens)):
+            sequence.tokens += tokens
+            sequence.rounds += 1
+            sequence.draft_tokens += len(drafts[i])
+            length = sequence.group.response_prefix_len + len(sequence.tokens)
+            if tokens[-1] in self.stop_set or length >= sampling.max_new:
+                finished.append(i)
+            if on_round:
+                on_round(RoundTrace(sequence, drafts[i] if self.rule is Coupled else [], tokens))
+        return finished
 
-    def tell(self, draft: Draft, accepted: list[int], tokens: int, started: float) -> RoundReport:
-        """Count a round in `stats` -> its report for the strategy."""
-        seconds = time.perf_counter() - started
-        draft_seconds = self.marks.seconds()
-        k = draft.k
+    def account(self, plan: DraftPlan, accepted: list[int], new_tokens: list, seconds: float) -> RoundReport:
+        """Add a round to `stats` -> its report for the strategy."""
+        draft_seconds = self.timer.draft_seconds()
+        tokens = sum(map(len, new_tokens))
+        k = plan.k
         ordered = sorted(accepted)
-        # by depth: rows with so many right guesses or more
+        # by depth: sequences with so many accepted draft tokens or more
         reached = [len(ordered) - bisect_left(ordered, depth) for depth in range(k + 1)]
         stats = self.stats
         stats.rounds += 1
@@ -405,43 +451,45 @@ class Engine:
         stats.verify_seconds += seconds - draft_seconds
         if k:
             stats.spec_rounds += 1
-            stats.spec_row_rounds += len(accepted)
+            stats.spec_sequence_rounds += len(accepted)
             stats.spec_tokens += tokens
             stats.spec_drafts += len(accepted) * k
         for depth in range(k):
             stats.drafted[depth] += reached[depth]
             stats.accepted[depth] += reached[depth + 1]
-        return RoundReport(len(accepted), draft, seconds, reached[:k], reached[1:])
+        warmup = self.graphs is not None and self.graphs.warmup
+        return RoundReport(len(accepted), plan, seconds, reached[:k], reached[1:], warmup)
 
-    def take(self, i: int) -> Response:
-        """The finished response in row i; the last live row moves into its slot."""
-        row = self.live[i]
-        begin = len(row.group.prompt)
-        end = row.length + 1
+    # ---------------------------------------------------------------- finished sequences
+
+    def remove(self, i: int) -> Response:
+        """Return the finished response in slot i; the last running sequence moves into the slot."""
+        sequence = self.running[i]
+        begin = len(sequence.group.prompt)
+        end = sequence.length + 1
         response = Response(
-            group=row.group.key,
-            sample=row.sample,
-            prompt=row.group.prompt,
-            tokens=row.tokens,
+            group=sequence.group.key,
+            sample=sequence.sample,
+            prompt=sequence.group.prompt,
+            tokens=sequence.tokens,
             logprobs=self.logprobs[i, begin:end].cpu().clone(),
-            stopped=row.tokens[-1] in self.stop_set,
+            stopped=sequence.tokens[-1] in self.stop_set,
             hidden=self.hidden[i, : end - 1].cpu().clone() if self.keep_hidden else None,
-            rounds=row.rounds,
-            drafts=row.drafts,
+            problem=sequence.group.problem,
+            rounds=sequence.rounds,
+            draft_tokens=sequence.draft_tokens,
         )
-        last = self.live.pop()
-        if last is not row:
-            self.live[i] = last
-            self.move_row(len(self.live), i, last.length + 1)
+        last = self.running.pop()
+        if last is not sequence:
+            self.running[i] = last
+            self.move_slot(len(self.running), i, last.length + 1)
         return response
 
-    def move_row(self, source: int, target: int, length: int) -> None:
-        """All that is known of the row in slot `source` goes to slot `target`."""
-        self.cache.move(source, slice(target, target + 1), length)
-        for per_row in (self.lens, self.start, self.seeds):
-            per_row[target] = per_row[source]
+    def move_slot(self, source: int, target: int, length: int) -> None:
+        """Move everything that is known of the sequence in slot `source` to slot `target`."""
+        self.copy_entries(source, slice(target, target + 1), length)
+        for per_slot in (self.lens, self.start, self.seeds):
+            per_slot[target] = per_slot[source]
         for per_token in (self.tokens, self.logprobs, self.hidden):
             if per_token is not None:
                 per_token[target, :length] = per_token[source, :length]
-        for drafter in self.drafters.values():
-            drafter.move(source, target)

@@ -1,27 +1,27 @@
 """How far to draft, chosen anew from what was measured. Nothing in this file can change a token, only the time it
 takes.
 
-Before a round a strategy sees the live rows and answers with a Draft (kind of drafter, draft length k); after it, it
-hears what came of that (interfaces.Strategy).
+Before a round a strategy sees the running sequences and answers with a DraftPlan (method of drafting, draft length k);
+after it, it gets a RoundReport. (Together with the CUDA graphs, this is the paper's adaptive rollout manager.)
 
-Goodput, the default (after SmartSpec / TurboSpec, arXiv 2406.14066): the arm with the most tokens per second,
+Goodput, the default (after SmartSpec / TurboSpec, arXiv 2406.14066), chooses the plan with the most tokens per second:
 
-    E   = 1 + sum_{j<=k} prod_{i<=j} c_i                tokens a row emits in a round
-    t   = w . [1, B, k, B k, B view] * r(bucket, arm)   seconds of a round of B rows that look at `view` cached tokens
-    arm = argmax E / t
+    E    = 1 + sum_{j<=k} prod_{i<=j} c_i                   tokens of a sequence in a round        AcceptanceEstimate
+    t    = w . [1, B, k, B k, B kv_len] * r(bucket, plan)   seconds of a round of B sequences      RoundTimeEstimate
+    plan = argmax E / t                                     and now and then another one           Goodput
 
-    c_i   share of right guesses at depth i among those that were reached: discounted counts, forgotten where a drafter
-          has changed; depths not reached lately count as good as the one before
+    c_i   share of accepted draft tokens at depth i among those that were reached: discounted counts, forgotten where a
+          drafter has changed; depths not reached lately count as good as the one before
     w     least squares of the relative error, discounted
-    r     what it leaves unexplained, by bucket of batch sizes and arm
+    r     what w leaves unexplained, by bucket of batch sizes and plan
 
-k = 0 is an ordinary arm (E = 1), so the batch size at which speculation pays is found out on each machine, not
-configured. The kind in use is measured all the time. Each of the others is tried again, with its best arm, as often
+k = 0 is an ordinary plan (E = 1), so the batch size at which speculation pays is measured on each machine, not
+configured. The method in use is measured all the time. Each of the others is tried again, with its best plan, as often
 as half a percent of the time pays for.
 
-BEG-MAB, the paper's method (bucketed epsilon-greedy bandit, arXiv 2511.16665): for each bucket of batch sizes the arm
-with the best median of its last rewards (tokens per second), with chance epsilon another one. Nothing is shared
-between arms or buckets, so each has to be tried in each.
+BegMab, the paper's method (bucketed epsilon-greedy multi-armed bandit, arXiv 2511.16665): for each bucket of batch
+sizes the plan with the best median of its last rewards (tokens per second), with probability epsilon another one.
+Nothing is shared between plans or buckets, so each plan has to be tried in each bucket.
 """
 
 import random
@@ -32,225 +32,290 @@ from statistics import median, median_low
 import numpy as np
 
 from parts.cli import UserError
-from parts.engine.interfaces import MAX_DRAFTS, Draft, RoundReport, Row, Strategy
-from parts.running.timers import Clock
+from parts.engine.interfaces import MAX_DRAFT_LEN, DraftPlan, RoundReport, Sequence, Strategy
+from parts.running.timers import WorkerTimer
 
-LENGTHS = {"learned": (1, 2, 3, 4, 6, 8, 12), "n-gram": (2, 4)}  # draft lengths to choose from
-
-
-def arms(kinds: Iterable[str]) -> list[Draft]:
-    """Plain decoding, and chains of these kinds of drafters."""
-    return [Draft()] + [Draft(kind, k) for kind in kinds for k in LENGTHS[kind]]
+LENGTHS = {"eagle": (1, 2, 3, 4, 6, 8, 12), "ngram": (2, 4)}  # draft lengths to choose from, by method
 
 
-def bucket(rows: int) -> int:
-    """Of the batch size: 1, 2-3, 4-7, 8-15, ..."""
-    return rows.bit_length()
+def plans_for(methods: Iterable[str]) -> list[DraftPlan]:
+    """Return plain decoding, and the plans of these methods."""
+    return [DraftPlan()] + [DraftPlan(method, k) for method in methods for k in LENGTHS[method]]
+
+
+def batch_bucket(batch_size: int) -> int:
+    """Return the bucket of a batch size: 1, 2-3, 4-7, 8-15, ..."""
+    return batch_size.bit_length()
+
+
+# ---------------------------------------------------------------- goodput
+
+
+class AcceptanceEstimate:
+    """How well the draft tokens of one method are accepted, by depth: c_i above."""
+
+    KEEP = 0.98  # of the counts, per round
+
+    def __init__(self, longest: int):
+        """longest: the largest draft length."""
+        self.drafted = np.zeros(longest)  # draft tokens reached, by depth
+        self.accepted = np.zeros(longest)
+
+    def forget(self) -> None:
+        """The drafter has changed. Not knowing is optimistic, so it will be tried."""
+        self.drafted[:] = 0.0
+        self.accepted[:] = 0.0
+
+    def add(self, k: int, reports: list[RoundReport]) -> None:
+        """Learn from rounds with draft length k."""
+        for total, counts in (
+            (self.drafted, [report.drafted for report in reports]),
+            (self.accepted, [report.accepted for report in reports]),
+        ):
+            total *= self.KEEP ** len(reports)
+            total[:k] += np.sum(counts, 0)
+
+    @property
+    def known(self) -> bool:
+        """Return whether there are counts to rely on."""
+        return self.drafted[0] >= 1
+
+    def tokens_per_round(self, k: int) -> float:
+        """Return E: the tokens that a sequence emits in a round with draft length k."""
+        total = 1.0
+        chance = 1.0
+        c = 0.8
+        for drafted, accepted in zip(self.drafted[:k].tolist(), self.accepted[:k].tolist()):
+            c = (accepted + c) / (drafted + 1)  # one more draft token, as good as those at the depth before
+            chance *= c
+            total += chance
+        return total
+
+
+class RoundTimeEstimate:
+    """How long a round takes: t above, for the plans of one method."""
+
+    KEEP = 0.99  # of what is known, per update
+
+    def __init__(self):
+        self.gram = np.zeros((5, 5))  # sum of x x' / t^2
+        self.aim = np.zeros(5)  # sum of x / t
+        self.weights = np.zeros(5)  # w
+        self.residual: dict[tuple[int, DraftPlan], float] = {}  # r: measured / predicted
+        self.rounds = 0  # that were seen
+
+    @staticmethod
+    def features(k: int, batch_size: float, kv_len: int) -> np.ndarray:
+        """Return x: what the seconds of a round depend on, all of the order of 1."""
+        return np.array([1.0, batch_size / 16, k / 4, batch_size * k / 64, batch_size * kv_len / 4096])
+
+    def add(self, plan: DraftPlan, batch_size: float, kv_len: int, bucket: int, seconds: list[float]) -> None:
+        """Learn from rounds with this plan. bucket: of their batch size."""
+        if not seconds:
+            return
+        self.rounds += len(seconds)
+        t = median_low(seconds)  # a hiccup is one round of many
+        x = self.features(plan.k, batch_size, kv_len)
+        self.gram = self.KEEP * self.gram + np.outer(x, x) / t**2
+        self.aim = self.KEEP * self.aim + x / t
+        ridge = 1e-3 * np.eye(5) / t**2  # a little
+        self.weights = np.linalg.solve(self.gram + ridge, self.aim)
+        error = t / max(1e-5, self.weights @ x)
+        smoothed = self.residual.get((bucket, plan), 1.0) * 0.8 + error * 0.2
+        self.residual[bucket, plan] = min(2.0, max(0.5, smoothed))
+
+    def seconds(self, plan: DraftPlan, batch_size: int, kv_len: int, bucket: int) -> float:
+        """Return t: the predicted seconds of a round."""
+        predicted = self.weights @ self.features(plan.k, batch_size, kv_len)
+        return max(1e-5, predicted * self.residual.get((bucket, plan), 1.0))
 
 
 class Goodput(Strategy):
-    """See above. It decides when the batch size changes its bucket, else every HOLD rounds: a decision costs 0.1 ms, a
-    round of one row 1 ms.
+    """Chooses the plan with the most tokens per second, and decides when to try another one.
+
+    A decision is made when the batch size changes its bucket, else every HOLD rounds: a decision takes 0.1 ms, a round
+    of one sequence 1 ms.
     """
 
-    KEEP_RIGHT = 0.98  # of the counts of right guesses, per round
-    KEEP_TIME = 0.99  # of what is known of seconds, per decision
-    PROBES = 0.005  # share of the time that goes into trying each other kind
-    HOLD = 8  # rounds with one arm
+    PROBES = 0.005  # share of the time that goes into trying each other method
+    HOLD = 8  # rounds with one plan
     TRIAL = 2  # rounds of a first try, or of a probe
 
-    def __init__(self, arms: list[Draft]):
-        super().__init__(arms[0])  # self.draft: the arm in use
-        longest = max(arm.k for arm in arms)
-        self.kinds: dict[str, list[Draft]] = {}
-        for arm in arms:
-            self.kinds.setdefault(arm.kind, []).append(arm)
-        self.tried = {kind: np.zeros(longest) for kind in self.kinds}  # guesses by depth that were reached
-        self.right = {kind: np.zeros(longest) for kind in self.kinds}  # and those that were accepted
-        self.gram = {kind: np.zeros((5, 5)) for kind in self.kinds}  # sum of x x' / t^2
-        self.aim = {kind: np.zeros(5) for kind in self.kinds}  # sum of x / t
-        self.weights: dict[str, np.ndarray] = {}  # w
-        self.rest: dict[tuple[int, Draft], float] = {}  # r: measured / predicted
-        self.rounds_seen = dict.fromkeys(self.kinds, 0)
-        self.credit = dict.fromkeys(self.kinds, 0.0)  # seconds to spend on trying a kind
-        self.kind_changed = False
+    def __init__(self, plans: list[DraftPlan]):
+        super().__init__(plans[0])  # self.plan: the one in use
+        longest = max(plan.k for plan in plans)
+        self.plans: dict[str, list[DraftPlan]] = {}  # by method
+        for plan in plans:
+            self.plans.setdefault(plan.method, []).append(plan)
+        self.acceptance = {method: AcceptanceEstimate(longest) for method in self.plans}
+        self.times = {method: RoundTimeEstimate() for method in self.plans}
+        self.credit = dict.fromkeys(self.plans, 0.0)  # seconds to spend on trying a method
+        self.method_changed = False
         self.bucket = 0
-        self.view = 0
+        self.kv_len = 0
         self.rounds_left = 0
         self.reports: list[RoundReport] = []  # of the rounds since the last decision
 
-    def begin(self, changed):
-        """Forget how well these kinds guess. Not knowing is optimism, so they are tried."""
-        for kind in changed:
-            if kind in self.kinds:
-                self.tried[kind][:] = 0.0
-                self.right[kind][:] = 0.0
+    def drafters_changed(self, methods):
+        for method in methods:
+            if method in self.plans:
+                self.acceptance[method].forget()
 
-    def choose(self, live: list[Row]) -> Draft:
-        if not self.rounds_left or bucket(len(live)) != self.bucket:
+    def choose(self, running: list[Sequence]) -> DraftPlan:
+        bucket = batch_bucket(len(running))
+        if not self.rounds_left or bucket != self.bucket:
             if self.reports:
                 self.learn()
-            self.bucket = bucket(len(live))
-            self.view = max(row.length for row in live)
+            self.bucket = bucket
+            self.kv_len = max(sequence.length for sequence in running)
             self.rounds_left = self.HOLD
-            before = self.draft
-            self.draft = self.decide(len(live))
-            self.kind_changed = self.draft.kind != before.kind
+            before = self.plan
+            self.plan = self.decide(len(running))
+            self.method_changed = self.plan.method != before.method
         self.rounds_left -= 1
-        return self.draft
+        return self.plan
 
     def observe(self, report: RoundReport) -> None:
         self.reports.append(report)
 
     def learn(self) -> None:
-        """From the rounds with the arm in use."""
-        arm = self.draft
-        kind = arm.kind
-        n = len(self.reports)
-        for total, new in (
-            (self.tried[kind], [report.tried for report in self.reports]),
-            (self.right[kind], [report.right for report in self.reports]),
-        ):
-            total *= self.KEEP_RIGHT**n
-            total[: arm.k] += np.sum(new, 0)
-        rows = sum(report.rows for report in self.reports) / n
-        for other in self.kinds:
-            self.credit[other] += self.PROBES * sum(report.seconds for report in self.reports)
-        if self.kind_changed:
-            del self.reports[0]  # in the first round a drafter catches up with what it has missed
-        seconds = [report.seconds for report in self.reports if not report.first]
+        """Learn from the rounds with the plan in use."""
+        plan = self.plan
+        reports = self.reports
+        self.acceptance[plan.method].add(plan.k, reports)
+        for method in self.plans:
+            self.credit[method] += self.PROBES * sum(report.seconds for report in reports)
+        batch_size = sum(report.batch_size for report in reports) / len(reports)
+        timed = reports[1:] if self.method_changed else reports  # in the first, the drafter catches up
+        seconds = [report.seconds for report in timed if not report.warmup]
+        self.times[plan.method].add(plan, batch_size, self.kv_len, self.bucket, seconds)
         self.reports = []
-        if seconds:
-            self.rounds_seen[kind] += len(seconds)
-            self.learn_time(arm, rows, median_low(seconds))  # median: a hiccup is one round of many
 
-    def learn_time(self, arm: Draft, rows: float, t: float) -> None:
-        """A round of so many rows has taken t seconds."""
-        kind = arm.kind
-        x = self.features(arm, rows)
-        self.gram[kind] = self.KEEP_TIME * self.gram[kind] + np.outer(x, x) / t**2
-        self.aim[kind] = self.KEEP_TIME * self.aim[kind] + x / t
-        ridge = 1e-3 * np.eye(5) / t**2  # a little
-        self.weights[kind] = np.linalg.solve(self.gram[kind] + ridge, self.aim[kind])
-        place = (self.bucket, arm)
-        error = t / max(1e-5, self.weights[kind] @ x)
-        self.rest[place] = min(2.0, max(0.5, self.rest.get(place, 1.0) * 0.8 + error * 0.2))
-
-    def decide(self, rows: int) -> Draft:
-        """The arm for the next rounds."""
+    def decide(self, batch_size: int) -> DraftPlan:
+        """Return the plan for the next rounds, and set how many they are."""
         self.rounds_left = self.TRIAL
-        for kind, kind_arms in self.kinds.items():
-            # never seen: its shortest arm, then one from the middle, and t is known for all
-            if self.rounds_seen[kind] < self.TRIAL * len(kind_arms[:2]):
-                return kind_arms[0] if self.rounds_seen[kind] < self.TRIAL else kind_arms[len(kind_arms) // 2]
-        rate = {}
-        for kind_arms in self.kinds.values():
-            for arm in kind_arms:
-                rate[arm] = self.expected(arm) / self.seconds(arm, rows)
-        best = max(rate, key=rate.get)
-        for kind, kind_arms in self.kinds.items():
-            other = max(kind_arms, key=rate.get)
-            # seconds that trying it costs
-            loss = self.TRIAL * self.expected(other) * (1 / rate[other] - 1 / rate[best])
-            if kind != best.kind and loss < self.credit[kind]:
-                self.credit[kind] -= loss
-                return other
-        if not best.k or self.tried[best.kind][0] >= 1:  # else its guesses are unknown, and two rounds tell
+        untried = self.untried_plan()
+        if untried:
+            return untried
+        goodput = {plan: self.goodput(plan, batch_size) for plans in self.plans.values() for plan in plans}
+        best = max(goodput, key=goodput.get)
+        probe = self.affordable_probe(best, goodput)
+        if probe:
+            return probe
+        if not best.k or self.acceptance[best.method].known:  # else its acceptance is unknown, and two rounds will tell
             self.rounds_left = self.HOLD
         return best
 
-    def expected(self, arm: Draft) -> float:
-        """E: tokens per row and round."""
-        total = 1.0
-        chance = 1.0
-        c = 0.8
-        for tried, right in zip(self.tried[arm.kind][: arm.k].tolist(), self.right[arm.kind].tolist()):
-            c = (right + c) / (tried + 1)  # one more guess, as good as those at the depth before
-            chance *= c
-            total += chance
-        return total
+    def untried_plan(self) -> DraftPlan | None:
+        """Return a plan of a method that was never measured: its shortest, then one from the middle; after these, the
+        time of all its plans can be predicted.
+        """
+        for method, plans in self.plans.items():
+            rounds = self.times[method].rounds
+            if rounds < self.TRIAL:
+                return plans[0]
+            if rounds < self.TRIAL * min(2, len(plans)):
+                return plans[len(plans) // 2]
+        return None
 
-    def features(self, arm: Draft, rows: float) -> np.ndarray:
-        """x: what a round's seconds depend on, all of the order of 1."""
-        return np.array([1.0, rows / 16, arm.k / 4, rows * arm.k / 64, rows * self.view / 4096])
+    def affordable_probe(self, best: DraftPlan, goodput: dict[DraftPlan, float]) -> DraftPlan | None:
+        """Return the best plan of another method if its credit pays for the seconds that trying it costs."""
+        for method, plans in self.plans.items():
+            plan = max(plans, key=goodput.get)
+            tokens = self.TRIAL * self.acceptance[method].tokens_per_round(plan.k)
+            loss = tokens * (1 / goodput[plan] - 1 / goodput[best])
+            if method != best.method and loss < self.credit[method]:
+                self.credit[method] -= loss
+                return plan
+        return None
 
-    def seconds(self, arm: Draft, rows: int) -> float:
-        """t: of a round."""
-        predicted = self.weights[arm.kind] @ self.features(arm, rows)
-        return max(1e-5, predicted * self.rest.get((self.bucket, arm), 1.0))
+    def goodput(self, plan: DraftPlan, batch_size: int) -> float:
+        """Return E / t."""
+        tokens = self.acceptance[plan.method].tokens_per_round(plan.k)
+        return tokens / self.times[plan.method].seconds(plan, batch_size, self.kv_len, self.bucket)
 
 
-class Bandit(Strategy):
-    """BEG-MAB."""
+# ---------------------------------------------------------------- the paper's method
 
-    def __init__(self, arms: list[Draft], epsilon: float = 0.1, window: int = 20, seed: int = 0):
-        super().__init__(arms[0])
-        self.arms = arms
+
+class BegMab(Strategy):
+    """The bucketed epsilon-greedy bandit."""
+
+    def __init__(self, plans: list[DraftPlan], epsilon: float = 0.1, window: int = 20, seed: int = 0):
+        super().__init__(plans[0])
+        self.plans = plans
         self.epsilon = epsilon
         self.window = window
         self.rng = random.Random(seed)
-        self.rewards: dict[int, dict[Draft, deque]] = defaultdict(self.no_rewards)  # bucket -> arm -> its last rewards
+        # bucket -> plan -> its last rewards
+        self.rewards: dict[int, dict[DraftPlan, deque]] = defaultdict(self.no_rewards)
 
-    def no_rewards(self) -> dict[Draft, deque]:
-        """What is known of a bucket at first."""
-        return {arm: deque(maxlen=self.window) for arm in self.arms}
+    def no_rewards(self) -> dict[DraftPlan, deque]:
+        """Return what is known of a new bucket."""
+        return {plan: deque(maxlen=self.window) for plan in self.plans}
 
-    def choose(self, live: list[Row]) -> Draft:
-        rewards = self.rewards[bucket(len(live))]
-        untried = [arm for arm in self.arms if not rewards[arm]]
+    def choose(self, running: list[Sequence]) -> DraftPlan:
+        rewards = self.rewards[batch_bucket(len(running))]
+        untried = [plan for plan in self.plans if not rewards[plan]]
         if untried or self.rng.random() < self.epsilon:
-            return self.rng.choice(untried or self.arms)
-        return max(self.arms, key=lambda arm: median(rewards[arm]))
+            return self.rng.choice(untried or self.plans)
+        return max(self.plans, key=lambda plan: median(rewards[plan]))
 
     def observe(self, report: RoundReport) -> None:
-        if report.first:
+        if report.warmup:
             return
-        reward = (report.rows + sum(report.right)) / report.seconds
-        self.rewards[bucket(report.rows)][report.draft].append(reward)
+        reward = (report.batch_size + sum(report.accepted)) / report.seconds
+        self.rewards[batch_bucket(report.batch_size)][report.plan].append(reward)
 
 
-class Watched(Strategy):
-    """Passes another strategy's choices on, tells the clock whether a round drafts, counts the learned drafter's
-    guesses.
+# ---------------------------------------------------------------- watching, choosing by name
+
+
+class CountingStrategy(Strategy):
+    """Passes on the choices of another strategy, tells the timer whether a round drafts, and counts how many draft
+    tokens of the EAGLE drafter are accepted.
     """
 
-    def __init__(self, inner: Strategy, clock: Clock):
+    def __init__(self, inner: Strategy, timer: WorkerTimer):
         super().__init__()
         self.inner = inner
-        self.clock = clock
-        self.forget()
+        self.timer = timer
+        self.drafted = [0] * MAX_DRAFT_LEN  # by depth
+        self.accepted = [0] * MAX_DRAFT_LEN
 
-    def forget(self) -> None:
+    def reset_counts(self) -> None:
         """Start to count anew."""
-        self.tried = [0] * MAX_DRAFTS  # by depth
-        self.right = [0] * MAX_DRAFTS
+        self.drafted = [0] * MAX_DRAFT_LEN
+        self.accepted = [0] * MAX_DRAFT_LEN
 
-    def begin(self, changed):
-        self.inner.begin(changed)
+    def drafters_changed(self, methods):
+        self.inner.drafters_changed(methods)
 
-    def choose(self, live: list[Row]) -> Draft:
-        draft = self.inner.choose(live)
-        self.clock.enter("speculative" if draft.k else "rollout", len(live))
-        return draft
+    def choose(self, running: list[Sequence]) -> DraftPlan:
+        plan = self.inner.choose(running)
+        self.timer.enter("speculative" if plan.k else "rollout", len(running))
+        return plan
 
     def observe(self, report: RoundReport) -> None:
-        if report.draft.kind == "learned":
-            for depth, (tried, right) in enumerate(zip(report.tried, report.right)):
-                self.tried[depth] += tried
-                self.right[depth] += right
+        if report.plan.method == "eagle":
+            for depth, (drafted, accepted) in enumerate(zip(report.drafted, report.accepted)):
+                self.drafted[depth] += drafted
+                self.accepted[depth] += accepted
         self.inner.observe(report)
 
 
-def make_strategy(name: str, kinds: list[str]) -> Strategy:
-    """name: off, goodput, beg-mab, or a draft length; kinds: of the drafters at hand. Raises UserError."""
+def make_strategy(name: str, methods: list[str]) -> Strategy:
+    """Return the strategy of that name: off, goodput, beg-mab, or a draft length. methods: of the drafters at hand.
+    Raises UserError.
+    """
     length = int(name) if name.isdecimal() else -1
-    if name not in ("off", "goodput", "beg-mab") and not 0 <= length <= MAX_DRAFTS:
-        choices = f"off, goodput, beg-mab, or a draft length such as 4, at most {MAX_DRAFTS}"
+    if name not in ("off", "goodput", "beg-mab") and not 0 <= length <= MAX_DRAFT_LEN:
+        choices = f"off, goodput, beg-mab, or a draft length such as 4, at most {MAX_DRAFT_LEN}"
         raise UserError(f"--strategy {name}: {choices}")
-    if not kinds or name in ("off", "0"):
+    if not methods or name in ("off", "0"):
         return Strategy()
     if name == "goodput":
-        return Goodput(arms(kinds))
+        return Goodput(plans_for(methods))
     if name == "beg-mab":
-        return Bandit(arms(kinds))
-    return Strategy(Draft(kinds[0], length))
+        return BegMab(plans_for(methods))
+    return Strategy(DraftPlan(methods[0], length))

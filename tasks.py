@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parts.cli import UserError, check_package, flag, reason
-from parts.tasks.answers import LOOKED_AT, Referee, answer_tag, boxed_answer, evaluate, last_number
+from parts.tasks.answers import LOOKED_AT, LatexChecker, answer_tag, boxed_answer, evaluate, last_number
 from parts.tasks.data_files import halves, load_splits, pick_columns, read_hub, read_jsonl
 
 
@@ -301,7 +301,7 @@ class Math(Task):
         self.data = data
         self.columns = dict(zip(self.COLUMNS, [[name] for name in names])) if columns else self.COLUMNS
         self.splits: dict[str, list[tuple[str, str]]] = {}
-        self.referee = Referee()
+        self.referee = LatexChecker()
 
     def rows(self, split):
         """(problem, gold answer) of a split, read once. Raises UserError."""

@@ -1,5 +1,5 @@
-"""GRPO, plain: a policy learns from its own graded samples. Runs alone in one process; tlt.py puts workers under the
-same loop.
+"""GRPO, plain: a policy learns from its own graded samples. This file runs alone, in one process; tlt.py runs the same
+loop on many workers.
 
 One step:
 
@@ -17,25 +17,25 @@ One step:
     cispo     as dapo                                         as grpo             MiniMax-M1, 2506.13585 (4)
 
     (1) no bias towards short right and long wrong answers   (2) every token counts the same
-    (3) rho is the response's, the geometric mean of its tokens' (parts/losses.py). Equals grpo in the first update of a
-        rollout, where rho = 1, so always with one update per rollout
+    (3) rho is the ratio of the whole response, the geometric mean of its tokens' (parts/training/losses.py). Equals
+    grpo
+        in the first update of a rollout, where rho = 1, so always with one update per rollout
     (4) w * clip(rho) A log p instead of w * min(...), no gradient through clip(rho): no token is left out. Its gradient
         equals dapo's in the first update of a rollout
 
     k3 = exp(d) - d - 1,  d = log p_ref - log p:  an unbiased, positive estimate of KL(policy || reference)
 
 Rules that keep the sums right (each has a test):
-- The denominators are those of the whole mini-batch, worked out before it is cut: the loss does not depend on
+- The denominators are those of the whole mini-batch, computed before it is cut: the loss does not depend on
   micro-batches or workers.
 - Masks come from lengths, never from `!= pad`: the stop token is a decision and gets its gradient.
 - Scoring uses the sampling temperature. The first update of a rollout takes its own log-probabilities as the old ones,
-  so rho is exactly 1; the rollout's are compared with them (`gap_max` in metrics.jsonl: the alarm that rollout and
-  trainer are the same policy) and serve as p_old in later updates. Where they are corrected (`--tis-cap`, see
-  parts/losses.py), p_old is the trainer's in all updates: it scores the responses once before the first.
+  so rho is exactly 1 there; `old_logprobs` has the table. The rollout's log-probabilities are compared with them
+  (`gap_max` in metrics.jsonl): a gap means that rollout and trainer are not the same policy.
 - A gradient that is not finite changes nothing: that update is skipped and counted, and after three such steps in a row
   training stops and names the last checkpoint.
-- Only token ids cross from rollout to update. Who made a response, when, in which batch, must not reach the sums, so
-  mini- and micro-batches are cut by content.
+- Only token ids go from rollout to update. Which worker made a response, when, and in which batch must not reach the
+  sums, so mini- and micro-batches are cut by content.
 
 Left out: a critic, reward models, replay of old rollouts.
 """
@@ -53,18 +53,25 @@ from tqdm import tqdm
 from parts.cli import UserError, check_above, check_at_least, check_package, flag, parse_flags, run
 from parts.devices import pick_device
 from parts.engine.interfaces import Group, Response, Strategy
-from parts.engine.model_loading import ACTOR_DTYPES, check_context, load_model, load_tokenizer, stop_tokens
+from parts.engine.model_loading import ACTOR_DTYPES, actor_dtype, check_context, load_model, load_tokenizer, stop_tokens
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.running import checkpoints
-from parts.running.timers import Clock
-from parts.training.layouts import Adapted, Replicated, trainable
-from parts.training.logprobs import checkpoint_layers, token_logprobs, token_scores
-from parts.training.losses import choose, missing_groups, sequence_old, set_rate, truncated_importance, uneven
-from parts.training.micro_batches import Example, micro_batches, per_token, precision, score, with_less_memory
-from parts.training.update_stats import UpdateStats, combine
-from report import Journal, WorkerNotes, evaluation, model_card, show_samples
+from parts.running.timers import WorkerTimer
+from parts.training.layouts import LoRALayout, ReplicatedLayout, trainable_parameters
+from parts.training.logprobs import autocast, checkpoint_layers, token_logprobs
+from parts.training.losses import (
+    has_variance,
+    missing_groups,
+    select_groups,
+    sequence_old_logprobs,
+    set_lr,
+    truncated_importance,
+)
+from parts.training.micro_batches import MicroBatch, MicroBatches, MicroBatchSize, TrainingSample, per_token
+from parts.training.update_stats import UpdateStats, summarise_update
+from report import RunReport, SpeculationStats, evaluation, model_card, show_samples
 from rollout import Engine
-from tasks import Problem, TaskFlags, encode_prompt, make_task
+from tasks import TaskFlags, encode_prompt, make_task
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Config(TaskFlags):
     model: str = flag("base", "policy to start from: a folder or a hub name")
     out: str = flag("runs/grpo", "folder for metrics, pictures, checkpoints and the final policy")
     config: str = flag("", "a JSON file with settings, such as an earlier run's config.json; other flags override it")
-    resume: bool = flag(False, "go on from the newest checkpoint in --out; without it an earlier run there is replaced")
+    resume: bool = flag(False, "continue from the newest checkpoint in --out; else an earlier run there is replaced")
     seed: int = flag(0, "seed of the samples; the prompts are the same for every seed")
     device: str = flag("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
 
@@ -83,9 +90,9 @@ class Config(TaskFlags):
     samples: int = flag(16, "samples per prompt, the group size G")
     max_new: int = flag(512, "longest response in tokens")
     temperature: float = flag(1.0, "of sampling and scoring; above 0, since samples have to differ to teach something")
-    slots: int = flag(64, "rows that a worker generates at once")
+    slots: int = flag(64, "sequences that a worker generates at once")
     dynamic_sampling: int = flag(0, "further prompts of a step, at most, for groups whose rewards are all equal")
-    overlong_penalty: int = flag(0, "tokens before --max-new over which the reward falls by up to 1; 0: it does not")
+    overlong_penalty: int = flag(0, "tokens before --max-new over which the reward falls by up to 1; 0: no penalty")
     actor_dtype: str = flag("auto", "weights that generate: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
 
     loss: str = flag("grpo", "see the table at the top of train_grpo.py", ("grpo", "dr_grpo", "dapo", "gspo", "cispo"))
@@ -129,15 +136,16 @@ class Config(TaskFlags):
 
 
 def advantages(rewards: torch.Tensor, loss: str) -> torch.Tensor:
-    """rewards (P, G) float -> advantages (P, G); exactly 0 in groups whose rewards are all equal."""
+    """rewards (P, G) float -> advantages (P, G); exactly 0 in zero-variance groups."""
     centred = rewards - rewards.mean(1, keepdim=True)
     if loss != "dr_grpo":
         centred = centred / (rewards.std(1, keepdim=True, correction=0) + 1e-6)
-    return centred.where(uneven(rewards)[:, None], 0.0)
+    return centred.where(has_variance(rewards)[:, None], 0.0)
 
 
 def token_weights(lengths: list[int], loss: str, max_new: int) -> list[float]:
-    """lengths: of all responses of the mini-batch -> weight of a token of each, so that weighted sums are the loss."""
+    """lengths of all responses of the mini-batch -> the weight of a token of each, so that weighted sums are the loss.
+    """
     if loss in ("grpo", "gspo"):
         return [1 / (len(lengths) * n) for n in lengths]
     weight = 1 / (len(lengths) * max_new) if loss == "dr_grpo" else 1 / sum(lengths)  # dapo, cispo
@@ -145,19 +153,19 @@ def token_weights(lengths: list[int], loss: str, max_new: int) -> list[float]:
 
 
 def clip_ratio(logp: torch.Tensor, old: torch.Tensor, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """rho and clip(rho), both (N,)."""
+    """Return rho and clip(rho), both (N,)."""
     ratio = (logp - old).exp()
     return ratio, ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
 
 
 def k3(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Estimate of the KL at each token, (N,)."""
+    """Return the estimate of the KL at each token, (N,)."""
     d = reference - logp
     return d.exp() - d - 1
 
 
 def policy_loss(logp, old, reference, advantage, weight, config: Config) -> torch.Tensor:
-    """Weighted sum over tokens, all arguments (N,) -> scalar. reference is None without KL."""
+    """Return the weighted sum over tokens: all arguments (N,) -> scalar. reference is None without KL."""
     ratio, clipped = clip_ratio(logp, old, config)
     if config.loss == "cispo":
         loss = -clipped.detach() * advantage * logp
@@ -171,160 +179,199 @@ def policy_loss(logp, old, reference, advantage, weight, config: Config) -> torc
 # ---------------------------------------------------------------- the update
 
 
-def update(model, reference, optimizer, responses, advantage: list[float], step: int, config: Config, team) -> dict:
-    """All optimizer steps on one rollout -> statistics for the metrics.
+def update(model, reference, optimizer, responses, advantage: list[float], step: int, config: Config, worker) -> dict:
+    """Make all optimizer steps on one rollout -> figures for the metrics.
 
     responses: of all workers, in the same order everywhere; advantage: one number for each.
     """
-    examples = [Example(r, a) for r, a in zip(responses, advantage) if r.stopped or not config.mask_truncated]
-    parts = mini_batches(examples, config)
-    updates = config.epochs * len(parts)
-    totals = []
+    samples = [TrainingSample(r, a) for r, a in zip(responses, advantage) if r.stopped or not config.mask_truncated]
+    minibatches = mini_batches(samples, config)
+    number = step * config.epochs * config.minibatches  # of optimizer steps so far in the run
+    figures = []
     norms = []
     model.train()
-    if team.tis_cap and updates > 1:
-        for part in parts:
-            score(model, part, team)
-    for i in range(updates):
-        totals.append(gradients(model, reference, optimizer, parts[i % len(parts)], i == 0, config, team))
-        norms.append(team.layout.sum_and_clip(model, config.grad_clip, team))
-        done = step * config.epochs * config.minibatches + i + 1  # updates so far, this one included
-        set_rate(optimizer, done, config)
+    if worker.tis_cap and config.epochs * len(minibatches) > 1:
+        score_old_policy(model, minibatches, optimizer, config, worker)
+    for minibatch in minibatches * config.epochs:
+        first_update = not norms  # of this rollout
+        micro_batches = MicroBatches(minibatch, optimizer, worker)
+        for batch in micro_batches:
+            with micro_batches.retry_if_out_of_memory():
+                add_gradient(model, reference, batch, first_update, config, worker, micro_batches.stats)
+        figures.append(micro_batches.stats)
+        norms.append(worker.layout.sum_and_clip(model, config.grad_clip, worker))
+        number += 1
+        set_lr(optimizer, number, config)
         if math.isfinite(norms[-1]):  # the same on all workers
             optimizer.step()
         optimizer.zero_grad()
     model.eval()
     finite = [norm for norm in norms if math.isfinite(norm)]
-    row = combine([stats for worker in team.gather(totals) for stats in worker])
+    row = summarise_update([stats for worker_figures in worker.gather(figures) for stats in worker_figures])
     row["grad_norm"] = sum(finite) / max(1, len(finite))
     row["skipped"] = len(norms) - len(finite)
     row["lr"] = optimizer.param_groups[0]["lr"]
     return row
 
 
-def mini_batches(examples: list[Example], config: Config) -> list[list[Example]]:
-    """Strided: each holds samples of every group. All count in the weights; those with a gradient of 0 are left out."""
-    parts = []
-    for part in range(min(config.minibatches, len(examples))):
-        batch = examples[part :: config.minibatches]
-        weights = token_weights([len(x.response.tokens) for x in batch], config.loss, config.max_new)
-        for x, weight in zip(batch, weights):
-            x.weight = weight
-        parts.append([x for x in batch if x.advantage or config.kl])
-    return parts
+def mini_batches(samples: list[TrainingSample], config: Config) -> list[list[TrainingSample]]:
+    """Cut the samples into mini-batches, strided, so that each holds samples of every group, and set the weights.
 
-
-def gradients(model, reference, optimizer, examples, on_policy: bool, config: Config, team: Alone) -> UpdateStats:
-    """Gradients of this worker's share of the examples, added up in the model."""
-    share = team.layout.my_share(micro_batches(examples, config.micro_tokens, team.size), team.rank)
-
-    def work(batches: list[list[Example]]) -> UpdateStats:
-        return accumulate(model, reference, batches, on_policy, config, team)
-
-    return with_less_memory(work, share, optimizer.zero_grad, team)
-
-
-def accumulate(model, reference, batches, on_policy: bool, config: Config, team) -> UpdateStats:
-    """Forward and backward of this worker's micro-batches; gradients add up in the model.
-
-    on_policy: the first update of a rollout, whose old policy is the present one.
+    All samples count in the denominators; those whose gradient is 0 are left out afterwards.
     """
-    stats = UpdateStats()
-    for batch in batches:
-        team.clock.enter("update")
-        responses = [x.response for x in batch]
-        with precision(team):
-            logp, entropy = token_scores(model, responses, config.temperature, team.layout.logprobs_at)
-            ref = None
-            if reference is not None:
-                with torch.no_grad():
-                    ref = token_logprobs(reference, responses, config.temperature)
-        present = logp.detach()
-        rollout, old, advantage, weight = per_token(batch, logp.device)
-        if on_policy:
-            old = present
-        gap = old - rollout  # 0 where p_old is the rollout's
-        if team.tis_cap:
-            advantage = advantage * truncated_importance(gap, team.tis_cap)
-        if config.loss == "gspo":
-            old = sequence_old(present, old, [len(r.tokens) for r in responses])
-        loss = policy_loss(logp, old, ref, advantage, weight, config)
-        loss.backward()
-        if batch[0].weight:  # else it only fills up a share
-            stats.add(loss, entropy, *clip_ratio(present, old, config), None if ref is None else k3(present, ref))
-            if on_policy or team.tis_cap:
-                stats.compare(gap, team.tis_cap)
-    return stats
+    minibatches = []
+    for part in range(min(config.minibatches, len(samples))):
+        minibatch = samples[part :: config.minibatches]
+        weights = token_weights([len(x.response.tokens) for x in minibatch], config.loss, config.max_new)
+        for x, weight in zip(minibatch, weights):
+            x.weight = weight
+        minibatches.append([x for x in minibatch if x.advantage or config.kl])
+    return minibatches
+
+
+def add_gradient(
+    model, reference, batch: MicroBatch, first_update: bool, config: Config, worker, stats: UpdateStats
+) -> None:
+    """Forward and backward of a micro-batch: its gradient is added to the model's, its figures to stats."""
+    worker.timer.enter("update")
+    responses = [x.response for x in batch]
+    with autocast(worker.device, config.bf16):
+        logp, entropy = worker.layout.token_scores(model, responses, config.temperature)  # (N,) both
+        ref = None
+        if reference is not None:
+            with torch.no_grad():
+                ref = token_logprobs(reference, responses, config.temperature)
+    present = logp.detach()
+    rollout, advantage, weight = per_token(batch, logp.device)
+    old = old_logprobs(batch, present, rollout, first_update)
+    gap = old - rollout  # 0 where p_old is the rollout's
+    if worker.tis_cap:
+        advantage = advantage * truncated_importance(gap, worker.tis_cap)
+    if config.loss == "gspo":
+        old = sequence_old_logprobs(present, old, [len(r.tokens) for r in responses])
+    loss = policy_loss(logp, old, ref, advantage, weight, config)
+    loss.backward()
+    if batch[0].weight:  # weight 0: a sample that fills up a share, see the layout's my_share
+        stats.add(loss, entropy, *clip_ratio(present, old, config), None if ref is None else k3(present, ref))
+        if first_update or worker.tis_cap:
+            stats.compare(gap, worker.tis_cap)
+
+
+def old_logprobs(batch: MicroBatch, present, rollout, first_update: bool) -> torch.Tensor:
+    """Return log p_old of the tokens of a micro-batch, (N,).
+
+    present, rollout (N,): log-probabilities under the trainer as it is now, and under the policy that generated.
+
+                             first update of a rollout           later updates
+    --tis-cap 0              the trainer's own, so rho = 1       the rollout's
+    --tis-cap above 0        the trainer's own, so rho = 1       the trainer's, scored before the first update
+    """
+    if first_update:
+        return present
+    if batch[0].old is None:
+        return rollout
+    return torch.cat([x.old for x in batch]).to(present.device)
+
+
+def score_old_policy(model, minibatches, optimizer, config: Config, worker) -> None:
+    """Before the first update of a rollout, set `old` of this worker's samples. Cut by content, a worker's share is the
+    same in every update.
+    """
+    for minibatch in minibatches:
+        micro_batches = MicroBatches(minibatch, optimizer, worker)
+        for batch in micro_batches:
+            with micro_batches.retry_if_out_of_memory():
+                score_batch(model, batch, config, worker)
+
+
+def score_batch(model, batch: MicroBatch, config: Config, worker) -> None:
+    """Set `old` of a micro-batch to the log-probabilities of the trainer as it is now."""
+    worker.timer.enter("update")
+    with autocast(worker.device, config.bf16), torch.no_grad():
+        logp, _ = worker.layout.token_scores(model, [x.response for x in batch], config.temperature)
+    for x, old in zip(batch, logp.cpu().split([len(x.response.tokens) for x in batch])):
+        x.old = old
 
 
 # ---------------------------------------------------------------- one worker
 
 
-class Alone:
-    """One process."""
+class Worker:
+    """A worker as the training loop sees it. This one is alone, in one process; tlt.TLTWorker is one of many.
+
+    Its layout says how the policy lies on the workers (parts/training/layouts.py).
+    """
 
     rank = 0
-    size = 1
+    world_size = 1
 
-    def __init__(self, config, tell: Callable[[str], None] | None = None):
-        """config: train_grpo.Config; tell: see report.Clock."""
+    def __init__(self, config: Config, heartbeat: Callable[[str], None] | None = None):
+        """heartbeat: see WorkerTimer."""
         self.config = config
-        self.clock = Clock(tell)
-        self.micro_tokens = config.micro_tokens  # falls when memory runs out
-        self.tis_cap = max(0.0, config.tis_cap)  # 0: no correction; -1 is settled when it is known what generates
+        self.timer = WorkerTimer(heartbeat)
         self.device = pick_device(config.device)
-        self.layout = Adapted(config) if config.lora_rank else Replicated(config.actor_dtype)
-        self.start: Path | None = None  # the checkpoint that the run goes on from
+        self.layout = LoRALayout(config) if config.lora_rank else ReplicatedLayout(config.actor_dtype)
+        self.micro_batch_size = MicroBatchSize(config, self.rank)
+
+    @property
+    def tis_cap(self) -> float:
+        """Return the cap of truncated importance sampling; 0: off. By default it is on where the rollout is bfloat16.
+        """
+        if self.config.tis_cap >= 0:
+            return self.config.tis_cap
+        return 0.0 if actor_dtype(self.config.actor_dtype, self.device) == torch.float32 else 2.0
 
     def loading(self, name: str) -> contextlib.AbstractContextManager:
-        """Around the loading of a model, a folder or a hub name."""
+        """Return a context for loading a model, given by folder or hub name."""
         return contextlib.nullcontext()
 
-    def engine(self, actor, stop: set[int], slots: int, reserve_bytes: int) -> Engine:
-        """The engine that generates."""
+    def make_engine(self, actor, stop: set[int], slots: int, reserve_bytes: int, checkpoint: Path | None) -> Engine:
+        """Return the engine that generates. checkpoint: the one that the run continues from."""
         return Engine(actor, stop, slots, reserve_bytes=reserve_bytes)
 
     def idle_bytes(self) -> int:
-        """Memory that is needed while others still generate."""
+        """Return the memory that is needed while other workers still generate."""
         return 0
 
     def rollout(self, engine: Engine, groups: list[Group], sampling, grade, progress, learn: bool) -> list[Response]:
-        """All responses to the groups, graded, ordered by (group, sample): the same list on every worker.
+        """Return all responses to the groups, graded, ordered by (group, sample): the same list on every worker.
 
-        progress(number so far) hears of each; learn: whether a drafter may be trained on them (not on held-out ones).
+        progress(number so far) is called for each response; learn: whether a drafter may be trained on them (not on
+        held-out problems).
         """
         responses = []
-        for response in self.work(engine, groups, sampling, grade):
+        for response in self.graded_responses(engine, groups, sampling, grade):
             responses.append(response)
             progress(len(responses))
         return sorted(responses, key=lambda r: (r.group, r.sample))
 
-    def work(
+    def graded_responses(
         self, engine: Engine, groups: Iterable[Group], sampling, grade, strategy: Strategy | None = None
     ) -> Iterator[Response]:
-        """This worker's responses, graded as they end."""
-        self.clock.enter("rollout")
+        """Yield this worker's responses, graded as they are finished."""
+        self.timer.enter("rollout")
         for response in engine.generate(groups, sampling, strategy):
-            self.clock.enter("reward")
+            self.timer.enter("reward")
             grade(response)
             yield response
-            self.clock.enter("rollout")
+            self.timer.enter("rollout")
 
-    def notes(self) -> WorkerNotes | None:
-        """What this worker did for speculation since the last call, for the metrics."""
+    def take_speculation_stats(self) -> SpeculationStats | None:
+        """Return what this worker did for speculation since the last call, for the metrics; None: it cannot draft."""
         return None
 
     def save(self, folder: Path) -> None:
-        """Into each checkpoint: whatever the workers keep beside the policy. Only the worker that writes is asked."""
+        """Write into a checkpoint whatever the workers keep beside the policy. Called on the worker that writes only.
+        """
 
     def deploy(self, folder: Path) -> None:
-        """Into the final policy's folder: whatever else serves it."""
+        """Write into the final policy's folder whatever else is needed to serve it."""
 
     def all_reduce(self, tensors: list[torch.Tensor]) -> None:
-        """Add up each tensor over the workers, in place."""
+        """Sum each tensor over the workers, in place."""
 
     def gather(self, value) -> list:
-        """The values of all workers, by rank."""
+        """Return the values of all workers, by rank."""
         return [value]
 
 
@@ -332,7 +379,7 @@ class Alone:
 
 
 def check(config: Config) -> None:
-    """Everything that can be known to be wrong before anything is started or replaced. Raises UserError."""
+    """Raise UserError for everything that can be known to be wrong before anything is started or replaced."""
     if config.track != "off":
         check_package(config.track, f"--track {config.track}")
     if config.lora_rank:
@@ -350,82 +397,93 @@ def check(config: Config) -> None:
 class Training:
     """A training run on one worker; rank 0 writes and prints."""
 
-    def __init__(self, config: Config, team: Alone):
+    def __init__(self, config: Config, worker: Worker):
         """Start, or resume. Raises UserError."""
         self.config = config
-        self.team = team
+        self.worker = worker
         self.out = Path(config.out)
-        self.writes = team.rank == 0
-        start = team.start = checkpoints.start_from(config, tqdm.write if self.writes else lambda text: None)
+        self.writes = worker.rank == 0
+        checkpoint = checkpoints.start_from(config, tqdm.write if self.writes else lambda text: None)
         self.task = make_task(config.task, config.data, config.columns)
-        self.problems: dict[tuple[str, int], Problem] = {}  # of the rollout that is running
-        source = str(config.model if config.lora_rank or not start else start)  # a checkpoint of adapters holds no more
-        with team.loading(source):  # on the host: a policy that is to be sharded may not fit a GPU whole
+        # a checkpoint of adapters does not hold the policy itself
+        source = str(config.model if config.lora_rank or not checkpoint else checkpoint)
+        with worker.loading(source):  # on the host: a policy that is to be sharded may not fit a GPU whole
             model, self.tokenizer = load_model(source)
         if self.writes:
-            checkpoints.prepare(self.out, config, start)
-        self.model, self.actor = team.layout.place(model, team.device)
-        if config.tis_cap < 0 and self.actor.dtype != self.model.dtype:
-            team.tis_cap = 2.0
+            checkpoints.prepare(self.out, config, checkpoint)
+        self.model, self.actor = worker.layout.place(model, worker.device)
         if config.gradient_checkpointing:
             checkpoint_layers(self.model)
         self.optimizer = torch.optim.AdamW(
-            trainable(self.model), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+            trainable_parameters(self.model),
+            lr=config.lr,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
-        self.first_step, metrics = checkpoints.load(start, self.model, self.optimizer)
-        if start:  # adapters that were loaded are merged; without them this copies what is there already
-            team.layout.refresh(self.actor, self.model)
-        if len(set(team.gather(self.first_step))) > 1:
+        self.first_step, metrics = checkpoints.load(checkpoint, self.model, self.optimizer)
+        if checkpoint:  # adapters that were loaded are merged; without them this copies what is there already
+            worker.layout.refresh_actor(self.actor, self.model)
+        if len(set(worker.gather(self.first_step))) > 1:
             raise UserError(f"--out {self.out}: not every worker finds the same checkpoint; all hosts must share it")
         stop = stop_tokens(self.model, self.tokenizer)
         self.model.generation_config.update(**self.deployed_sampling(sorted(stop)))
-        self.reference = load_model(config.model, team.device)[0].requires_grad_(False) if config.kl else None
+        self.reference = load_model(config.model, worker.device)[0].requires_grad_(False) if config.kl else None
         self.sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
-        longest = max(config.micro_tokens, config.max_new)  # a response is never split
-        self.update_bytes = team.layout.update_bytes(self.model, longest)
-        moments = 0 if start else team.layout.moment_bytes(self.model)
-        slots = max(config.slots, config.samples, config.eval_samples)
-        self.engine = team.engine(self.actor, stop, slots, self.update_bytes + moments)
-        self.journal = Journal(config, metrics, self.first_step, self.writes)
+        self.engine = self.make_engine(stop, checkpoint)
+        self.report = RunReport(config, metrics, self.first_step, self.writes)
         self.bad_steps = 0  # in a row, with a gradient that was not finite
 
+    def make_engine(self, stop: set[int], checkpoint: Path | None) -> Engine:
+        """Return the engine, which leaves memory for the update and for Adam's moments that are not there yet."""
+        config = self.config
+        longest = max(config.micro_tokens, config.max_new)  # a response is never split
+        self.update_bytes = self.worker.layout.update_bytes(self.model, longest)
+        moments = 0 if checkpoint else self.worker.layout.moment_bytes(self.model)
+        slots = max(config.slots, config.samples, config.eval_samples)
+        return self.worker.make_engine(self.actor, stop, slots, self.update_bytes + moments, checkpoint)
+
     def deployed_sampling(self, stop: list[int]) -> dict:
-        """Settings with which the saved policy's `generate` samples, and stops, as it was trained."""
+        """Return the settings with which the saved policy's `generate` samples, and stops, as it was trained."""
         limits = {"max_new_tokens": self.config.max_new, "eos_token_id": stop if len(stop) > 1 else stop[0]}
-        narrowed = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-        return {"do_sample": True, "temperature": self.config.temperature, **narrowed, **limits}
+        filters = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+        return {"do_sample": True, "temperature": self.config.temperature, **filters, **limits}
 
     def grade(self, response: Response) -> None:
-        """Fill in a response's grade."""
+        """Set a response's grade."""
         text = self.tokenizer.decode(response.tokens, skip_special_tokens=False)
-        response.grade = self.task.grade(self.problems[response.group], text)
+        response.grade = self.task.grade(response.problem, text)
 
-    def ask(self, split: str, indices: range, samples: int, *seed) -> list[Response]:
-        """Graded responses to problems of a split, `samples` each; `seed` names this rollout."""
+    def make_group(self, split: str, index: int, samples: int, seed: tuple) -> Group:
+        """Return the group of `samples` samples of a problem."""
         config = self.config
-        self.problems = {(split, i): self.task.problem(split, i) for i in indices}
-        groups = []
-        for (_, i), problem in self.problems.items():
-            prompt = encode_prompt(problem, self.tokenizer, config.prompt_style, config.system, config.chat_args)
-            groups.append(Group((split, i), prompt, [sequence_seed(config.seed, *seed, i, k) for k in range(samples)]))
-        self.engine.reserve(max(len(group.prompt) for group in groups) + config.max_new)
+        problem = self.task.problem(split, index)
+        prompt = encode_prompt(problem, self.tokenizer, config.prompt_style, config.system, config.chat_args)
+        seeds = [sequence_seed(config.seed, *seed, index, k) for k in range(samples)]
+        return Group((split, index), prompt, seeds, problem=problem)
+
+    def generate(self, split: str, indices: range, samples: int, *seed) -> list[Response]:
+        """Return graded responses to problems of a split, `samples` each. seed: names this rollout."""
+        groups = [self.make_group(split, index, samples, seed) for index in indices]
+        self.engine.reserve(max(len(group.prompt) for group in groups) + self.config.max_new)
         total = len(groups) * samples
 
         def progress(count: int) -> None:
-            self.journal.progress(f"{split} {count}/{total}")
+            self.report.progress(f"{split} {count}/{total}")
 
-        return self.team.rollout(self.engine, groups, self.sampling, self.grade, progress, learn=split == "train")
+        learn = split == "train"
+        return self.worker.rollout(self.engine, groups, self.sampling, self.grade, progress, learn)
 
     def evaluate(self, step: int) -> None:
-        """Held-out problems, with the same noise each time: paired."""
+        """Evaluate on held-out problems, with the same noise each time, so that evaluations are paired."""
         started = time.time()
         n = self.config.eval_samples
-        responses = self.ask("test", range(self.config.eval_problems), n, "eval")
-        self.journal.evaluation(evaluation(step, responses, n, time.time() - started))
+        responses = self.generate("test", range(self.config.eval_problems), n, "eval")
+        self.report.add_evaluation(evaluation(step, responses, n, time.time() - started))
 
     def sample(self, step: int) -> tuple[list[Response], torch.Tensor, dict]:
-        """A step's responses, their rewards (groups, G), and what dynamic sampling took: as long as groups are missing
-        whose rewards are not all equal, as many further prompts are asked.
+        """Return a step's responses, their rewards (groups, G), and the cost of dynamic sampling: as long as groups
+        with variance are missing, as many further prompts are sampled.
         """
         config = self.config
         limit = config.prompts + config.dynamic_sampling  # the prompts of a step follow from its number alone
@@ -435,7 +493,7 @@ class Training:
         while wanted:
             started = time.time()
             first = step * limit + len(responses) // config.samples
-            responses += self.ask("train", range(first, first + wanted), config.samples, step)
+            responses += self.generate("train", range(first, first + wanted), config.samples, step)
             seconds.append(time.time() - started)
             rewards = torch.tensor([r.grade.reward for r in responses]).view(-1, config.samples)
             wanted = min(missing_groups(rewards, config.prompts), limit - len(rewards))
@@ -443,63 +501,64 @@ class Training:
         return responses, rewards, {"extra": extra} if config.dynamic_sampling else {}
 
     def step(self, step: int) -> None:
-        """One RL step: rollout, update, report; then an evaluation and a checkpoint where they are due. From 0."""
+        """Make one RL step (from 0): rollout, update, report; then an evaluation and a checkpoint where they are due.
+        """
         config = self.config
-        team = self.team
-        team.clock.enter("rollout")
+        worker = self.worker
+        worker.timer.enter("rollout")
         started = time.time()
         responses, rewards, extra = self.sample(step)
-        team.clock.enter("update")
-        batch, shaped = choose(responses, rewards, config)
+        worker.timer.enter("update")
+        batch, shaped = select_groups(responses, rewards, config)
         advantage = advantages(shaped, config.loss).flatten().tolist()
-        stats = update(self.model, self.reference, self.optimizer, batch, advantage, step, config, team) | extra
-        self.engine.reserve_bytes = max(self.update_bytes, team.idle_bytes())  # Adam has its moments now
-        team.layout.refresh(self.actor, self.model)
-        team.clock.enter("idle")
-        reports = team.gather((started, team.clock.take(), team.notes()))
-        begins, spans, notes = zip(*reports)
-        self.watch(self.journal.step(step + 1, begins, responses, rewards, stats, spans, notes))
+        stats = update(self.model, self.reference, self.optimizer, batch, advantage, step, config, worker) | extra
+        self.engine.reserve_bytes = max(self.update_bytes, worker.idle_bytes())  # Adam has its moments now
+        worker.layout.refresh_actor(self.actor, self.model)
+        worker.timer.enter("idle")
+        reports = worker.gather((started, worker.timer.take_spans(), worker.take_speculation_stats()))
+        begins, spans, speculation = zip(*reports)
+        self.check_gradient(self.report.add_step(step + 1, begins, responses, rewards, stats, spans, speculation))
         last = step + 1 == config.steps
         if config.show_every and (step + 1) % config.show_every == 0:
-            show_samples(self.journal.say, responses, self.tokenizer)
+            show_samples(self.report.say, responses, self.tokenizer)
         if config.eval_every and (last or (step + 1) % config.eval_every == 0):
             self.evaluate(step + 1)
         if last or (step + 1) % config.save_every == 0:
-            team.clock.enter("checkpoint")
+            worker.timer.enter("checkpoint")
             self.save(step + 1)
 
-    def watch(self, row: dict) -> None:
-        """Raises UserError after three steps in a row whose gradient was not finite."""
+    def check_gradient(self, row: dict) -> None:
+        """Raise UserError after three steps in a row whose gradient was not finite."""
         self.bad_steps = self.bad_steps + 1 if row["skipped"] else 0
         if self.bad_steps == 3:
-            self.journal.bar.close()
+            self.report.bar.close()
             problem = f"step {row['step']}: the gradient was not finite in three steps in a row"
             raise UserError(f"{problem}; lower --lr and --resume from {checkpoints.newest(self.out)}")
 
     def save(self, step: int) -> None:
-        """A checkpoint; all workers take part."""
-        state = (self.model, self.optimizer, self.tokenizer, self.journal.metrics, self.config)
-        checkpoints.save(self.out, step, *state, self.writes, self.team.save)
+        """Write a checkpoint; all workers take part."""
+        state = (self.model, self.optimizer, self.tokenizer, self.report.metrics, self.config)
+        checkpoints.save(self.out, step, *state, self.writes, self.worker.save)
 
     def finish(self) -> dict:
-        """Pictures, and all that deployment needs in out/policy -> the summary, the same on every worker."""
+        """Draw the pictures, write all that deployment needs to out/policy -> the summary, the same on every worker."""
         weights = checkpoints.whole_weights(self.model)
-        summary = self.journal.finish()
+        summary = self.report.finish()
 
         def fill(folder: Path) -> None:
             checkpoints.save_policy(folder, self.model, self.tokenizer, weights)
-            (folder / "README.md").write_text(model_card(self.journal.metrics, self.config))
-            self.team.deploy(folder)
+            (folder / "README.md").write_text(model_card(self.report.metrics, self.config))
+            self.worker.deploy(folder)
 
         if self.writes:
             checkpoints.save_folder(self.out / "policy", fill)
-            self.journal.say(summary["text"])
+            self.report.say(summary["text"])
         return summary
 
 
-def train(config: Config, team: Alone) -> dict:
-    """The training loop; every worker runs it -> the summary, the same on every worker. Raises UserError."""
-    training = Training(config, team)
+def train(config: Config, worker: Worker) -> dict:
+    """Run the training loop, on every worker -> the summary, the same on every worker. Raises UserError."""
+    training = Training(config, worker)
     if config.eval_every and not training.first_step:
         training.evaluate(0)
     for step in range(training.first_step, config.steps):
@@ -508,12 +567,12 @@ def train(config: Config, team: Alone) -> dict:
 
 
 def main() -> None:
-    """See above."""
+    """Train in one process."""
     config = parse_flags(Config, __doc__)
     check(config)
     with checkpoints.claim(config.out):
         torch.manual_seed(config.seed)
-        train(config, Alone(config))
+        train(config, Worker(config))
 
 
 if __name__ == "__main__":

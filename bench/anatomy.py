@@ -17,12 +17,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from drafter import Drafter, LearnedDrafts
+from drafter import Drafter, EagleProposer
 from parts.engine import sampling as sampler
-from parts.engine.cuda_graphs import Graphs
-from parts.engine.interfaces import Draft, Group, RoundReport, Strategy
+from parts.engine.cuda_graphs import GraphPool
+from parts.engine.interfaces import DraftPlan, Group, RoundReport, Strategy
 from parts.engine.sampling import Sampling, sequence_seed
-from parts.training.drafter_data import WordCounts
+from parts.training.drafter_data import TokenCounts
 from rollout import Engine
 
 WAYS = ("modules", "fused layers", "fused sampler", "graphs")
@@ -72,7 +72,7 @@ def random_model(shape: str, device: str, dtype: torch.dtype):
     return model
 
 
-class Oracle(LearnedDrafts):
+class Oracle(EagleProposer):
     """A learned drafter's work, and guesses that are right with the stated chance. It knows what comes from a rollout
     that was made before.
     """
@@ -97,7 +97,7 @@ class Oracle(LearnedDrafts):
         """As Drafts.admit."""
         super().admit(rows)
         for slot in range(rows.start, rows.stop):
-            row = self.engine.live[slot]
+            row = self.engine.running[slot]
             whole = row.group.prompt + self.responses.get((row.group.key, row.sample), [])
             self.known[slot, : len(whole)] = torch.tensor(whole)
 
@@ -109,13 +109,15 @@ class Oracle(LearnedDrafts):
     def propose(self, engine, shape, guess):
         """As Drafts.propose."""
         drafts = super().propose(engine, shape, guess)  # (B, k)
-        k = shape.draft.k
-        places = engine.lens[: shape.rows, None] + 1 + torch.arange(k, device=drafts.device)
+        k = shape.plan.k
+        places = engine.lens[: shape.batch_size, None] + 1 + torch.arange(k, device=drafts.device)
         places = places.clamp(max=self.known.shape[1] - 1)
-        right = self.known[: shape.rows].gather(1, places)
+        right = self.known[: shape.batch_size].gather(1, places)
         chances = (self.acceptance + self.acceptance[-1:] * k)[:k]
         # columns written one by one: a tensor made of a list is a copy from the host, which no graph can hold
-        hit = torch.cat([self.luck[: shape.rows].gather(1, places[:, i : i + 1]) < c for i, c in enumerate(chances)], 1)
+        hit = torch.cat(
+            [self.luck[: shape.batch_size].gather(1, places[:, i : i + 1]) < c for i, c in enumerate(chances)], 1
+        )
         return torch.where(hit, right, (right + 1) % engine.model.config.vocab_size)
 
 
@@ -123,14 +125,14 @@ class Timed(Strategy):
     """A fixed draft length; keeps the seconds and the tokens of each round."""
 
     def __init__(self, k: int):
-        super().__init__(Draft("learned", k) if k else Draft())
+        super().__init__(DraftPlan("eagle", k) if k else DraftPlan())
         self.seconds: list[float] = []
         self.tokens: list[float] = []  # per row
 
     def observe(self, report: RoundReport) -> None:
         """As Strategy.observe."""
         self.seconds.append(report.seconds)
-        self.tokens.append((report.rows + sum(report.right)) / report.rows)
+        self.tokens.append((report.batch_size + sum(report.accepted)) / report.batch_size)
 
 
 class Operators(TorchDispatchMode):
@@ -151,7 +153,7 @@ class Operators(TorchDispatchMode):
 @functools.cache
 def compiled_once():
     """The compiled sampler, one for all ways and models."""
-    return torch.compile(sampler.draw, dynamic=True)
+    return torch.compile(sampler.sample_at_once, dynamic=True)
 
 
 class Subject(NamedTuple):
@@ -160,7 +162,7 @@ class Subject(NamedTuple):
     engine: Engine
     groups: list[Group]
     sampling: Sampling
-    graphs: Graphs | None
+    graphs: GraphPool | None
 
 
 def subject_of(model, rows: int, prompt: int, tokens: int, record=None) -> Subject:
@@ -169,10 +171,10 @@ def subject_of(model, rows: int, prompt: int, tokens: int, record=None) -> Subje
     """
     torch.manual_seed(1)
     drafter = Drafter(model)
-    drafter.words = WordCounts(model.config.vocab_size).choose()
+    drafter.words = TokenCounts(model.config.vocab_size).choose()
     oracle = Oracle(drafter, ACCEPTANCE)
     stop = {-1}  # nothing ends early
-    engine = Engine(model, stop, rows, prompt + tokens, drafters={"learned": oracle}, frozen=True, bucketed=True)
+    engine = Engine(model, stop, rows, prompt + tokens, proposers={"eagle": oracle}, frozen=True, bucketed=True)
     generator = torch.Generator().manual_seed(2)
     groups = []
     for i in range(rows):
@@ -180,7 +182,7 @@ def subject_of(model, rows: int, prompt: int, tokens: int, record=None) -> Subje
         groups.append(Group(i, ids, [sequence_seed(0, i)]))
     sampling = Sampling(max_new=tokens)
     oracle.responses = {(r.group, r.sample): r.tokens for r in engine.generate(groups, sampling)}
-    graphs = Graphs(engine.compute, record) if record else engine.graphs
+    graphs = GraphPool(engine.compute_round, record) if record else engine.graphs
     return Subject(engine, groups, sampling, graphs)
 
 
@@ -188,7 +190,7 @@ def set_way(subject: Subject, way: str, fused_layers) -> None:
     """From now on the engine computes this way. fused_layers: the engine's own."""
     place = WAYS.index(way)
     subject.engine.fused_layers = fused_layers if place >= 1 else None
-    sampler.compiled_draw.function = compiled_once() if place >= 2 else sampler.draw
+    sampler.compiled_sample.function = compiled_once() if place >= 2 else sampler.sample_at_once
     subject.engine.graphs = subject.graphs if place >= 3 else None
 
 
@@ -214,7 +216,7 @@ def anatomy(model, rows_of: tuple[int, ...], ks: tuple[int, ...], prompt: int, t
     fused layers.
     """
     result = []
-    own = sampler.compiled_draw.function
+    own = sampler.compiled_sample.function
     for rows in rows_of:
         subject = subject_of(model, rows, prompt, tokens)
         fused_layers = subject.engine.fused_layers
@@ -224,7 +226,7 @@ def anatomy(model, rows_of: tuple[int, ...], ks: tuple[int, ...], prompt: int, t
                 row = {"rows": rows, "k": k, "way": way, "fused": fused_layers is not None}
                 result.append({**row, **time_rounds(subject, k)})
         subject.engine.fused_layers = fused_layers
-    sampler.compiled_draw.function = own
+    sampler.compiled_sample.function = own
     return result
 
 

@@ -23,7 +23,7 @@ from bench.harness import Result, Settings, groups_for, load, room, rounds_flag,
 from custom_generate.generate import generate
 from parts.cli import check_at_least, flag
 from parts.engine.interfaces import Group
-from parts.engine.model_loading import in_dtype, stop_tokens
+from parts.engine.model_loading import cast_weights, stop_tokens
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.files import find_folder
 from rollout import Engine
@@ -60,7 +60,7 @@ def load_models(config: Settings) -> Models:
     folder = find_folder(config.model)
     ours, tokenizer = load(config)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    stock = in_dtype(stock, ours.dtype).to(ours.device).eval()
+    stock = cast_weights(stock, ours.dtype).to(ours.device).eval()
     return Models(ours, stock, tokenizer, stop_tokens(ours, tokenizer), (Path(folder) / "drafter").exists())
 
 

@@ -10,23 +10,34 @@ import torch
 
 from bench.harness import groups_for, room
 from bench.verdicts import Found, Place, Verdict
-from drafter import Drafter, LearnedDrafts
-from parts.engine.cuda_graphs import Graphs
-from parts.engine.interfaces import Draft, Response, Strategy
-from parts.engine.model_loading import in_dtype, load_model, stop_tokens
-from parts.engine.sampling import Sampling, all_words, compiled_draw, draw, gumbel, sample, seed_words, sequence_seed
+from drafter import Drafter, EagleProposer
+from parts.engine.cuda_graphs import GraphPool
+from parts.engine.interfaces import DraftPlan, Response, Strategy
+from parts.engine.model_loading import cast_weights, load_model, stop_tokens
+from parts.engine.sampling import (
+    Sampling,
+    all_token_ids,
+    compiled_sample,
+    gumbel_noise,
+    sample,
+    sample_at_once,
+    sequence_seed,
+    split_seeds,
+)
 from parts.files import ROOT
 from rollout import Engine
-from strategy import Goodput, arms
+from strategy import Goodput, plans_for
 from tasks import Countdown
 
 
 def noise_gap(place: Place) -> tuple[float, float]:
     """(largest gap of noise to the CPU's, share of rows whose largest noise is of another word)."""
-    seeds = seed_words(torch.tensor([sequence_seed(0, i) for i in range(64)]))
+    seeds = split_seeds(torch.tensor([sequence_seed(0, i) for i in range(64)]))
     index = torch.arange(64)
-    here = gumbel(seeds, index, all_words(50_000, torch.device("cpu")))
-    there = gumbel(seeds.to(place.device), index.to(place.device), all_words(50_000, torch.device(place.device))).cpu()
+    here = gumbel_noise(seeds, index, all_token_ids(50_000, torch.device("cpu")))
+    there = gumbel_noise(
+        seeds.to(place.device), index.to(place.device), all_token_ids(50_000, torch.device(place.device))
+    ).cpu()
     return (here - there).abs().max().item(), (here.argmax(-1) != there.argmax(-1)).float().mean().item()
 
 
@@ -37,19 +48,19 @@ def sampler_gap(place: Place) -> tuple[float, float]:
     """
     vocab = 100_000 if place.gpu else 3000
     logits = 3 * torch.randn(64, vocab, device=place.device).bfloat16()
-    seeds = seed_words(torch.tensor([sequence_seed(0, i) for i in range(64)], device=place.device))
+    seeds = split_seeds(torch.tensor([sequence_seed(0, i) for i in range(64)], device=place.device))
     index = torch.arange(64, device=place.device)
     words = torch.arange(vocab, dtype=torch.int32, device=place.device)
     tokens, logprobs = sample(logits, Sampling(), seeds, index, words)
-    plain, plain_logprobs = draw(logits, Sampling(), seeds, index, words)
+    plain, plain_logprobs = sample_at_once(logits, Sampling(), seeds, index, words)
     same = tokens == plain
     return same.float().mean().item(), (logprobs - plain_logprobs)[same].abs().max().item()
 
 
 def engine_for(model, tokenizer, drafter, groups, max_new: int, **settings) -> Engine:
     """With a learned drafter and room for the groups."""
-    drafters = {"learned": LearnedDrafts(drafter)}
-    engine = Engine(model, stop_tokens(model, tokenizer), 64, drafters=drafters, frozen=True, **settings)
+    drafters = {"eagle": EagleProposer(drafter)}
+    engine = Engine(model, stop_tokens(model, tokenizer), 64, proposers=drafters, frozen=True, **settings)
     engine.reserve(room(groups, max_new))
     return engine
 
@@ -90,18 +101,18 @@ def exact_part(place: Place) -> Found:
 
     engine = engine_for(model, tokenizer, drafter, groups, sampling.max_new, bucketed=False)
     plain = responses_of(engine, groups, sampling)
-    rounded = engine_for(model, tokenizer, drafter, groups, sampling.max_new, bucketed=True)
-    replayed = rounded.graphs
+    bucketed_shape = engine_for(model, tokenizer, drafter, groups, sampling.max_new, bucketed=True)
+    replayed = bucketed_shape.graphs
     if not place.gpu:  # a recording that is called again: the code runs, but proves nothing of CUDA graphs
-        replayed = Graphs(rounded.compute, lambda function: function)
-    chain = Strategy(Draft("learned", 4))
+        replayed = GraphPool(bucketed_shape.compute, lambda function: function)
+    chain = Strategy(DraftPlan("eagle", 4))
     ways = (
         ("chain of 4", engine, None, chain),
-        ("rounded", rounded, None, Strategy()),
-        ("rounded, chain of 4", rounded, None, chain),
-        ("replayed", rounded, replayed, Strategy()),
-        ("replayed, chain of 4", rounded, replayed, chain),
-        ("replayed, goodput", rounded, replayed, Goodput(arms(["learned"]))),
+        ("rounded", bucketed_shape, None, Strategy()),
+        ("rounded, chain of 4", bucketed_shape, None, chain),
+        ("replayed", bucketed_shape, replayed, Strategy()),
+        ("replayed, chain of 4", bucketed_shape, replayed, chain),
+        ("replayed, goodput", bucketed_shape, replayed, Goodput(plans_for(["eagle"]))),
     )
     for name, party, graphs, strategy in ways:
         party.graphs = graphs
@@ -118,7 +129,7 @@ def exact_part(place: Place) -> Found:
 def sampler_verdicts(place: Place) -> list[Verdict]:
     """What becomes of the sampler where it is compiled."""
     share, gap = sampler_gap(place)
-    is_compiled = float(compiled_draw.function not in (None, draw))
+    is_compiled = float(compiled_sample.function not in (None, sample_at_once))
     return [
         Verdict("the sampler is compiled", is_compiled if place.gpu else None, 1.0),
         Verdict("it draws the plain sampler's tokens: share", share if place.gpu else None, 0.98),
@@ -128,12 +139,12 @@ def sampler_verdicts(place: Place) -> list[Verdict]:
 
 def bfloat16_verdicts(model, tokenizer, groups, sampling, exact: dict) -> Found:
     """Plain and speculative decoding in bfloat16, where rounding parts them: alike on average? exact: in float32."""
-    model = in_dtype(model, torch.bfloat16)
+    model = cast_weights(model, torch.bfloat16)
     drafter = Drafter(model)
     drafter.load(ROOT / "base/drafter")
     engine = engine_for(model, tokenizer, drafter, groups, sampling.max_new)
     plain = responses_of(engine, groups, sampling)
-    drafted = responses_of(engine, groups, sampling, Strategy(Draft("learned", 4)))
+    drafted = responses_of(engine, groups, sampling, Strategy(DraftPlan("eagle", 4)))
     task = Countdown()
 
     def rewards(responses: dict) -> list[float]:

@@ -36,10 +36,10 @@ from bench.anatomy import WAYS, anatomy, operators, random_model, subject_of, ti
 from bench.exact import exact_part
 from bench.harness import Output, Result, now, train
 from bench.verdicts import Found, Place, Verdict
-from drafter import Drafter, LearnedDrafts
+from drafter import Drafter, EagleProposer
 from parts.cli import UserError, check_at_least, flag, reason
 from parts.devices import pick_device
-from parts.engine.cuda_graphs import Recorder
+from parts.engine.cuda_graphs import GraphRecorder
 from parts.files import ROOT
 from parts.training.logprobs import forward_bytes, logprobs_at
 from rollout import Engine
@@ -106,16 +106,16 @@ def machine_part(place: Place) -> Found:
     key = torch.randn(8, 2, 2056, 64, dtype=dtype, device=place.device)[:, :, :2048]  # part of a slot
     mask = torch.zeros(8, 1, 7, 2048, dtype=dtype, device=place.device)
 
-    def attend(views) -> None:
+    def attention_inputs(views) -> None:
         for view in views:
             part = key[:, :, :view]
             F.scaled_dot_product_attention(query, part, part, attn_mask=mask[..., :view])
 
     backends = attention_backends(query, key, mask)
-    attend(range(1024, 1032))
-    same = seconds_of(lambda: attend([1024] * 64), 3)
+    attention_inputs(range(1024, 1032))
+    same = seconds_of(lambda: attention_inputs([1024] * 64), 3)
     started = now()
-    attend(range(128, 128 + 8 * 64, 8))  # sizes that come for the first time
+    attention_inputs(range(128, 128 + 8 * 64, 8))  # sizes that come for the first time
     growing = now() - started
     rows = [
         {"name": "a launch", "value": launch * 1e6, "unit": "us"},
@@ -249,7 +249,7 @@ def team_verdicts(place: Place) -> list[Verdict]:
 def recording_bytes(model) -> tuple[int, int]:
     """GPU memory that recorded rounds of 64 rows and fewer take: all in one pool, and each in its own."""
     taken = []
-    for record in (Recorder(), lambda function: Recorder()(function)):
+    for record in (GraphRecorder(), lambda function: GraphRecorder()(function)):
         subject = subject_of(model, 64, 64, 64, record)
         subject.engine.graphs = subject.graphs
         gc.collect()  # engines and graphs refer to each other
@@ -272,9 +272,9 @@ def memory_part(place: Place) -> Found:
     shared, alone = recording_bytes(model)
     gc.collect()
     before = torch.cuda.memory_allocated()
-    engine = Engine(model, {-1}, 64, 2048, drafters={"learned": LearnedDrafts(Drafter(model))})
+    engine = Engine(model, {-1}, 64, 2048, proposers={"eagle": EagleProposer(Drafter(model))})
     taken = torch.cuda.memory_allocated() - before
-    counted = engine.slots * engine.row_bytes(engine.tokens.shape[1])
+    counted = engine.slots * engine.slot_bytes(engine.tokens.shape[1])
     del engine
     gc.collect()
     model.float().requires_grad_(True)

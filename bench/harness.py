@@ -16,18 +16,18 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from drafter import Drafter, LearnedDrafts, warm_start
+from drafter import Drafter, EagleProposer, warm_start
 from parts.cli import UserError, flag
 from parts.devices import pick_device
 from parts.engine.acceptance import Coupled
-from parts.engine.interfaces import Draft, Group, RoundReport, Row, Strategy
-from parts.engine.model_loading import ACTOR_DTYPES, actor_dtype, in_dtype, load_model, stop_tokens
-from parts.engine.ngram import NGramDrafts
+from parts.engine.interfaces import DraftPlan, Group, RoundReport, Sequence, Strategy
+from parts.engine.model_loading import ACTOR_DTYPES, actor_dtype, cast_weights, load_model, stop_tokens
+from parts.engine.ngram import NgramProposer
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.files import ROOT, find_folder
 from parts.running.timers import Span
 from rollout import Engine
-from strategy import bucket
+from strategy import batch_bucket
 from tasks import Countdown, encode_prompt
 
 # ---------------------------------------------------------------- settings and results
@@ -159,7 +159,7 @@ def load(config: Settings) -> tuple:
     """The model, where and in which type the settings want it, and its tokenizer. Raises UserError."""
     device = pick_device(config.device)
     model, tokenizer = load_model(config.model, device)
-    return in_dtype(model, actor_dtype(config.actor_dtype, device)), tokenizer
+    return cast_weights(model, actor_dtype(config.actor_dtype, device)), tokenizer
 
 
 def load_policy(config: DrafterSettings) -> Policy:
@@ -185,9 +185,9 @@ def load_policy(config: DrafterSettings) -> Policy:
 
 def drafted_engine(policy: Policy, slots: int, rule=Coupled) -> Engine:
     """An engine with a learned and an n-gram drafter. rule: how drafts are accepted, see parts/accept.py."""
-    drafters = {"learned": LearnedDrafts(policy.drafter), "n-gram": NGramDrafts()}
+    drafters = {"eagle": EagleProposer(policy.drafter), "ngram": NgramProposer()}
     stop = stop_tokens(policy.model, policy.tokenizer)
-    return Engine(policy.model, stop, slots=slots, drafters=drafters, rule=rule)
+    return Engine(policy.model, stop, slots=slots, proposers=drafters, rule=rule)
 
 
 # ---------------------------------------------------------------- round times
@@ -213,21 +213,21 @@ class Watch(Strategy):
         self.inner = inner
         self.totals: dict[int, RoundTotals] = defaultdict(RoundTotals)  # by strategy.bucket of the rows
 
-    def begin(self, changed) -> None:
+    def drafters_changed(self, methods) -> None:
         """As Strategy.begin."""
-        self.inner.begin(changed)
+        self.inner.drafters_changed(methods)
 
-    def choose(self, live: list[Row]) -> Draft:
+    def choose(self, running: list[Sequence]) -> DraftPlan:
         """As Strategy.choose."""
-        return self.inner.choose(live)
+        return self.inner.choose(running)
 
     def observe(self, report: RoundReport) -> None:
         """As Strategy.observe."""
-        totals = self.totals[bucket(report.rows)]
+        totals = self.totals[batch_bucket(report.batch_size)]
         totals.seconds += report.seconds
-        totals.tokens += report.rows + sum(report.right)
+        totals.tokens += report.batch_size + sum(report.accepted)
         totals.rounds += 1
-        totals.rows += report.rows
+        totals.rows += report.batch_size
         self.inner.observe(report)
 
 

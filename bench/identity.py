@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bench.harness import DrafterSettings, Result, drafted_engine, groups_for, load_policy, room, threads_flag
 from parts.cli import check_at_least, flag
 from parts.engine.acceptance import Tree
-from parts.engine.interfaces import Draft, Group, Response, Row, Strategy
+from parts.engine.interfaces import DraftPlan, Group, Response, Sequence, Strategy
 from parts.engine.model_loading import ACTOR_DTYPES
 from parts.engine.sampling import Sampling
 from rollout import Engine
@@ -51,9 +51,9 @@ class Changing(Strategy):
         super().__init__()
         self.rng = random.Random(seed)
 
-    def choose(self, live: list[Row]) -> Draft:
+    def choose(self, running: list[Sequence]) -> DraftPlan:
         """As Strategy.choose."""
-        return Draft(self.rng.choice(["learned", "n-gram"]), self.rng.choice([0, 1, 2, 4, 8]))
+        return DraftPlan(self.rng.choice(["eagle", "ngram"]), self.rng.choice([0, 1, 2, 4, 8]))
 
 
 class Mode(NamedTuple):
@@ -74,9 +74,9 @@ class Workload(NamedTuple):
 
 def modes_of(coupled: Engine, tree: Engine, seed: int) -> list[Mode]:
     """All modes. tree: an engine whose drafts have siblings."""
-    modes = [Mode(f"chain {k}", coupled, Strategy(Draft("learned", k))) for k in range(1, 9)]
-    modes.append(Mode("tree 4x2", tree, Strategy(Draft("learned", 4))))
-    modes.append(Mode("n-gram 4", coupled, Strategy(Draft("n-gram", 4))))
+    modes = [Mode(f"chain {k}", coupled, Strategy(DraftPlan("eagle", k))) for k in range(1, 9)]
+    modes.append(Mode("tree 4x2", tree, Strategy(DraftPlan("eagle", 4))))
+    modes.append(Mode("n-gram 4", coupled, Strategy(DraftPlan("ngram", 4))))
     modes.append(Mode("changing", coupled, Changing(seed)))
     modes.append(Mode("changing tree", tree, Changing(seed)))
     return modes
@@ -111,7 +111,7 @@ def compare(plain: dict[tuple, Response], mode: Mode, workload: Workload) -> dic
         "responses": len(plain),
         "identical": identical,
         "largest_logprob_gap": gap,
-        "tokens_per_round": stats.spec_tokens / max(1, stats.spec_row_rounds),
+        "tokens_per_round": stats.spec_tokens / max(1, stats.spec_sequence_rounds),
     }
 
 

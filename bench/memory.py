@@ -19,8 +19,8 @@ from parts.engine.interfaces import Response
 from parts.engine.model_loading import load_model
 from parts.training import logprobs
 from parts.training import lora as adapters
-from parts.training.layouts import trainable
-from train_grpo import Alone, Config, update
+from parts.training.layouts import trainable_parameters
+from train_grpo import Config, Worker, update
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def main() -> None:
     if command.gradient_checkpointing:
         logprobs.checkpoint_layers(model)
     config = Config(device=device, prompts=1, samples=8, max_new=412, micro_tokens=4096)
-    learns = trainable(model)
+    learns = trainable_parameters(model)
     optimizer = torch.optim.AdamW(learns, lr=0.0, fused=True)
     for p in learns:
         p.grad = torch.zeros_like(p)
@@ -92,7 +92,7 @@ def main() -> None:
     responses = responses_of(model.config.vocab_size)
     meter = Meter(device)
     started = now()
-    update(model, None, optimizer, responses, [1.0, -1.0] * 4, 0, config, Alone(config))
+    update(model, None, optimizer, responses, [1.0, -1.0] * 4, 0, config, Worker(config))
     kept = 12 * sum(p.numel() for p in learns) / 2**20  # gradients and moments, in float32
     print(json.dumps({"megabytes": meter.more(), "kept": kept, "seconds": now() - started}))
 

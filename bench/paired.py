@@ -29,7 +29,7 @@ from parts.engine.model_loading import actor_dtype
 from parts.running import checkpoints
 from parts.running.pictures import draw_timeline
 from parts.running.timers import Span
-from strategy import bucket
+from strategy import batch_bucket
 
 # phases of a step; rollout: until the last response of all workers
 PHASES = {
@@ -128,7 +128,7 @@ def seconds_by_batch(runs: list[dict[int, list[list[Span]]]], steps: list[int]) 
             workers = spans[step]
             for span in itertools.chain(*workers):
                 if span.state in ("rollout", "speculative") and span.rows:
-                    seconds[bucket(span.rows)] += span.seconds / len(workers) / len(steps) / len(runs)
+                    seconds[batch_bucket(span.rows)] += span.seconds / len(workers) / len(steps) / len(runs)
     return seconds
 
 

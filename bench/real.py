@@ -42,16 +42,16 @@ from bench.harness import (
 )
 from bench.speculation import Rollout
 from bench.step import Party, Steps, row_of
-from drafter import Drafter, LearnedDrafts, Trainer, collect, fit
+from drafter import Drafter, DrafterTrainer, EagleProposer, collect, fit
 from parts.cli import UserError, check_at_least, flag
 from parts.engine import acceptance as accept
-from parts.engine.interfaces import Draft, Group, Strategy
+from parts.engine.interfaces import DraftPlan, Group, Strategy
 from parts.engine.model_loading import stop_tokens
-from parts.engine.sampling import Sampling, all_words, noise_for, seed_words, sequence_seed
+from parts.engine.sampling import Sampling, all_token_ids, noise_for, sequence_seed, split_seeds
 from parts.files import ROOT
-from parts.training.drafter_data import FeatureBuffer, WordCounts
+from parts.training.drafter_data import FeatureBuffer, TokenCounts
 from rollout import Engine
-from strategy import Goodput, arms
+from strategy import Goodput, plans_for
 from tasks import encode_prompt, make_task
 
 PARTS = ("greedy", "identity", "generate", "training", "round", "speculation", "update", "step")
@@ -108,8 +108,8 @@ class Bench:
 
     def engine(self, slots: int, groups: list[Group], max_new: int, **settings) -> Engine:
         """An engine with the drafter, with room for the groups."""
-        drafters = {"learned": LearnedDrafts(self.drafter)}
-        engine = Engine(self.model, self.stop, slots, drafters=drafters, frozen=True, **settings)
+        drafters = {"eagle": EagleProposer(self.drafter)}
+        engine = Engine(self.model, self.stop, slots, proposers=drafters, frozen=True, **settings)
         engine.reserve(room(groups, max_new))
         return engine
 
@@ -122,8 +122,8 @@ class Bench:
             return torch.inf  # one is just longer
         ids = torch.tensor([prompt + ours[:place]], device=self.model.device)
         scores = self.model(input_ids=ids, use_cache=False).logits[:, -1].float() / (sampling.temperature or 1)
-        seeds = seed_words(torch.tensor([seed], device=ids.device))
-        words = all_words(scores.shape[1], ids.device)
+        seeds = split_seeds(torch.tensor([seed], device=ids.device))
+        words = all_token_ids(scores.shape[1], ids.device)
         scores = scores + noise_for(sampling, seeds, torch.full_like(ids[:, :1], place), words).view(-1, 1).T
         return (scores[0, ours[place]] - scores[0, theirs[place]]).abs().item()
 
@@ -148,7 +148,7 @@ def tokens_of(engine: Engine, groups: list[Group], sampling: Sampling, strategy:
 
 def of_length(k: int) -> Strategy:
     """Always so many drafts."""
-    return Strategy(Draft("learned", k)) if k else Strategy()
+    return Strategy(DraftPlan("eagle", k)) if k else Strategy()
 
 
 # ---------------------------------------------------------------- right?
@@ -178,7 +178,7 @@ def identity(bench: Bench) -> list[dict]:
     engine = bench.engine(32, groups, 100)
     plain = tokens_of(engine, groups, sampling)
     strategies = {f"chain {k}": of_length(k) for k in (2, 4, 8)}
-    strategies["goodput"] = Goodput(arms(["learned"]))
+    strategies["goodput"] = Goodput(plans_for(["eagle"]))
     rows = []
     for name, strategy in tqdm(strategies.items(), desc="identity", unit="way"):
         tokens = tokens_of(engine, groups, sampling, strategy)
@@ -217,23 +217,23 @@ def training(bench: Bench) -> list[dict]:
     engine = bench.engine(64, groups + held_out, max(100, config.max_new), keep_hidden=True)
     engine.frozen = False
     buffer = FeatureBuffer(limit=4 << 30)
-    words = WordCounts(bench.model.config.vocab_size, bench.stop)
+    words = TokenCounts(bench.model.config.vocab_size, bench.stop)
     started = time.time()
     collect(engine, groups, Sampling(max_new=config.max_new), buffer, words)
-    tokens = sum(len(row.ids) - row.start for row in buffer.rows)
+    tokens = sum(len(row.ids) - row.start for row in buffer.sequences)
     rows = [{"name": "data", "tokens": tokens, "seconds": time.time() - started}]
     bench.drafter.words = words.choose()
     for seconds in config.train:
         torch.manual_seed(config.seed)
         learner = Drafter(bench.model)
         learner.words = bench.drafter.words
-        trainer = Trainer(learner, seed=config.seed)
+        trainer = DrafterTrainer(learner, seed=config.seed)
         loss, agreement = fit(trainer, buffer, seconds)
         trainer.publish(bench.drafter)
         list(engine.generate(held_out, Sampling(max_new=100), of_length(4)))
         stats = engine.stats
         row = {"name": f"{seconds:.0f} s", "steps": trainer.steps, "loss": loss, "likeliest_right": agreement}
-        row["tokens_per_round"] = stats.spec_tokens / stats.spec_row_rounds
+        row["tokens_per_round"] = stats.spec_tokens / stats.spec_sequence_rounds
         rows.append({**row, "by_depth": [round(right / tried, 2) for right, tried in counted(stats)]})
     bench.drafter.save(config.out)
     bench.trained = True
@@ -250,7 +250,7 @@ def with_and_without(bench: Bench, engine: Engine, groups: list[Group]) -> list[
         row = {"name": name, "words": bench.model.config.vocab_size if chosen is None else len(chosen)}
         row["draft_ms_at_batch_1"] = engine.stats.draft_seconds / engine.stats.rounds * 1e3
         list(engine.generate(groups, Sampling(max_new=100), of_length(4)))
-        row["tokens_per_round"] = engine.stats.spec_tokens / engine.stats.spec_row_rounds
+        row["tokens_per_round"] = engine.stats.spec_tokens / engine.stats.spec_sequence_rounds
         rows.append(row)
     bench.drafter.words = words
     return rows
@@ -283,7 +283,7 @@ def rounds(bench: Bench) -> list[dict]:
         for k in (0, 4, 8):
             groups = bench.groups("test", batch)
             engine = bench.engine(batch, groups, 60)
-            engine.stop_at({-1})  # all rows live to the end
+            engine.set_stop_tokens({-1})  # all rows live to the end
             engine.graphs = None
             sampling = Sampling(max_new=60)
             list(engine.generate(groups, Sampling(max_new=10), of_length(k)))  # memory is touched
@@ -313,7 +313,7 @@ def speculation(bench: Bench) -> list[dict]:
         sampling = Sampling(temperature, max_new=config.max_new)
         engine = bench.engine(batch, groups, config.max_new)
         strategies = {"plain": Strategy(), **{f"chain {k}": of_length(k) for k in (1, 2, 3, 4, 6)}}
-        strategies["goodput"] = Goodput(arms(["learned"]))
+        strategies["goodput"] = Goodput(plans_for(["eagle"]))
         parties = {name: Rollout(engine, strategy, groups, sampling) for name, strategy in strategies.items()}
         for party in parties.values():
             party()  # the turn that does not count
@@ -324,7 +324,7 @@ def speculation(bench: Bench) -> list[dict]:
             row = {"name": f"batch {batch}, T {temperature}: {name}", "batch": batch, "temperature": temperature}
             row.update(mode=name, tokens_per_second=speed.tokens_per_second, ratio=speed.tokens_per_second / plain)
             stats = parties[name].stats
-            row["tokens_per_round"] = stats.spec_tokens / max(1, stats.spec_row_rounds)
+            row["tokens_per_round"] = stats.spec_tokens / max(1, stats.spec_sequence_rounds)
             if name == "goodput":
                 row["over_the_best"] = speed.tokens_per_second / best
             rows.append(row)

@@ -30,7 +30,7 @@ from parts.cli import check_at_least, flag
 from parts.engine.interfaces import Group, Strategy
 from parts.engine.sampling import Sampling
 from rollout import Engine
-from strategy import Goodput, arms, bucket
+from strategy import Goodput, batch_bucket, plans_for
 from tlt import fair_share
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
@@ -82,7 +82,7 @@ def roll_out(engine: Engine, groups: list[Group], sampling: Sampling, strategy: 
 def with_gaps_filled(round_times: dict[int, RoundTime], slots: int) -> dict[int, RoundTime]:
     """All buckets up to that of `slots`; one that was not measured takes after the nearest that was."""
     filled = {}
-    for size in range(1, bucket(slots) + 1):
+    for size in range(1, batch_bucket(slots) + 1):
         nearest = min(round_times, key=lambda known: abs(known - size))  # noqa: B023 (used at once)
         filled[size] = round_times[nearest]
     return filled
@@ -97,17 +97,17 @@ def simulate(lengths: list[list[int]], workers: int, slots: int, round_times: di
     lengths: of the responses of each group; round_times: by bucket of batch sizes.
     """
     queue = list(reversed(lengths))  # the next group is the last
-    row_limit = fair_share([len(group) for group in lengths], workers, slots)
+    max_running = fair_share([len(group) for group in lengths], workers, slots)
     ends = []
     clocks: list[tuple[float, int, list[float]]] = [(0.0, worker, []) for worker in range(workers)]  # a heap
     while clocks:
         now, worker, rows = heapq.heappop(clocks)  # the worker whose round ends first; rows: tokens that are missing
-        while queue and len(rows) + len(queue[-1]) <= row_limit:
+        while queue and len(rows) + len(queue[-1]) <= max_running:
             rows = rows + [float(length) for length in queue.pop()]
         if not rows:
             ends.append(now)
             continue
-        seconds, tokens = round_times[bucket(len(rows))]
+        seconds, tokens = round_times[batch_bucket(len(rows))]
         missing = [length - tokens for length in rows if length > tokens]
         heapq.heappush(clocks, (now + seconds, worker, missing))
     return ends
@@ -141,7 +141,7 @@ def measure(config: Config) -> Result:
     groups = groups_for(policy.tokenizer, config.responses, config.seed, "train")
     engine.reserve(room(groups, config.max_new))
     sampling = Sampling(max_new=config.max_new)
-    strategies = {"plain": Strategy(), "speculative": Goodput(arms(["learned"]))}
+    strategies = {"plain": Strategy(), "speculative": Goodput(plans_for(["eagle"]))}
     rollouts = {}
     for _ in range(2):  # the first turn does not count
         for name, strategy in strategies.items():

@@ -35,11 +35,11 @@ from bench.harness import (
 )
 from parts.cli import UserError, check_at_least, flag
 from parts.engine.acceptance import Ratio, Tree
-from parts.engine.interfaces import Draft, Group, Stats, Strategy
+from parts.engine.interfaces import DraftPlan, Group, Stats, Strategy
 from parts.engine.sampling import Sampling
 from parts.running.pictures import pyplot
 from rollout import Engine
-from strategy import Bandit, Goodput, arms
+from strategy import BegMab, Goodput, plans_for
 
 CHAINS = (1, 2, 4, 6, 8, 12)
 WORKLOADS = ("one", "tail", "bulk", "mixed")
@@ -113,12 +113,12 @@ def parties_of(policy: Policy, workload: Workload, config: Config) -> dict[str, 
 
     strategies = {"plain": Strategy()}
     for k in CHAINS:
-        strategies[f"chain {k}"] = Strategy(Draft("learned", k))
-    strategies["tree 4x2"] = Strategy(Draft("learned", 4))
-    strategies["n-gram 4"] = Strategy(Draft("n-gram", 4))
-    strategies["ratio 4"] = Strategy(Draft("learned", 4))
-    strategies["beg-mab"] = Bandit(arms(["learned", "n-gram"]))
-    strategies["goodput"] = Goodput(arms(["learned", "n-gram"]))
+        strategies[f"chain {k}"] = Strategy(DraftPlan("eagle", k))
+    strategies["tree 4x2"] = Strategy(DraftPlan("eagle", 4))
+    strategies["n-gram 4"] = Strategy(DraftPlan("ngram", 4))
+    strategies["ratio 4"] = Strategy(DraftPlan("eagle", 4))
+    strategies["beg-mab"] = BegMab(plans_for(["eagle", "ngram"]))
+    strategies["goodput"] = Goodput(plans_for(["eagle", "ngram"]))
 
     parties = {}
     for mode, strategy in strategies.items():
@@ -133,7 +133,7 @@ def row_of(workload: Workload, mode: str, speed: Speed, plain: Speed, stats: Sta
         "mode": mode,
         "tokens_per_second": speed.tokens_per_second,
         "ratio": speed.tokens_per_second / plain.tokens_per_second,
-        "tokens_per_round": stats.spec_tokens / max(1, stats.spec_row_rounds),
+        "tokens_per_round": stats.spec_tokens / max(1, stats.spec_sequence_rounds),
         "draft_share": stats.draft_seconds / stats.seconds,
         "rounds": stats.rounds,
         "tokens": speed.tokens,

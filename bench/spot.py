@@ -33,9 +33,9 @@ from bench.harness import (
     rounds_flag,
     take_turns,
 )
-from drafter import Drafter, Trainer
+from drafter import Drafter, DrafterTrainer
 from parts.cli import UserError, check_at_least
-from parts.engine.interfaces import Draft, Group, Response, Strategy
+from parts.engine.interfaces import DraftPlan, Group, Response, Strategy
 from parts.engine.sampling import Sampling
 from parts.running import checkpoints
 from parts.training.drafter_data import FeatureBuffer
@@ -66,7 +66,7 @@ def train_forever(config: Config, ready, steps) -> None:
         torch.cuda.set_device(1)
     policy = load_policy(config)
     engine = drafted_engine(policy, 16)
-    trainer = Trainer(policy.drafter)
+    trainer = DrafterTrainer(policy.drafter)
     buffer = FeatureBuffer()
     groups = groups_for(policy.tokenizer, 64, config.seed + 1)
     engine.reserve(room(groups, config.max_new))
@@ -125,7 +125,7 @@ class Turn:
 
 def roll_out(engine, groups: list[Group], sampling: Sampling) -> int:
     """A turn's rollouts -> tokens."""
-    strategy = Strategy(Draft("learned", 8))
+    strategy = Strategy(DraftPlan("eagle", 8))
     tokens = 0
     for _ in range(ROLLOUTS):
         tokens += sum(len(response.tokens) for response in engine.generate(groups, sampling, strategy))
@@ -177,9 +177,9 @@ def training_speed(drafter: Drafter, responses: list[Response], length: int, ste
     buffer = CountingBuffer()
     for response in responses:
         buffer.add(padded(response, length) if length else response)
-    features = sum(len(row.hidden) for row in buffer.rows)
+    features = sum(len(row.hidden) for row in buffer.sequences)
     useful = sum(len(response.hidden) for response in responses) / features  # the share that is not padding
-    trainer = Trainer(drafter)
+    trainer = DrafterTrainer(drafter)
     started = now()
     for _ in range(steps):
         trainer.step(buffer)

@@ -4,21 +4,24 @@ import torch
 
 from parts.cli import UserError
 
-# ---------------------------------------------------------------- folders and files
-
 
 def pick_device(name: str = "auto") -> str:
-    """cuda or cpu. name: auto takes a GPU if there is one. Raises UserError for cuda where there is none."""
+    """Return cuda or cpu. name: auto takes a GPU if there is one. Raises UserError for cuda where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def is_gpu(device: torch.device | str) -> bool:
+    """Return whether the device is a GPU: kernels are launched ahead of the host, and memory is limited."""
+    return torch.device(device).type == "cuda"
+
+
 def free_memory(device: torch.device) -> int | None:
-    """Bytes of GPU memory that torch can still hand out, of this process's share if several have the same GPU; None on
-    a CPU, where memory is taken as it is touched.
+    """Return the bytes of GPU memory that torch can still hand out, of this process's share if several have the same
+    GPU; None on a CPU, where memory is taken as it is touched.
     """
-    if device.type != "cuda":
+    if not is_gpu(device):
         return None
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

@@ -1,6 +1,6 @@
 """What a search handles: attempts at a question, its wishes for more of them, and the ledger of what the question cost.
 
-    Attempt   whole, or only begun
+    Attempt   whole, or only response_prefix_len
     Want      "continue these attempts"; they share one prefix, so the engine prefills it once
     Ledger    tokens, verified steps and seconds of one question; Sizes turns them into FLOPs
 
@@ -24,7 +24,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt at a question, whole or begun."""
+    """An attempt at a question, whole or response_prefix_len."""
 
     seed: int
     tokens: tuple[int, ...] = ()  # so far

@@ -69,7 +69,7 @@ def continue_from(
             if j < len(r.tokens):
                 name = (seed, "onward", r.group, r.sample, j)
                 seeds = [sequence_seed(*name, k) for k in range(continuations)]
-                groups.append(Group((n, j), r.prompt + r.tokens[:j], seeds, begun=j))
+                groups.append(Group((n, j), r.prompt + r.tokens[:j], seeds, response_prefix_len=j))
     label_of = {group.key: 0.0 for group in groups}
     for r in solver.generate(groups, "continuations"):
         n, j = r.group

@@ -13,7 +13,6 @@ only learns that what it sees is wrong, and its second attempt is right less oft
 
 import difflib
 import random
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,7 @@ MILLION = 10**6  # the parts below use other questions, so they begin at other m
 VIEW = 4  # attempts in view, at most
 
 # (prompt ids, ids of a right attempt): a row to tune on
-Row = tuple[list[int], list[int]]
+Example = tuple[list[int], list[int]]
 
 
 def learn(config: Config) -> None:
@@ -89,7 +88,7 @@ def questions_in_chains(solver: Solver, problems: list[Problem], seed: int, rng:
 
 def revision_rows(
     solver: Solver, questions: list[Question], rng: random.Random, right_in_view: float = 0.6
-) -> dict[str, list[Row]]:
+) -> dict[str, list[Example]]:
     """What to tune on, by name: "refit" has only the question in its prompts, "revise" also 0 to 4 attempts at it.
 
     right_in_view: chance that any number of the attempts in view are right ones, see above.
@@ -102,7 +101,7 @@ def revision_rows(
     for r in solver.generate(groups, "attempts"):
         is_right = solver.grade(questions[r.group].problem, r.tokens)
         (right if is_right else wrong)[r.group].append(r.tokens)
-    rows: dict[str, list[Row]] = {"revise": [], "refit": []}
+    rows: dict[str, list[Example]] = {"revise": [], "refit": []}
     for i, question in enumerate(questions):
         if not wrong[i]:
             continue
@@ -132,7 +131,7 @@ def choose_view(
     return shown
 
 
-def tune(folder: Path, name: str, rows: list[Row], epochs: int, rng: random.Random) -> None:
+def tune(folder: Path, name: str, rows: list[Example], epochs: int, rng: random.Random) -> None:
     """Tune the policy in the folder on the rows, and write it to folder/name."""
     model, tokenizer = load_model(str(folder))
     plan = []
@@ -170,7 +169,7 @@ def teach(solver: Solver, folder: Path, training: list[Question], held_out: list
     for i, question in enumerate(training[:2000]):
         seeds = [sequence_seed(config.seed, "drafter", i, k) for k in range(4)]
         groups.append(Group(i, question.prompt, seeds))
-    solver.engine.stop_at(solver.stops)
+    solver.engine.set_stop_tokens(solver.stops)
     solver.engine.reserve(max(len(group.prompt) for group in groups) + solver.max_new)
     sampling = Sampling(max_new=solver.max_new)
     warm_start(drafter, solver.engine, groups, sampling, config.drafter_seconds, config.seed)

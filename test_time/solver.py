@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from drafter import Drafter, LearnedDrafts
+from drafter import Drafter, EagleProposer
 from parts.cli import UserError
 from parts.devices import pick_device
 from parts.engine.interfaces import Group, Response
@@ -30,7 +30,7 @@ from parts.engine.model_loading import load_model, stop_tokens
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.files import find_folder
 from rollout import Engine
-from strategy import Goodput, arms
+from strategy import Goodput, plans_for
 from tasks import Problem, Task, encode_prompt
 from test_time.attempts import Attempt, Ledger, Search, SearchStrategy, SeedOf, Sizes, Want
 from test_time.verifier import Verifier, step_features
@@ -124,9 +124,9 @@ class Solver:
         self.again = tuple(self.tokenizer.encode(task.again, add_special_tokens=False))
         self.verifiers = self.load_verifiers() if verify else {}
         drafter = self.load_drafter() if speculate else None
-        drafters = {"learned": LearnedDrafts(drafter)} if drafter else {}
-        self.strategy = Goodput(arms(["learned"])) if drafter else None  # how far to draft, in whole attempts
-        self.engine = Engine(self.policy, self.stops, slots, keep_hidden=True, drafters=drafters, frozen=True)
+        drafters = {"eagle": EagleProposer(drafter)} if drafter else {}
+        self.strategy = Goodput(plans_for(["eagle"])) if drafter else None  # how far to draft, in whole attempts
+        self.engine = Engine(self.policy, self.stops, slots, keep_hidden=True, proposers=drafters, frozen=True)
         verifier = self.verifiers.get("process")
         self.sizes = Sizes(matrix_weights(self.policy), weights_of(drafter), weights_of(verifier))
 
@@ -166,8 +166,8 @@ class Solver:
         self, groups: list[Group], title: str = "", step: bool = False, greedy: bool = False
     ) -> Iterator[Response]:
         """Responses as they end. title: of the progress bar, "" for none; step: only to the next step's end."""
-        self.engine.stop_at(self.ends if step else self.stops)
-        self.engine.reserve(max(len(group.prompt) - group.begun for group in groups) + self.max_new)
+        self.engine.set_stop_tokens(self.ends if step else self.stops)
+        self.engine.reserve(max(len(group.prompt) - group.response_prefix_len for group in groups) + self.max_new)
         sampling = Sampling(0.0 if greedy else 1.0, max_new=self.max_new)
         responses = self.engine.generate(groups, sampling, None if step else self.strategy)
         total = sum(len(group.seeds) for group in groups)
@@ -185,12 +185,12 @@ class Solver:
             dialogues.append(Dialogue(prompt, search(seeds_for(seed, prompt))))
         for dialogue in dialogues:
             dialogue.begin()
-        live = dialogues
-        while live:
-            self.write([order for dialogue in live for order in dialogue.orders])
-            for dialogue in live:
+        running = dialogues
+        while running:
+            self.write([order for dialogue in running for order in dialogue.orders])
+            for dialogue in running:
                 dialogue.reply()
-            live = [dialogue for dialogue in live if dialogue.attempts is None]
+            running = [dialogue for dialogue in running if dialogue.attempts is None]
         seconds = (time.time() - started) / len(problems)
         for dialogue in dialogues:
             dialogue.ledger.seconds = seconds
@@ -215,7 +215,7 @@ class Solver:
         prompt = order.dialogue.prompt + list(first.before + first.tokens)
         order.dialogue.ledger.prefill += len(prompt) - 1
         seeds = [attempt.seed for attempt in order.want.attempts]
-        return Group(key, prompt, seeds, begun=len(first.tokens))
+        return Group(key, prompt, seeds, response_prefix_len=len(first.tokens))
 
     def judge(self, responses: list[Response], attempts: list[Attempt]) -> Iterator[Attempt]:
         """The attempts with what was written for them, scored."""

@@ -9,11 +9,11 @@ import torch
 from conftest import tiny
 from transformers import LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config, Qwen3Config
 
-from drafter import Drafter, LearnedDrafts, Trainer
+from drafter import Drafter, DrafterTrainer, EagleProposer
 from parts.engine.acceptance import Coupled
-from parts.engine.cuda_graphs import Shape
-from parts.engine.interfaces import Draft, Group, Response, Row, Strategy
-from parts.engine.ngram import NGramDrafts
+from parts.engine.cuda_graphs import RoundShape
+from parts.engine.interfaces import DraftPlan, Group, Response, Sequence, Strategy
+from parts.engine.ngram import NgramProposer
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.training.drafter_data import FeatureBuffer
 from rollout import Engine
@@ -65,12 +65,12 @@ def make_drafter(model) -> Drafter:
 
 def make_engine(model, drafter: Drafter | None = None, slots: int = 10, context: int = 100, **settings) -> Engine:
     """An engine with both kinds of drafters."""
-    drafters = {"learned": LearnedDrafts(drafter or make_drafter(model)), "ngram": NGramDrafts()}
-    return Engine(model, {1}, slots, context, drafters=drafters, **settings)
+    drafters = {"eagle": EagleProposer(drafter or make_drafter(model)), "ngram": NgramProposer()}
+    return Engine(model, {1}, slots, context, proposers=drafters, **settings)
 
 
 def fixed(kind: str, k: int) -> Strategy:
-    return Strategy(Draft(kind, k))
+    return Strategy(DraftPlan(kind, k))
 
 
 class Changing(Strategy):
@@ -81,8 +81,8 @@ class Changing(Strategy):
         self.rng = random.Random(seed)
         self.lengths = [k for k in (0, 0, 1, 2, 3, 5, 8) if k <= longest]
 
-    def choose(self, live):
-        return Draft(self.rng.choice(["learned", "ngram"]), self.rng.choice(self.lengths))
+    def choose(self, running):
+        return DraftPlan(self.rng.choice(["eagle", "ngram"]), self.rng.choice(self.lengths))
 
 
 def responses_of(model, n: int = 8) -> list[Response]:
@@ -103,7 +103,7 @@ def trained_weights(family: str) -> dict[str, torch.Tensor]:
     model = tiny_of(family)
     drafter = make_drafter(model)
     buffer = filled_buffer(make_engine(model).generate(groups_of(30, random.Random(5)), SAMPLINGS[0]))
-    trainer = Trainer(drafter, tokens=256)
+    trainer = DrafterTrainer(drafter, tokens=256)
     for _ in range(150):
         trainer.step(buffer)
     return drafter.state_dict()
@@ -119,13 +119,15 @@ def trained_drafter(model) -> Drafter:
 def accepted_per_round(model, drafter: Drafter, k: int = 4) -> float:
     """Tokens per row and speculative round."""
     engine = make_engine(model, drafter)
-    list(engine.generate(groups_of(40, random.Random(1)), SAMPLINGS[0], fixed("learned", k)))
-    return engine.stats.spec_tokens / engine.stats.spec_row_rounds
+    list(engine.generate(groups_of(40, random.Random(1)), SAMPLINGS[0], fixed("eagle", k)))
+    return engine.stats.spec_tokens / engine.stats.spec_sequence_rounds
 
 
-def shape_of(live: list[Row], k: int, gap: int = 0) -> Shape:
+def shape_of(running: list[Sequence], k: int, gap: int = 0) -> RoundShape:
     """Of a round of these rows, as Engine.shape_of."""
-    return Shape(len(live), max(row.length for row in live) + k + 1, gap, Draft("learned", k), SAMPLINGS[0])
+    return RoundShape(
+        len(running), max(row.length for row in running) + k + 1, gap, DraftPlan("eagle", k), SAMPLINGS[0]
+    )
 
 
 # ---------------------------------------------------------------- what speculation must not change
@@ -153,7 +155,7 @@ def check_identity(
 ) -> None:
     """An engine decodes plainly, then speculatively: with refills, row moves and mixed prompts all comes out equal."""
     engine = make_engine(model or tiny(), drafter, slots, rule=rule)
-    engine.stop_at(stop)
+    engine.set_stop_tokens(stop)
     groups = groups or groups_of(12, random.Random(1))
     plain = by_name(engine.generate(groups, sampling))
     check_equal(by_name(engine.generate(groups, sampling, strategy)), plain)

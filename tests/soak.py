@@ -49,7 +49,7 @@ SAME = (
     "digest",
     "reward",
     "solved",
-    "flat_groups",
+    "zero_variance_groups",
     "length",
     "truncated",
     "tokens",
@@ -76,7 +76,7 @@ class Config:
 # ---------------------------------------------------------------- in a worker, or its parent
 
 
-class WatchedClock(report.Clock):
+class WatchedClock(report.WorkerTimer):
     """A worker's clock that also writes the mark of its state into the file SOAK_STATES, a byte for each worker."""
 
     def __init__(self, *args, **kwargs):
@@ -94,7 +94,7 @@ class WatchedClock(report.Clock):
 if os.environ.get("SOAK_STATES"):  # spawned workers import this file, too
     from parts.training import layouts as workers
 
-    workers.Clock = WatchedClock
+    workers.WorkerTimer = WatchedClock
 
 
 # ---------------------------------------------------------------- runs and their processes

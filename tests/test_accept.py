@@ -29,14 +29,14 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafter import Drafter, LearnedDrafts
+from drafter import Drafter, EagleProposer
 from parts.cli import UserError
 from parts.engine import acceptance as accept
 from parts.engine import kv_cache as modeling
 from parts.engine import sampling as sampling_module
 from parts.engine.acceptance import Coupled, Ratio, Tree
-from parts.engine.interfaces import MAX_DRAFTS, Draft, Drafts, Group, Strategy
-from parts.engine.sampling import Sampling, all_words, narrow, noise_for, sequence_seed
+from parts.engine.interfaces import MAX_DRAFT_LEN, DraftPlan, Group, Proposer, Strategy
+from parts.engine.sampling import Sampling, all_token_ids, noise_for, scale_and_filter, sequence_seed
 from rollout import Engine
 
 
@@ -47,11 +47,11 @@ def plain_responses(sampling: Sampling) -> dict:
 
 
 WAYS = {
-    **{f"chain {k}": (Coupled, partial(fixed, "learned", k)) for k in (*range(1, 9), MAX_DRAFTS)},
-    "n-gram": (Coupled, partial(fixed, "ngram", 4)),
+    **{f"chain {k}": (Coupled, partial(fixed, "eagle", k)) for k in (*range(1, 9), MAX_DRAFT_LEN)},
+    "ngram": (Coupled, partial(fixed, "ngram", 4)),
     "changing": (Coupled, partial(Changing, 0)),
-    "tree 4x3": (partial(Tree, width=3), partial(fixed, "learned", 4)),
-    "tree 8x2": (partial(Tree, width=2), partial(fixed, "learned", 8)),
+    "tree 4x3": (partial(Tree, width=3), partial(fixed, "eagle", 4)),
+    "tree 8x2": (partial(Tree, width=2), partial(fixed, "eagle", 8)),
     "n-gram tree": (partial(Tree, width=2), partial(fixed, "ngram", 3)),
     "changing tree": (partial(Tree, width=2), partial(Changing, 0)),
 }
@@ -88,7 +88,7 @@ def test_identity_on_random_shapes(seed, slots, max_new, stop, temperature, widt
     rule = Coupled if width == 1 else partial(Tree, width=width)
     model = tiny()
     groups = groups_of(7, random.Random(seed))
-    strategy = Changing(seed, longest=MAX_DRAFTS // width)
+    strategy = Changing(seed, longest=MAX_DRAFT_LEN // width)
     sampling = Sampling(temperature, max_new=max_new)
     check_identity(strategy, sampling, rule, model, trained_drafter(model), groups, slots, stop)
 
@@ -101,16 +101,16 @@ def test_sharing_the_noise_is_what_makes_guesses_right(monkeypatch):
     assert accepted_per_round(model, drafter) < coupled
 
 
-class Oracle(Drafts):
+class Oracle(Proposer):
     """Knows what comes: every draft is accepted, so stops and limits fall inside the run."""
 
     def __init__(self):
         self.tokens: dict[tuple, list[int]] = {}
 
     def propose(self, engine, shape, guess):
-        k = shape.draft.k
+        k = shape.plan.k
         drafts = []
-        for row in engine.live:
+        for row in engine.running:
             coming = self.tokens[row.group.key, row.sample][len(row.tokens) :]
             drafts.append((coming + [7] * k)[:k])
         return torch.tensor(drafts)
@@ -119,63 +119,63 @@ class Oracle(Drafts):
 @pytest.mark.parametrize("max_new", [29, 1])
 def test_stop_and_length_limit_inside_an_accepted_run(max_new):
     oracle = Oracle()
-    engine = Engine(tiny(), {1}, 10, 100, drafters={"oracle": oracle})
+    engine = Engine(tiny(), {1}, 10, 100, proposers={"oracle": oracle})
     groups = groups_of(12, random.Random(1))
     sampling = Sampling(max_new=max_new)
     oracle.tokens = tokens_of(engine.generate(groups, sampling))
-    assert tokens_of(engine.generate(groups, sampling, Strategy(Draft("oracle", 8)))) == oracle.tokens
+    assert tokens_of(engine.generate(groups, sampling, Strategy(DraftPlan("oracle", 8)))) == oracle.tokens
     assert engine.stats.rounds <= 40
     assert engine.stats.accepted[0] > 0
 
 
 def test_too_many_drafts_are_named():
     with pytest.raises(UserError, match="draft length 8 x width 3"):
-        check_identity(fixed("learned", 8), rule=partial(Tree, width=3))
+        check_identity(fixed("eagle", 8), rule=partial(Tree, width=3))
     with pytest.raises(UserError, match="draft length 17"):
-        check_identity(fixed("learned", 17))
+        check_identity(fixed("eagle", 17))
 
 
 def check_tree() -> None:
     model = tiny()
-    check_identity(fixed("learned", 4), rule=partial(Tree, width=3), model=model, drafter=trained_drafter(model))
+    check_identity(fixed("eagle", 4), rule=partial(Tree, width=3), model=model, drafter=trained_drafter(model))
 
 
 def test_siblings_that_see_each_other_are_caught(monkeypatch):
     check_tree()
-    right = accept.caterpillar
+    right = accept.chain_with_siblings
 
     def harm(k, width, device):
         shape = right(k, width, device)
         return modeling.Tree(shape.depth, shape.depth <= shape.depth[:, None])
 
-    monkeypatch.setattr(accept, "caterpillar", harm)
+    monkeypatch.setattr(accept, "chain_with_siblings", harm)
     caught(check_tree)
 
 
 def test_an_accepted_path_that_is_not_compacted_is_caught(monkeypatch):
-    monkeypatch.setattr(modeling.SlotCache, "relocate", lambda *args: None)
+    monkeypatch.setattr(modeling.KVCache, "relocate", lambda *args: None)
     caught(check_tree)
 
 
 # ---------------------------------------------------------------- large vocabularies
 
 
-def check_pieces(way: str, sampling: Sampling, logits_at_once: int, drafter: Drafter | None = None):
+def check_pieces(way: str, sampling: Sampling, max_logits: int, drafter: Drafter | None = None):
     """Columns in pieces, where rows drop out; guesses from some words only."""
     rule, make_strategy = WAYS[way]
     model = tiny()
     engine = make_engine(model, drafter or trained_drafter(model), rule=rule)
-    engine.logits_at_once = logits_at_once
+    engine.max_logits = max_logits
     responses = engine.generate(groups_of(12, random.Random(1)), sampling, make_strategy())
     check_equal(by_name(responses), plain_responses(sampling))
     return engine.stats
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("logits_at_once", [1, 118 * 10, 118 * 25])
-def test_columns_in_pieces_change_no_token(sampling, logits_at_once, monkeypatch):
+@pytest.mark.parametrize("max_logits", [1, 118 * 10, 118 * 25])
+def test_columns_in_pieces_change_no_token(sampling, max_logits, monkeypatch):
     monkeypatch.setattr(sampling_module, "SHARED", 0)  # nor is noise shared
-    accepted = check_pieces("chain 5", sampling, logits_at_once).accepted
+    accepted = check_pieces("chain 5", sampling, max_logits).accepted
     assert accepted == check_pieces("chain 5", sampling, 1 << 21).accepted
     assert accepted[1] > 0
 
@@ -223,7 +223,7 @@ def enumerate_exactly(model, prompt, length, sampling) -> dict[tuple, float]:
     ids = torch.tensor([prompt + list(outcome) for outcome in outcomes])
     with torch.no_grad():
         logits = model(input_ids=ids[:, :-1]).logits[:, len(prompt) - 1 :]
-    logp = narrow(logits, sampling)[1].log_softmax(-1).gather(-1, ids[:, len(prompt) :, None])
+    logp = scale_and_filter(logits, sampling)[1].log_softmax(-1).gather(-1, ids[:, len(prompt) :, None])
     return dict(zip(outcomes, logp[..., 0].sum(-1).exp().double().tolist()))
 
 
@@ -258,9 +258,9 @@ def check_distribution(rule, k=3, count=8_000, words=None) -> Engine:
     prompt = [1, 2, 3]
     drafter = wild_drafter(model)
     drafter.words = words
-    engine = Engine(model, {99}, 400, 16, drafters={"learned": LearnedDrafts(drafter)}, rule=rule)
+    engine = Engine(model, {99}, 400, 16, proposers={"eagle": EagleProposer(drafter)}, rule=rule)
     groups = [Group(i, prompt, [sequence_seed("d", i, j) for j in range(400)]) for i in range(count // 400)]
-    counts = Counter(tuple(r.tokens) for r in engine.generate(groups, sampling, fixed("learned", k)))
+    counts = Counter(tuple(r.tokens) for r in engine.generate(groups, sampling, fixed("eagle", k)))
     expected = enumerate_exactly(model, prompt, 3, sampling)
     assert set(counts) <= set(expected)
     assert chi_square(counts, expected, count) < 113
@@ -302,8 +302,8 @@ def positions_off_by_one(verify, logits, q_logits, *rest):
 def no_residual(verify, logits, q_logits, drafts, sampling, seeds, index):
     """After a rejected draft the policy's own sample, as if q had not been tried."""
     y, logprobs, accepted = verify(logits, q_logits, drafts, sampling, seeds, index)
-    noise = noise_for(sampling, seeds, index, all_words(logits.shape[-1], logits.device))
-    own = (narrow(logits, sampling)[1] + noise).argmax(-1)
+    noise = noise_for(sampling, seeds, index, all_token_ids(logits.shape[-1], logits.device))
+    own = (scale_and_filter(logits, sampling)[1] + noise).argmax(-1)
     kept = torch.arange(y.shape[1]) < accepted[:, None]
     return torch.where(kept, y, own), logprobs, accepted
 
@@ -320,7 +320,7 @@ def test_ratio_verification_of_argmax_drafts_is_caught():
     caught(check_distribution, Argmax, count=4_000)
 
 
-@pytest.mark.parametrize("sampling, kind", [(SAMPLINGS[1], "learned"), (SAMPLINGS[0], "ngram")])
+@pytest.mark.parametrize("sampling, kind", [(SAMPLINGS[1], "eagle"), (SAMPLINGS[0], "ngram")])
 def test_where_the_ratio_rule_does_not_apply_equality_does(sampling, kind):
     """Greedy sampling, and drafters without a q."""
     model = tiny()
@@ -338,7 +338,7 @@ def check_ratio_noise(stream):
     q = torch.tensor([0.5, 0.1, 0.38, 0.02])
     seeds = torch.randint(-(2**31), 2**31, (n, 2), generator=torch.Generator().manual_seed(0)).int()
     index = torch.arange(2).expand(n, 2)
-    noise = noise_for(SAMPLINGS[0], seeds, index, all_words(4, seeds.device), stream)
+    noise = noise_for(SAMPLINGS[0], seeds, index, all_token_ids(4, seeds.device), stream)
     drafts = (q.log() + noise[:, :1]).argmax(-1)
     logits = p.log().expand(n, 2, 4)
     y, _, _ = accept.verify_ratio(logits, q.log().expand(n, 1, 4), drafts, SAMPLINGS[0], seeds, index)

@@ -14,7 +14,7 @@ from base import smollm2
 from bench import aging, engine, harness, losses, memory, paired, real, scale
 from bench.__main__ import TABLES, main
 from parts.cli import UserError, parse_flags
-from parts.engine.interfaces import Draft, RoundReport, Strategy
+from parts.engine.interfaces import DraftPlan, RoundReport, Strategy
 from rollout import Engine
 
 
@@ -109,20 +109,20 @@ def test_turns_alternate():
 
 
 def test_a_watched_strategy_is_unchanged_and_summed_up():
-    class Recorder(Strategy):
+    class GraphRecorder(Strategy):
         def __init__(self):
-            super().__init__(Draft("learned", 2))
+            super().__init__(DraftPlan("eagle", 2))
             self.reports = []
 
         def observe(self, report):
             self.reports.append(report)
 
-    recorder = Recorder()
+    recorder = GraphRecorder()
     watch = harness.Watch(recorder)
     reports = [
-        RoundReport(4, Draft("learned", 2), 0.5, [4, 3], [3, 1]),
-        RoundReport(5, Draft("learned", 2), 0.25, [5, 1], [1, 0]),
-        RoundReport(1, Draft("learned", 2), 0.1, [1, 0], [0, 0]),
+        RoundReport(4, DraftPlan("eagle", 2), 0.5, [4, 3], [3, 1]),
+        RoundReport(5, DraftPlan("eagle", 2), 0.25, [5, 1], [1, 0]),
+        RoundReport(1, DraftPlan("eagle", 2), 0.1, [1, 0], [0, 0]),
     ]
     for report in reports:
         watch.observe(report)

@@ -124,7 +124,7 @@ def test_what_a_run_wrote_repeats_it(script, model_folder, tmp_path, monkeypatch
         flags += ["--workers", 1, "--warm-start", 0]
     here(script, "--model", model_folder, "--out", out, *flags, monkeypatch=monkeypatch)
     seen = []
-    monkeypatch.setattr(script, "train", lambda config, team: seen.append(config))
+    monkeypatch.setattr(script, "train", lambda config, worker: seen.append(config))
     here(script, "--config", out / "config.json", "--out", tmp_path / "second", monkeypatch=monkeypatch)
     settings = asdict(seen[0])
     assert settings.pop("out") == str(tmp_path / "second")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from parts.cli import UserError, parse_flags
 from parts.running import demo
-from parts.training.layouts import Replicated
+from parts.training.layouts import ReplicatedLayout
 from parts.training.logprobs import checkpoint_layers
 from rollout import Engine
 from tlt import TLTConfig
@@ -156,13 +156,13 @@ def check_rows_are_those_of_the_engine(plan):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(candidate.config, dtype=torch.bfloat16)
             checkpoint_layers(model)
-            layout = Replicated()
+            layout = ReplicatedLayout()
             drafter = sum(p.numel() for p in model.get_decoder().layers[0].parameters())
             drafter += 2 * candidate.config.hidden_size**2
-            engine = SimpleNamespace(model=model, slots=4096, slots_wanted=4096, drafters={"learned": None})
-            engine.row_bytes = MethodType(Engine.row_bytes, engine)
+            engine = SimpleNamespace(model=model, slots=4096, slots_wanted=4096, proposers={"eagle": None})
+            engine.slot_bytes = MethodType(Engine.slot_bytes, engine)
             engine.keep_hidden = True
-            engine.logits_at_once = 0  # they are among what CUDA takes
+            engine.max_logits = 0  # they are among what CUDA takes
             engine.reserve_bytes = layout.update_bytes(model, found.micro_tokens) + layout.moment_bytes(model)
             free = gpu - demo.CUDA_BYTES - 6 * found.weights - 18 * drafter
             room = demo.PROMPT + demo.MAX_NEW + 17
@@ -173,7 +173,7 @@ def check_rows_are_those_of_the_engine(plan):
 
 def test_the_demo_counts_as_a_run_does(monkeypatch):
     check_rows_are_those_of_the_engine(demo.plan)
-    monkeypatch.setattr(Replicated, "moment_bytes", lambda self, model: 0)
+    monkeypatch.setattr(ReplicatedLayout, "moment_bytes", lambda self, model: 0)
     plans = {}
     for candidate in demo.MODELS:
         for gpu in CARDS.values():

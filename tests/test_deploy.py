@@ -18,15 +18,15 @@ import export as export_module
 import tlt
 from base.pretrain import make_tokenizer
 from custom_generate import generate as stock_side
-from drafter import Drafter, LearnedDrafts
+from drafter import Drafter, EagleProposer
 from export import export
 from parts.cli import UserError
 from parts.engine import model_loading as loading
-from parts.engine.interfaces import Draft, Group, Strategy
+from parts.engine.interfaces import DraftPlan, Group, Strategy
 from parts.engine.model_loading import load_model, stop_tokens
 from parts.engine.sampling import Sampling
 from rollout import Engine
-from train_grpo import Alone, Config, Training
+from train_grpo import Config, Training, Worker
 
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
@@ -126,13 +126,13 @@ def test_guesses_are_those_of_the_engine(words, folders, tmp_path):
     drafter = Drafter(policy)
     drafter.load(folder / "drafter")
     assert words is None or torch.equal(drafter.words, words)
-    engine = Engine(policy, {1}, 1, 60, drafters={"learned": LearnedDrafts(drafter)})
-    chain = Strategy(Draft("learned", 4))
+    engine = Engine(policy, {1}, 1, 60, proposers={"eagle": EagleProposer(drafter)})
+    chain = Strategy(DraftPlan("eagle", 4))
     (response,) = engine.generate([Group(0, prompt, [0])], Sampling(0.0, max_new=40), chain)
     assert tokens == response.tokens
     assert response.rounds < len(tokens)  # some guesses were right
     assert abs(len(forwards) - 1 - response.rounds) <= 1  # the last round here is shorter
-    assert stock_side.SHARPEN == LearnedDrafts.SHARPEN
+    assert stock_side.SHARPEN == EagleProposer.SHARPEN
 
 
 def test_what_is_not_supported_is_named(folders):
@@ -210,7 +210,7 @@ def check_saved_policy_stops(folder, tokenizer) -> None:
     model.save_pretrained(folder / "start")
     tokenizer.save_pretrained(folder / "start")
     config = Config(model=str(folder / "start"), out=str(folder / "run"), device="cpu", max_new=40)
-    training = Training(config, Alone(config))
+    training = Training(config, Worker(config))
     training.engine.reserve(50)
     tokens = greedy(training.engine)
     assert tokens.index(end) == len(tokens) - 1 <= 5
@@ -228,7 +228,7 @@ def test_the_saved_policy_stops_where_the_engine_did(tmp_path, monkeypatch):
 
 def test_a_policy_with_one_stop_token_keeps_it_as_it_is(model_folder, tmp_path):
     config = Config(model=str(model_folder), out=str(tmp_path), device="cpu")
-    assert Training(config, Alone(config)).model.generation_config.eos_token_id == 1
+    assert Training(config, Worker(config)).model.generation_config.eos_token_id == 1
 
 
 # ---------------------------------------------------------------- servers
@@ -252,7 +252,7 @@ class Server:
         bias = self.use(name + ".bias") if biased else None
         return torch.nn.functional.linear(x, self.use(name + ".weight"), bias)
 
-    def attend(self, x, policy):
+    def attention_inputs(self, x, policy):
         config = self.config
         biased = config.get("qkv_bias", config.get("attention_bias", config["model_type"] == "qwen2"))
         heads = {
@@ -273,7 +273,7 @@ class Server:
     def run(self, policy, tokens, features):
         has_bias = self.config["architectures"][0].endswith("ForCausalLMEagle")
         x = self.linear(torch.cat([policy.get_input_embeddings()(tokens), features], -1), "fc", has_bias)
-        x = x + self.attend(x, policy)
+        x = x + self.attention_inputs(x, policy)
         norm = self.use("layers.0.post_attention_layernorm.weight")
         normed = torch.nn.functional.rms_norm(x, x.shape[-1:], norm, self.config["rms_norm_eps"])
         gate = torch.nn.functional.silu(self.linear(normed, "layers.0.mlp.gate_proj"))

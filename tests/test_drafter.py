@@ -24,18 +24,18 @@ from helpers import (
 
 import drafter as drafter_module
 import drafter as mlp
-from drafter import Drafter, LearnedDrafts, Trainer, drafter_loss, fit
+from drafter import Drafter, DrafterTrainer, EagleProposer, drafter_loss, fit
 from parts.cli import UserError
-from parts.engine.interfaces import Draft, Group, Response, Row, Strategy
+from parts.engine.interfaces import DraftPlan, Group, Response, Sequence, Strategy
 from parts.engine.sampling import Sampling
-from parts.training.drafter_data import FeatureBuffer, Features, pack
+from parts.training.drafter_data import FeatureBuffer, SequenceFeatures, pack
 from rollout import Engine
 
 # ---------------------------------------------------------------- alignment and packing
 
 
-def sequences(responses) -> list[Features]:
-    return [Features(torch.tensor(r.prompt + r.tokens), r.hidden, len(r.prompt)) for r in responses]
+def sequences(responses) -> list[SequenceFeatures]:
+    return [SequenceFeatures(torch.tensor(r.prompt + r.tokens), r.hidden, len(r.prompt)) for r in responses]
 
 
 def trained_pass(drafter: Drafter, batch, mask=drafter_module.block_mask):
@@ -44,7 +44,7 @@ def trained_pass(drafter: Drafter, batch, mask=drafter_module.block_mask):
     return drafter(batch.ids, batch.features, angles, mask(batch.owner, batch.positions, 2, batch.features.dtype))[0]
 
 
-class Recorder:
+class GraphRecorder:
     """In place of accept.Coupled.guess: greedy guesses; keeps the drafter's logits."""
 
     def __init__(self):
@@ -56,10 +56,10 @@ class Recorder:
         return logits.argmax(-1)
 
 
-def engine_in_the_middle(model, drafter, rows) -> tuple[Engine, LearnedDrafts]:
+def engine_in_the_middle(model, drafter, rows) -> tuple[Engine, EagleProposer]:
     """An engine whose slots hold these responses and their features."""
     engine = make_engine(model, drafter)
-    learned = engine.drafters["learned"]
+    learned = engine.proposers["eagle"]
     learned.reserve(engine, 10, 120)
     learned.begin()
     for i, r in enumerate(rows):
@@ -83,11 +83,11 @@ def check_alignment(packer):
     with torch.no_grad():
         trained = trained_pass(drafter, batch)
         for _ in range(6):
-            engine.live = [Row(Group(0, r.prompt, []), 0, r.tokens[:n]) for r, n in zip(rows, grown)]
-            engine.lens[: len(rows)] = torch.tensor([row.length for row in engine.live])
-            guess = Recorder()
-            learned.propose(engine, shape_of(engine.live, 3, learned.missing(engine.live)), guess)
-            for i, row in enumerate(engine.live):
+            engine.running = [Sequence(Group(0, r.prompt, []), 0, r.tokens[:n]) for r, n in zip(rows, grown)]
+            engine.lens[: len(rows)] = torch.tensor([row.length for row in engine.running])
+            guess = GraphRecorder()
+            learned.propose(engine, shape_of(engine.running, 3, learned.missing(engine.running)), guess)
+            for i, row in enumerate(engine.running):
                 t = row.length - 1  # the newest entry with a true feature
                 if 0 <= t < int((batch.owner == i).sum()):
                     wanted = learned.SHARPEN * drafter.policy.head(trained[batch.owner == i][t])
@@ -107,7 +107,7 @@ def test_training_pass_equals_inference_pass_and_a_shift_is_caught():
 
 
 def test_catching_up_in_pieces_is_the_same(monkeypatch):
-    monkeypatch.setattr(LearnedDrafts, "PIECE", 3)
+    monkeypatch.setattr(EagleProposer, "PIECE", 3)
     check_alignment(pack)
 
 
@@ -137,7 +137,7 @@ def test_packed_sequences_do_not_see_each_other():
 def test_targets_are_the_next_feature_and_only_responses_count():
     x = torch.arange(10, 17)
     h = torch.arange(6.0)[:, None]
-    batch = pack([Features(x, h, 3), Features(x, h, 1)])
+    batch = pack([SequenceFeatures(x, h, 3), SequenceFeatures(x, h, 1)])
     assert batch.ids[0, :5].tolist() == [11, 12, 13, 14, 15]
     assert batch.features[0, :5, 0].tolist() == [0, 1, 2, 3, 4]
     assert batch.targets[0, :5, 0].tolist() == [1, 2, 3, 4, 5]
@@ -160,7 +160,7 @@ def check_policy_untouched(step):
     drafter = make_drafter(model)
     policy_before = copies(model)
     drafter_before = copies(drafter)
-    trainer = Trainer(drafter, tokens=128)
+    trainer = DrafterTrainer(drafter, tokens=128)
     for _ in range(3):
         step(trainer, buffer)
     assert all(torch.equal(w, policy_before[name]) for name, w in model.state_dict().items())
@@ -170,14 +170,14 @@ def check_policy_untouched(step):
 
 
 def test_drafter_steps_leave_the_policy_bit_identical(monkeypatch):
-    check_policy_untouched(Trainer.step)
+    check_policy_untouched(DrafterTrainer.step)
 
     def careless(trainer, buffer):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "no_grad", torch.enable_grad)
             loss, _ = drafter_loss(trainer.drafter, buffer.pack(128, trainer.rng))
         loss.backward()  # gradients reach the borrowed head
-        Trainer.step(trainer, buffer)
+        DrafterTrainer.step(trainer, buffer)
 
     caught(check_policy_untouched, careless)
 
@@ -187,10 +187,10 @@ def test_the_drafter_follows_the_live_policy_by_reference():
     drafter = make_drafter(model)
     h = torch.randn(1, 1, 32)
     drafter.words = torch.tensor([3, 5]).int()
-    before = h @ drafter.head_rows()[0].T
+    before = h @ drafter.head_weights()[0].T
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
-    assert torch.allclose(h @ drafter.head_rows()[0].T, 2 * before)
+    assert torch.allclose(h @ drafter.head_weights()[0].T, 2 * before)
 
 
 def test_training_raises_acceptance():
@@ -202,14 +202,14 @@ def forget_row_moves(monkeypatch):
     def move(self, source, target):
         self.true_entries[target] = self.true_entries[source]  # and its keys and values stay behind
 
-    monkeypatch.setattr(LearnedDrafts, "move", move)
+    monkeypatch.setattr(EagleProposer, "move", move)
 
 
 def believe_stale_features(monkeypatch):
     def admit(self, rows):
         self.true_entries[rows] = [30] * (rows.stop - rows.start)
 
-    monkeypatch.setattr(LearnedDrafts, "admit", admit)
+    monkeypatch.setattr(EagleProposer, "admit", admit)
 
 
 @pytest.mark.parametrize("harm", [forget_row_moves, believe_stale_features])
@@ -219,13 +219,13 @@ def test_broken_bookkeeping_costs_guesses_and_no_token(harm, monkeypatch):
     drafter = trained_drafter(model)
     good = accepted_per_round(model, drafter)
     harm(monkeypatch)
-    check_identity(fixed("learned", 4), model=model, drafter=drafter)
+    check_identity(fixed("eagle", 4), model=model, drafter=drafter)
     assert accepted_per_round(model, drafter) < good
 
 
 def test_fit_reports_loss_and_agreement():
     model = tiny()
-    trainer = Trainer(make_drafter(model), tokens=64)
+    trainer = DrafterTrainer(make_drafter(model), tokens=64)
     loss, agreement = fit(trainer, filled_buffer(responses_of(model)), 0.3, progress=False)
     assert trainer.steps > 0
     assert loss > 0
@@ -235,7 +235,7 @@ def test_fit_reports_loss_and_agreement():
 def test_what_is_published_is_the_running_average():
     model = tiny()
     buffer = filled_buffer(responses_of(model))
-    trainer = Trainer(make_drafter(model), tokens=64)
+    trainer = DrafterTrainer(make_drafter(model), tokens=64)
     served = Drafter(model)
     mean = [p.detach().clone() for p in trainer.drafter.parameters()]
     for n in range(1, 6):
@@ -252,10 +252,10 @@ def test_a_float32_drafter_learns_beside_a_bfloat16_policy(tmp_path):
     model = tiny().bfloat16()
     learner = Drafter(model, torch.float32)
     served = Drafter(model)
-    engine = Engine(model, {1}, 10, 100, drafters={"learned": LearnedDrafts(served)})
+    engine = Engine(model, {1}, 10, 100, proposers={"eagle": EagleProposer(served)})
     buffer = FeatureBuffer()
-    trainer = Trainer(learner, tokens=64)
-    for r in engine.generate(groups_of(4, random.Random(1)), SAMPLINGS[0], fixed("learned", 3)):
+    trainer = DrafterTrainer(learner, tokens=64)
+    for r in engine.generate(groups_of(4, random.Random(1)), SAMPLINGS[0], fixed("eagle", 3)):
         buffer.add(r)
     before = learner.fc.weight.detach().clone()
     for _ in range(3):
@@ -267,7 +267,7 @@ def test_a_float32_drafter_learns_beside_a_bfloat16_policy(tmp_path):
     assert torch.allclose(served.fc.weight.float(), trainer.average[0], atol=1e-2)
     served.save(tmp_path)
     learner.load(tmp_path)
-    list(engine.generate(groups_of(4, random.Random(2)), SAMPLINGS[0], fixed("learned", 3)))
+    list(engine.generate(groups_of(4, random.Random(2)), SAMPLINGS[0], fixed("eagle", 3)))
 
 
 def test_save_and_load(tmp_path):
@@ -292,16 +292,16 @@ def test_a_drafter_of_another_shape_is_refused_with_the_reason(tmp_path):
 def check_narrow_file(fill) -> None:
     """A drafter with a narrower MLP, filled into a wide layer, computes what it did, and can go on learning."""
     model = tiny()
-    narrow = type(model.model.layers[0])(model.config, layer_idx=0)
-    wide = mlp.widened(narrow, model.config)
-    assert mlp.width_of(wide) == mlp.FEWEST > mlp.width_of(narrow)
-    weights = {"layer." + name: w for name, w in narrow.state_dict().items()}
+    scale_and_filter = type(model.model.layers[0])(model.config, layer_idx=0)
+    wide = mlp.widened(scale_and_filter, model.config)
+    assert mlp.mlp_width(wide) == mlp.FEWEST > mlp.mlp_width(scale_and_filter)
+    weights = {"layer." + name: w for name, w in scale_and_filter.state_dict().items()}
     fill(wide, weights, "layer.")
     wide.load_state_dict({name.removeprefix("layer."): w for name, w in weights.items()})
     x = torch.randn(3, model.config.hidden_size)
-    assert torch.allclose(wide.mlp(x), narrow.mlp(x), atol=1e-6)
+    assert torch.allclose(wide.mlp(x), scale_and_filter.mlp(x), atol=1e-6)
     wide.mlp(x).square().sum().backward()
-    assert wide.mlp.down_proj.weight.grad[:, mlp.width_of(narrow) :].abs().sum() > 0
+    assert wide.mlp.down_proj.weight.grad[:, mlp.mlp_width(scale_and_filter) :].abs().sum() > 0
 
 
 def test_a_narrower_drafter_is_filled_up():
@@ -331,7 +331,7 @@ def test_a_file_of_a_narrower_drafter_can_be_loaded(tmp_path, monkeypatch):
         before.save(tmp_path)
     after = Drafter(model)
     after.load(tmp_path)
-    assert (mlp.width_of(before.layer), mlp.width_of(after.layer)) == (48, mlp.FEWEST)
+    assert (mlp.mlp_width(before.layer), mlp.mlp_width(after.layer)) == (48, mlp.FEWEST)
     x = torch.randn(3, model.config.hidden_size)
     assert torch.allclose(after.layer.mlp(x), before.layer.mlp(x), atol=1e-6)
 
@@ -343,8 +343,8 @@ def test_buffer_is_bounded_by_bytes():
     buffer = FeatureBuffer(limit=10_000)
     for r in responses_of(tiny()) * 3:
         buffer.add(r)
-        assert buffer.bytes == sum(row.hidden.nbytes for row in buffer.rows)
-        assert buffer.bytes <= 10_000 or len(buffer.rows) == 1
+        assert buffer.bytes == sum(row.hidden.nbytes for row in buffer.sequences)
+        assert buffer.bytes <= 10_000 or len(buffer.sequences) == 1
 
 
 def check_remembers_the_tail(begin):
@@ -356,7 +356,7 @@ def check_remembers_the_tail(begin):
         begin(buffer, rollout)
         for n in lengths:
             buffer.add(Response(0, 0, [1], [2] * n, None, True, torch.zeros(n, 4)))
-    assert [(row.rollout, len(row.ids)) for row in buffer.rows] == [(2, 71), (3, 5), (3, 7)]
+    assert [(row.rollout, len(row.ids)) for row in buffer.sequences] == [(2, 71), (3, 5), (3, 7)]
     assert buffer.bytes == (70 + 4 + 6) * 16
 
 
@@ -364,7 +364,7 @@ def test_the_buffer_keeps_long_responses_of_the_last_rollout():
     check_remembers_the_tail(FeatureBuffer.begin)
 
     def forgetful(buffer, rollout):
-        buffer.rows.clear()
+        buffer.sequences.clear()
         buffer.rollout = rollout
         buffer.bytes = 0
 
@@ -377,7 +377,7 @@ def test_the_buffer_keeps_long_responses_of_the_last_rollout():
 
 @pytest.mark.parametrize("prompt", [3, 40, 290])
 def test_of_long_rows_a_stretch_is_learned_that_holds_some_response(prompt, monkeypatch):
-    monkeypatch.setattr(FeatureBuffer, "MAX_STRETCH", 50)
+    monkeypatch.setattr(FeatureBuffer, "MAX_WINDOW", 50)
     buffer = FeatureBuffer()
     rng = random.Random(0)
     ids = list(range(300))
@@ -403,8 +403,8 @@ class NowAndThen(Strategy):
         super().__init__()
         self.turns = itertools.count()
 
-    def choose(self, live):
-        return Draft("learned", 12 if next(self.turns) % 40 > 35 else 0)
+    def choose(self, running):
+        return DraftPlan("eagle", 12 if next(self.turns) % 40 > 35 else 0)
 
 
 def test_catching_up_stays_inside_the_slots():
@@ -417,16 +417,16 @@ def test_catching_up_stays_inside_the_slots():
     groups = [Group(g.key, g.prompt * (longest // len(g.prompt)), g.seeds) for g in groups]
     sampling = Sampling(max_new=60)
     context = max(len(group.prompt) for group in groups) + 60
-    engine = Engine(model, {999}, 10, context, drafters={"learned": LearnedDrafts(make_drafter(model))})
+    engine = Engine(model, {999}, 10, context, proposers={"eagle": EagleProposer(make_drafter(model))})
     plain = tokens_of(engine.generate(groups, sampling))
     assert tokens_of(engine.generate(groups, sampling, NowAndThen())) == plain
 
 
 def test_responses_count_their_rounds_and_drafts():
     engine = make_engine(tiny())
-    responses = by_name(engine.generate(groups_of(6, random.Random(1)), SAMPLINGS[0], fixed("learned", 3)))
+    responses = by_name(engine.generate(groups_of(6, random.Random(1)), SAMPLINGS[0], fixed("eagle", 3)))
     assert all(r.drafts == 3 * r.rounds for r in responses.values())
-    assert sum(r.rounds for r in responses.values()) == engine.stats.spec_row_rounds
+    assert sum(r.rounds for r in responses.values()) == engine.stats.spec_sequence_rounds
 
 
 def test_command_line_warm_starts(model_folder, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from parts.running import checkpoints
 from parts.training import losses
 from parts.training.losses import choose, missing_groups
 from tasks import Countdown, Grade
-from train_grpo import Alone
+from train_grpo import Worker
 
 # ---------------------------------------------------------------- the choice
 
@@ -92,7 +92,7 @@ def watched_run(model_folder, out, monkeypatch, *flags) -> tuple[list[list[list[
     """A run -> for each step the prompts of its rollouts, and the responses of its batch."""
     rounds: list[list[list[int]]] = []
     batches: list[list] = []
-    right_rollout = Alone.rollout
+    right_rollout = Worker.rollout
     right_update = train_grpo.update
     right_step = train_grpo.Training.step
 
@@ -109,7 +109,7 @@ def watched_run(model_folder, out, monkeypatch, *flags) -> tuple[list[list[list[
         right_step(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Alone, "rollout", rollout)
+        patch.setattr(Worker, "rollout", rollout)
         patch.setattr(train_grpo, "update", update)
         patch.setattr(train_grpo.Training, "step", step)
         run_main(patch, "--model", model_folder, "--out", out, *DYNAMIC, *flags)
@@ -189,11 +189,11 @@ def test_a_run_with_a_schedule_and_further_prompts_resumes_exactly(patchy, model
 
     def of_this_process(optimizer, done, config):
         updates.append(done)
-        losses.set_rate(optimizer, len(updates), config)
+        losses.set_lr(optimizer, len(updates), config)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_grpo.Training, "__init__", begin)
-        patch.setattr(train_grpo, "set_rate", of_this_process)
+        patch.setattr(train_grpo, "set_lr", of_this_process)
         caught(check_resumed, whole, model_folder, tmp_path / "rate", monkeypatch)
     right_ask = train_grpo.Training.ask
 
@@ -210,13 +210,13 @@ def test_a_run_with_a_schedule_and_further_prompts_resumes_exactly(patchy, model
 def test_a_resumed_run_takes_the_new_weight_decay(patchy, model_folder, tmp_path, monkeypatch):
     """Not the one in the checkpoint's optimizer."""
     seen = []
-    right = losses.set_rate
+    right = losses.set_lr
 
     def watched(optimizer, done, config):
         right(optimizer, done, config)
         seen.append(optimizer.param_groups[0]["weight_decay"])
 
-    monkeypatch.setattr(train_grpo, "set_rate", watched)
+    monkeypatch.setattr(train_grpo, "set_lr", watched)
     flags = ["--model", model_folder, "--out", tmp_path, *DYNAMIC]
     run_main(monkeypatch, *flags, "--steps", 1, "--weight-decay", 0.1)
     run_main(monkeypatch, *flags, "--steps", 2, "--weight-decay", 0.2, "--resume")

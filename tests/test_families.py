@@ -22,9 +22,9 @@ from parts.engine import kv_cache as modeling
 from parts.engine import model_loading as loading
 from parts.engine.forward import forward, head_of, logit_scale
 from parts.engine.fused_layers import fuse_model
-from parts.engine.kv_cache import SlotCache
-from parts.engine.model_loading import check_supported, in_dtype, load_model
-from parts.engine.parity import CLEAR, agrees
+from parts.engine.kv_cache import KVCache
+from parts.engine.model_loading import cast_weights, check_supported, load_model
+from parts.engine.parity import CLEAR, matches_own_code
 from parts.engine.sampling import Sampling
 from rollout import Engine
 
@@ -157,12 +157,12 @@ def check_logprobs(model) -> None:
 def test_families_that_run(name, tmp_path):
     """Plainly with the model's own log-probabilities, and speculatively with the same tokens."""
     model, _ = load_model(saved(family(name), tmp_path))
-    assert 0 < agrees(model, None)[1] < CLEAR
+    assert 0 < matches_own_code(model, None)[1] < CLEAR
     check_logprobs(model)
     engine = make_engine(model, slots=4, context=60)
     groups = groups_of(2, random.Random(1), samples=2)
     plain = tokens_of(engine.generate(groups, Sampling(max_new=10)))
-    assert tokens_of(engine.generate(groups, Sampling(max_new=10), fixed("learned", 3))) == plain
+    assert tokens_of(engine.generate(groups, Sampling(max_new=10), fixed("eagle", 3))) == plain
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -186,7 +186,7 @@ def test_fused_layers_that_leave_out_the_embedding_s_factor_are_not_used():
     model.set_attn_implementation("slots")
     layers = fuse_model(model)
     assert layers is not None
-    assert not agrees(model, layers)[0]
+    assert not matches_own_code(model, layers)[0]
     assert Engine(model, {1}, 2, 30).fused_layers is None
 
 
@@ -221,7 +221,7 @@ MODELS = {"plain": tiny, "trained": trained}
 def absolute_gap(model) -> float:
     """What was once compared with 1e-3: the largest gap on the tokens 1 to 5."""
     ids = torch.arange(1, 6)[None]
-    cache = SlotCache(model.config, 1, 8, model.dtype, model.device)
+    cache = KVCache(model.config, 1, 8, model.dtype, model.device)
     first = forward(model, cache, slice(0, 1), ids[:, :3], torch.tensor([0]), 3)
     second = forward(model, cache, slice(0, 1), ids[:, 3:], torch.tensor([3]), 5)
     logits = head_of(model)(torch.cat([first, second], 1))
@@ -234,8 +234,8 @@ def test_a_trained_model_is_let_in_though_it_amplifies_rounding(monkeypatch):
     check_supported(model)
     layers = fuse_model(model)
     assert layers is not None
-    assert agrees(model, layers)[0]
-    assert agrees(in_dtype(trained(), torch.bfloat16), None)[0]
+    assert matches_own_code(model, layers)[0]
+    assert matches_own_code(cast_weights(trained(), torch.bfloat16), None)[0]
     # and what lets it in is float64
     monkeypatch.setattr(loading, "CLEAR_IN_FLOAT64", -1)
     with pytest.raises(UserError, match="logits differ"):
@@ -243,7 +243,7 @@ def test_a_trained_model_is_let_in_though_it_amplifies_rounding(monkeypatch):
 
 
 def wrong_positions(monkeypatch):
-    right = modeling.attend
+    right = modeling.attention_inputs
 
     def shifted(cache, rows, lens, view, columns, tree=None):
         positions, mask = right(cache, rows, lens, view, columns, tree)
@@ -253,7 +253,7 @@ def wrong_positions(monkeypatch):
 
 
 def one_entry_too_many(monkeypatch):
-    right = modeling.attend
+    right = modeling.attention_inputs
 
     def leaky(cache, rows, lens, view, columns, tree=None):
         positions, mask = right(cache, rows, lens, view, columns, tree)
@@ -282,8 +282,8 @@ def test_broken_engines_are_refused(harm, model, monkeypatch):
     harm(monkeypatch)
     with pytest.raises(UserError, match="logits differ"):
         check_supported(model)
-    assert not agrees(model, layers)[0]
-    assert not agrees(in_dtype(model, torch.bfloat16), None)[0]
+    assert not matches_own_code(model, layers)[0]
+    assert not matches_own_code(cast_weights(model, torch.bfloat16), None)[0]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -292,8 +292,8 @@ def test_fused_layers_alone_may_be_wrong(model, monkeypatch):
     layers = fuse_model(model)
     right = modeling.slot_attention
     monkeypatch.setattr(modeling, "slot_attention", lambda *args, scaling: right(*args, scaling=1.1 * scaling))
-    assert agrees(model, None)[0]
-    assert not agrees(model, layers)[0]
+    assert matches_own_code(model, None)[0]
+    assert not matches_own_code(model, layers)[0]
 
 
 def test_the_trial_leaves_the_model_as_it_was():
@@ -302,7 +302,7 @@ def test_the_trial_leaves_the_model_as_it_was():
         model.set_attn_implementation("slots")
         before = {key: value.clone() for key, value in model.state_dict().items()}
         settings = model.config.to_dict()
-        agrees(in_dtype(model, torch.bfloat16), None)
+        matches_own_code(cast_weights(model, torch.bfloat16), None)
         assert model.config.to_dict() == settings
         assert model.config._attn_implementation == "slots"
         assert all(p.dtype == torch.bfloat16 for p in model.parameters())

@@ -18,14 +18,14 @@ import spot
 import tlt
 import train_grpo
 from base.pretrain import make_tokenizer
-from drafter import Drafter, Trainer, drafter_loss
-from parts.engine.model_loading import in_dtype
+from drafter import Drafter, DrafterTrainer, drafter_loss
+from parts.engine.model_loading import cast_weights
 from parts.running import checkpoints
-from parts.running.timers import Clock
-from parts.training.drafter_data import FeatureBuffer, Features, pack
-from parts.training.layouts import Replicated
+from parts.running.timers import WorkerTimer
+from parts.training.drafter_data import FeatureBuffer, SequenceFeatures, pack
+from parts.training.layouts import ReplicatedLayout
 from rollout import Engine
-from spot import Spot, allocate_moments, step_bytes, train_until
+from spot import SpotTrainer, allocate_moments, step_bytes, train_until
 
 # ---------------------------------------------------------------- random numbers
 
@@ -56,7 +56,9 @@ def test_a_drafter_begins_alike_on_every_device(monkeypatch):
 def check_guesses_are_chosen_on_the_host(monkeypatch, loss):
     """Which features are guessed ones, in a batch, does not depend on the device's random numbers."""
     model = tiny()
-    batch = pack([Features(torch.tensor(r.prompt + r.tokens), r.hidden, len(r.prompt)) for r in responses_of(model)])
+    batch = pack(
+        [SequenceFeatures(torch.tensor(r.prompt + r.tokens), r.hidden, len(r.prompt)) for r in responses_of(model)]
+    )
     devices = []
     right = torch.rand
 
@@ -93,7 +95,7 @@ def bfloat16_run(able, out, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(train_grpo.Training, "finish", kept)
-        patch.setattr(Spot, "AVERAGE_EVERY", 0.1)
+        patch.setattr(SpotTrainer, "AVERAGE_EVERY", 0.1)
         flags = (*LEARN, "--steps", 2, "--workers", 1, "--eval-every", 0, "--strategy", 4)
         here(tlt.main, able, out, *flags, "--warm-start", 0.1, "--actor-dtype", "bfloat16")
     return trainings[0]
@@ -106,7 +108,7 @@ def check_copy_follows(training):
     assert training.engine.model is training.actor
     assert all(torch.equal(a, p.bfloat16()) for a, p in zip(training.actor.parameters(), training.model.parameters()))
     assert not any(a.requires_grad for a in training.actor.parameters())
-    spot_ = training.team.spot
+    spot_ = training.worker.spot
     assert (spot_.served.fc.weight.dtype, spot_.learner.fc.weight.dtype) == (torch.bfloat16, torch.float32)
     first, last = (row for row in training.journal.metrics if "eval" not in row)
     assert last["speculation"]["share"] > 0
@@ -120,7 +122,7 @@ def test_a_bfloat16_copy_generates_and_follows_the_policy(able, tmp_path, monkey
     for p in training.model.parameters():
         p.data.mul_(1.01)
     caught(check_copy_follows, training)  # an update that the copy does not follow
-    training.team.layout.refresh(training.actor, training.model)
+    training.worker.layout.refresh(training.actor, training.model)
     check_copy_follows(training)
 
 
@@ -136,7 +138,7 @@ def test_a_bfloat16_copy_generates_and_follows_the_policy(able, tmp_path, monkey
 def test_what_generates_is_the_policy_itself_only_in_float32(name, device, dtype, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # there is no other
     model = tiny()
-    learner, actor = Replicated(name).place(model, device)
+    learner, actor = ReplicatedLayout(name).place(model, device)
     assert learner is model
     assert actor.dtype == dtype
     assert (actor is model) == (dtype == torch.float32)
@@ -188,7 +190,7 @@ def little_memory(monkeypatch, most: int) -> list[int]:
     return tried
 
 
-def spot_with_long_rows(tokens: int = 1200) -> Spot:
+def spot_with_long_rows(tokens: int = 1200) -> SpotTrainer:
     """Its responses are that long."""
     rows = []
     for r in responses_of(tiny())[:6]:
@@ -227,7 +229,7 @@ def test_drafter_training_goes_on_with_what_fits_the_memory(monkeypatch, capsys)
     with monkeypatch.context() as patch:
         patch.setattr(FeatureBuffer, "pack", long_rows_uncut)
         caught(check_trains_in_little_memory, monkeypatch, capsys)
-    monkeypatch.setattr(Spot, "cut_finer", lambda self: None)
+    monkeypatch.setattr(SpotTrainer, "cut_finer", lambda self: None)
     caught(check_trains_in_little_memory, monkeypatch, capsys)
 
 
@@ -242,12 +244,12 @@ def check_ends_where_nothing_fits(monkeypatch, capsys):
         assert len(looks) < 50
         return len(looks) == 20
 
-    clock = Clock()
+    timer = WorkerTimer()
     with monkeypatch.context() as patch:
         tried = little_memory(patch, 20)
         patch.setattr(spot.time, "sleep", lambda seconds: None)
-        train_until(over, clock, spot_)
-        spot_.warm_start(0.05, clock, lambda tensors: None)  # ends at once
+        train_until(over, timer, spot_)
+        spot_.warm_start(0.05, timer, lambda tensors: None)  # ends at once
     assert len(tried) == 4
     assert not spot_.learns
     assert spot_.average(lambda tensors: None) == 0
@@ -258,10 +260,10 @@ def check_ends_where_nothing_fits(monkeypatch, capsys):
 def test_where_nothing_fits_drafter_training_ends_and_the_run_goes_on(able, tmp_path, monkeypatch, capsys):
     check_ends_where_nothing_fits(monkeypatch, capsys)
     with monkeypatch.context() as patch:
-        patch.setattr(Spot, "FEWEST_TOKENS", 0)
+        patch.setattr(SpotTrainer, "FEWEST_TOKENS", 0)
         caught(check_ends_where_nothing_fits, monkeypatch, capsys)
     little_memory(monkeypatch, 20)
-    monkeypatch.setattr(Spot, "AVERAGE_EVERY", 0.1)
+    monkeypatch.setattr(SpotTrainer, "AVERAGE_EVERY", 0.1)
     capsys.readouterr()
     here(tlt.main, able, tmp_path, *LEARN, "--steps", 1, "--workers", 1, "--eval-every", 0, "--warm-start", 5)
     assert rows_of(tmp_path)[-1]["drafter"]["steps"] == 0
@@ -273,7 +275,7 @@ def check_counts_right_by_halves(monkeypatch, most: int, rows: bool):
     them fits.
     """
     spot_ = spot_with_long_rows(100)
-    held_out = list(spot_.buffer.rows)
+    held_out = list(spot_.buffer.sequences)
     wanted = torch.zeros(2)
     if rows:
         batch = pack(held_out)
@@ -289,12 +291,12 @@ def check_counts_right_by_halves(monkeypatch, most: int, rows: bool):
 def test_trying_on_held_out_rows_goes_on_with_what_fits_the_memory(monkeypatch):
     check_counts_right_by_halves(monkeypatch, 220, True)
     check_counts_right_by_halves(monkeypatch, 20, False)  # nothing fits
-    right = Spot.count_right
+    right = SpotTrainer.count_right
 
     def last_row_left_out(self, rows):
         return right(self, rows[: max(1, len(rows) - 1)])
 
-    monkeypatch.setattr(Spot, "count_right", last_row_left_out)
+    monkeypatch.setattr(SpotTrainer, "count_right", last_row_left_out)
     caught(check_counts_right_by_halves, monkeypatch, 220, True)
 
 
@@ -304,7 +306,7 @@ def check_moments_come_first(allocate):
     buffer = filled_buffer(responses_of(model))
     weights = []
     for early in (False, True):
-        trainer = Trainer(make_drafter(model))
+        trainer = DrafterTrainer(make_drafter(model))
         if early:
             allocate(trainer.optimizer)
             assert len(trainer.optimizer.state) == len(list(trainer.drafter.parameters()))
@@ -338,10 +340,10 @@ def check_slots_grow_back(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(rollout, "free_memory", lambda device: 1_300_000)
         engine = Engine(tiny(), {1}, 30, 60)
-        assert engine.slots == engine.row_limit < 30
+        assert engine.slots == engine.max_running < 30
         patch.setattr(rollout, "free_memory", lambda device: 1 << 30)
         engine.reserve(70)
-        assert engine.slots == engine.row_limit == 30
+        assert engine.slots == engine.max_running == 30
 
 
 def test_slots_grow_back(monkeypatch):
@@ -361,17 +363,17 @@ class Peak(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live: dict[int, tuple] = {}
+        self.running: dict[int, tuple] = {}
         self.bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.live = {place: entry for place, entry in self.live.items() if not entry[0].expired()}
+        self.running = {place: entry for place, entry in self.running.items() if not entry[0].expired()}
         for x in tree_iter(out):
             if isinstance(x, torch.Tensor):
                 storage = x.untyped_storage()
-                self.live.setdefault(storage.data_ptr(), (StorageWeakRef(storage), storage.nbytes()))
-        self.bytes = max(self.bytes, sum(size for _, size in self.live.values()))
+                self.running.setdefault(storage.data_ptr(), (StorageWeakRef(storage), storage.nbytes()))
+        self.bytes = max(self.bytes, sum(size for _, size in self.running.values()))
         return out
 
 
@@ -387,11 +389,11 @@ def check_step_is_counted(count):
     """What a micro-step holds at most is less than is counted, and not much less."""
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):
-            model = in_dtype(tiny(**shape), dtype)
+            model = cast_weights(tiny(**shape), dtype)
             learner = Drafter(model, torch.float32)
             for tokens in (64, 300):
                 hidden = torch.randn(tokens + 1, model.config.hidden_size).to(model.dtype)
-                batch = pack([Features(torch.zeros(tokens + 2, dtype=torch.long), hidden, 1)])
+                batch = pack([SequenceFeatures(torch.zeros(tokens + 2, dtype=torch.long), hidden, 1)])
                 with Peak() as peak:
                     loss, _ = drafter_loss(learner, batch)
                     torch.autograd.backward(loss, inputs=list(learner.parameters()))
@@ -407,16 +409,16 @@ def test_the_memory_of_a_micro_step_is_counted():
 
 def check_engine_leaves_room(monkeypatch):
     """To the update, or to a micro-step of the drafter, whichever needs more."""
-    team = team_of_one(monkeypatch)
-    assert team.engine(tiny(), {1}, 4, 1000).reserve_bytes == team.spot.idle_bytes() > 1000
-    assert team.engine(tiny(), {1}, 4, 1 << 40).reserve_bytes == 1 << 40
+    worker = team_of_one(monkeypatch)
+    assert worker.engine(tiny(), {1}, 4, 1000).reserve_bytes == worker.spot.idle_bytes() > 1000
+    assert worker.engine(tiny(), {1}, 4, 1 << 40).reserve_bytes == 1 << 40
     frozen = team_of_one(monkeypatch, drafter="static", warm_start=0.0)
     assert frozen.engine(tiny(), {1}, 4, 1000).reserve_bytes == 1000
 
 
 def test_the_engine_leaves_room_for_drafter_training(monkeypatch):
     check_engine_leaves_room(monkeypatch)
-    monkeypatch.setattr(tlt.Team, "idle_bytes", lambda self: 0)
+    monkeypatch.setattr(tlt.TLTWorker, "idle_bytes", lambda self: 0)
     caught(check_engine_leaves_room, monkeypatch)
 
 
@@ -427,20 +429,20 @@ def check_warm_start_learns_what_was_written(monkeypatch):
     responses = responses_of(tiny())
     for r in responses:
         spot_.buffer.add(r)
-    spot_.count_words(responses)
-    monkeypatch.setattr(Spot, "AVERAGE_EVERY", 0.01)
-    spot_.warm_start(0.01, Clock(), lambda tensors: None)
+    spot_.count_tokens(responses)
+    monkeypatch.setattr(SpotTrainer, "AVERAGE_EVERY", 0.01)
+    spot_.warm_start(0.01, WorkerTimer(), lambda tensors: None)
     assert spot_.learner.words.equal(spot_.words.choose(20))
     assert spot_.served.words.equal(spot_.learner.words)
 
 
 def test_the_warm_start_learns_the_words_that_were_written(monkeypatch):
     check_warm_start_learns_what_was_written(monkeypatch)
-    right = Spot.choose_words
+    right = SpotTrainer.choose_draft_vocab
 
     def before_rollouts_only(self):
         if self.needs_warm_start:
             right(self)
 
-    monkeypatch.setattr(Spot, "choose_words", before_rollouts_only)
+    monkeypatch.setattr(SpotTrainer, "choose_draft_vocab", before_rollouts_only)
     caught(check_warm_start_learns_what_was_written, monkeypatch)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from parts.cli import UserError
 from parts.tasks import answers as grading
-from parts.tasks.answers import LOOKED_AT, Referee, answer_tag, boxed_answer, last_number
+from parts.tasks.answers import LOOKED_AT, LatexChecker, answer_tag, boxed_answer, last_number
 from parts.tasks.latex_worker import only_a_word
 from tasks import Chain, Countdown, Problem, make_task
 
@@ -254,7 +254,7 @@ def stub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def referee():
-    referee = Referee()
+    referee = LatexChecker()
     yield referee
     referee.close()
 
@@ -291,7 +291,7 @@ functools.lru_cache = lambda maxsize: lambda function: function
 
 
 def check_gold_is_parsed_once():
-    referee = Referee()
+    referee = LatexChecker()
     verdicts = [referee.equal("1", text) for text in ("another", "once", "and once more")]
     referee.close()
     assert verdicts == [False, True, True]
@@ -317,17 +317,17 @@ def test_answers_are_compared_in_threads_and_whatever_they_hold(stub, referee):
 
 def test_equal_texts_need_no_child(monkeypatch):
     monkeypatch.setattr(grading, "start_child", lambda: pytest.fail("a child"))
-    assert Referee().equal("\\frac{1}{2}", " \\frac {1} {2}")
+    assert LatexChecker().equal("\\frac{1}{2}", " \\frac {1} {2}")
 
 
 def test_a_child_that_does_not_start_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "math_verify.py").write_text("raise ImportError('antlr is\\nof another version')")
     with pytest.raises(UserError, match="antlr is of another version.*pip install math-verify"):
-        Referee().equal("1", "2")
+        LatexChecker().equal("1", "2")
     (tmp_path / "math_verify.py").write_text("import os; os._exit(1)")
     with pytest.raises(UserError, match="no reason given"):
-        Referee().equal("1", "2")
+        LatexChecker().equal("1", "2")
 
 
 def check_guard(guard):
@@ -378,7 +378,7 @@ UNEQUAL = [
 @pytest.fixture(scope="module")
 def real():
     pytest.importorskip("math_verify")
-    referee = Referee()
+    referee = LatexChecker()
     yield referee
     referee.close()
 

@@ -31,19 +31,19 @@ from hypothesis import strategies as st
 from parts.engine import cuda_graphs as graphs_module
 from parts.engine import kv_cache as modeling
 from parts.engine.acceptance import Tree
-from parts.engine.cuda_graphs import Graphs, Shape, rounded
+from parts.engine.cuda_graphs import GraphPool, RoundShape, bucketed_shape
 from parts.engine.fused_layers import Linear, fuse_model, refilled
-from parts.engine.interfaces import Draft
+from parts.engine.interfaces import DraftPlan
 from parts.engine.sampling import Sampling, sequence_seed
 from rollout import Engine
-from strategy import Goodput, arms
+from strategy import Goodput, plans_for
 
 
 def addresses(engine: Engine) -> list:
     """Where everything lies that a round of the engine reads or writes."""
-    learned = engine.drafters["learned"]
+    learned = engine.proposers["eagle"]
     tensors = [engine.lens, engine.start, engine.seeds, engine.tokens, engine.logprobs, engine.hidden, engine.stop]
-    tensors += [engine.cache.data, engine.live_count, learned.cache.data]
+    tensors += [engine.cache.data, engine.running_count, learned.cache.data]
     tensors += [learned.fc, learned.rows, learned.bias, learned.words]
     for layer in engine.fused_layers or ():
         tensors += [linear.weight for linear in layer.projections]
@@ -67,11 +67,11 @@ class Tape:
         def play():
             assert addresses(self.engine) == where, "something has moved"
             self.plays += 1
-            rows, self.engine.live = self.engine.live, None
+            rows, self.engine.running = self.engine.running, None
             try:
                 return function()
             finally:
-                self.engine.live = rows
+                self.engine.running = rows
 
         return play
 
@@ -80,16 +80,16 @@ def taped(model, drafter=None, slots: int = 10, **settings) -> tuple[Engine, Tap
     """An engine whose rounds are recorded."""
     engine = make_engine(model, drafter, slots, bucketed=True, **settings)
     tape = Tape(engine)
-    engine.graphs = Graphs(engine.compute, tape)
+    engine.graphs = GraphPool(engine.compute_round, tape)
     return engine, tape
 
 
 STRATEGIES = {
-    "plain": partial(fixed, "learned", 0),
-    "chain 1": partial(fixed, "learned", 1),
-    "chain 4": partial(fixed, "learned", 4),
-    "chain 12": partial(fixed, "learned", 12),
-    "n-gram": partial(fixed, "ngram", 3),
+    "plain": partial(fixed, "eagle", 0),
+    "chain 1": partial(fixed, "eagle", 1),
+    "chain 4": partial(fixed, "eagle", 4),
+    "chain 12": partial(fixed, "eagle", 12),
+    "ngram": partial(fixed, "ngram", 3),
     "changing": partial(Changing, 1),
 }
 
@@ -111,7 +111,7 @@ def check_bucketed(strategy, sampling, model, groups=None, slots: int = 10, **se
 def test_rounded_rounds_make_the_same_tokens(strategy, sampling, monkeypatch):
     monkeypatch.setattr(graphs_module, "STEP", 16)  # so that views differ
     tape = check_bucketed(STRATEGIES[strategy], sampling, tiny())
-    assert tape.plays > 10 or strategy in ("n-gram", "changing")
+    assert tape.plays > 10 or strategy in ("ngram", "changing")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,7 +120,7 @@ def test_every_family_in_rounded_rounds(family):
 
 
 def test_trees_in_rounded_rounds():
-    check_bucketed(partial(fixed, "learned", 3), SAMPLINGS[0], tiny(), rule=partial(Tree, width=2))
+    check_bucketed(partial(fixed, "eagle", 3), SAMPLINGS[0], tiny(), rule=partial(Tree, width=2))
 
 
 @cases(6)
@@ -142,10 +142,10 @@ def test_columns_in_pieces_do_not_drop_rows_in_rounded_rounds(monkeypatch):
     model = tiny()
     engine, tape = taped(model, trained_drafter(model))
     exact = make_engine(model, trained_drafter(model))
-    engine.logits_at_once = exact.logits_at_once = 2 * 118
+    engine.max_logits = exact.max_logits = 2 * 118
     groups = groups_of(10, random.Random(1))
-    wanted = by_name(exact.generate(groups, SAMPLINGS[0], fixed("learned", 4)))
-    check_equal(by_name(engine.generate(groups, SAMPLINGS[0], fixed("learned", 4))), wanted)
+    wanted = by_name(exact.generate(groups, SAMPLINGS[0], fixed("eagle", 4)))
+    check_equal(by_name(engine.generate(groups, SAMPLINGS[0], fixed("eagle", 4))), wanted)
     assert tape.plays > 10
 
 
@@ -154,10 +154,10 @@ def test_columns_in_pieces_do_not_drop_rows_in_rounded_rounds(monkeypatch):
 
 def without(field: str):
     """`rounded`, but of two shapes that differ in this field only, the first is taken for both."""
-    first: dict[Shape, Shape] = {}
+    first: dict[RoundShape, RoundShape] = {}
 
-    def key(shape: Shape, slots: int, room: int) -> Shape:
-        shape = rounded(shape, slots, room)
+    def key(shape: RoundShape, slots: int, room: int) -> RoundShape:
+        shape = bucketed_shape(shape, slots, room)
         return first.setdefault(shape._replace(**{field: None}), shape)
 
     return key
@@ -182,10 +182,10 @@ def check_twice() -> None:
     twice = make_engine(model, trained_drafter(model), bucketed=True)
 
     def again(shape):
-        Engine.guess_and_check(twice, shape)
+        Engine.draft_and_verify(twice, shape)
         noise = torch.Generator().manual_seed(0)
-        n = len(twice.live)
-        for cache, lens in ((twice.cache, twice.lens), (twice.drafters["learned"].cache, twice.lens - 1)):
+        n = len(twice.running)
+        for cache, lens in ((twice.cache, twice.lens), (twice.proposers["eagle"].cache, twice.lens - 1)):
             for row in range(twice.slots):
                 end = int(lens[row]) if row < n else 0
                 beyond = cache.data[:, :, row, :, max(0, end) :]
@@ -194,16 +194,16 @@ def check_twice() -> None:
             twice.tokens[n:] = torch.randint(0, 118, twice.tokens[n:].shape, generator=noise)
             twice.hidden[n:] = 100 * torch.randn(twice.hidden[n:].shape, generator=noise)
             twice.lens[n:] = torch.randint(0, 80, twice.lens[n:].shape, generator=noise)
-        return Engine.guess_and_check(twice, shape)
+        return Engine.draft_and_verify(twice, shape)
 
-    twice.guess_and_check = again
-    wanted = by_name(once.generate(groups, SAMPLINGS[0], fixed("learned", 4)))
-    check_equal(by_name(twice.generate(groups, SAMPLINGS[0], fixed("learned", 4))), wanted)
+    twice.draft_and_verify = again
+    wanted = by_name(once.generate(groups, SAMPLINGS[0], fixed("eagle", 4)))
+    check_equal(by_name(twice.generate(groups, SAMPLINGS[0], fixed("eagle", 4))), wanted)
 
 
 def test_what_stands_in_free_slots_and_beyond_ends_changes_nothing(monkeypatch):
     check_twice()
-    right = modeling.attend
+    right = modeling.attention_inputs
 
     def leaky(*args):
         positions, mask = right(*args)
@@ -220,18 +220,18 @@ def test_free_slots_stay_where_they_are(monkeypatch):
     @torch.inference_mode()
     def check() -> None:
         engine = make_engine(tiny(), slots=16, bucketed=True)
-        next(engine.generate(groups_of(5, random.Random(1)), SAMPLINGS[0], fixed("learned", 2)))
+        next(engine.generate(groups_of(5, random.Random(1)), SAMPLINGS[0], fixed("eagle", 2)))
         before = engine.lens.clone()
-        shape = engine.shape_of(Draft(), SAMPLINGS[0])
-        assert shape.rows > len(engine.live)
-        engine.live_count.fill_(len(engine.live))
-        engine.compute(shape)
-        assert engine.lens[len(engine.live) :].equal(before[len(engine.live) :])
+        shape = engine.shape_of(DraftPlan(), SAMPLINGS[0])
+        assert shape.batch_size > len(engine.running)
+        engine.running_count.fill_(len(engine.running))
+        engine.compute_round(shape)
+        assert engine.lens[len(engine.running) :].equal(before[len(engine.running) :])
 
     check()
 
     def everybody_lives(self, shape):
-        self.live_count.fill_(self.slots)
+        self.running_count.fill_(self.slots)
         return compute(self, shape)
 
     compute = Engine.compute
@@ -246,7 +246,7 @@ def check_after_moves(engine: Engine, tape: Tape, model) -> None:
     """Policy and drafter learn, words are chosen anew, a longer context is reserved: recordings never play on what was
     there before, and the tokens are those of a new engine.
     """
-    learned = engine.drafters["learned"].drafter
+    learned = engine.proposers["eagle"].drafter
     groups = groups_of(12, random.Random(3))
     torch.manual_seed(0)
     for words, context in ((None, 60), (torch.arange(0, 118, 2).int(), 60), (torch.arange(0, 118, 3).int(), 90)):
@@ -256,8 +256,8 @@ def check_after_moves(engine: Engine, tape: Tape, model) -> None:
         learned.words = words
         engine.reserve(context)
         fresh = make_engine(model, learned, context=context)
-        wanted = by_name(fresh.generate(groups, SAMPLINGS[0], fixed("learned", 4)))
-        check_equal(by_name(engine.generate(groups, SAMPLINGS[0], fixed("learned", 4))), wanted)
+        wanted = by_name(fresh.generate(groups, SAMPLINGS[0], fixed("eagle", 4)))
+        check_equal(by_name(engine.generate(groups, SAMPLINGS[0], fixed("eagle", 4))), wanted)
         assert engine.stats.accepted == fresh.stats.accepted
     assert tape.plays > 30
 
@@ -265,7 +265,7 @@ def check_after_moves(engine: Engine, tape: Tape, model) -> None:
 def test_recordings_end_when_something_moves(monkeypatch):
     model = tiny()
     check_after_moves(*taped(model, make_drafter(model), context=50), model)
-    monkeypatch.setattr(Graphs, "forget", lambda self: None)
+    monkeypatch.setattr(GraphPool, "forget", lambda self: None)
     caught(check_after_moves, *taped(model, make_drafter(model), context=50), model)
 
 
@@ -273,9 +273,9 @@ def check_other_stops(engine: Engine, tape: Tape) -> None:
     """Recorded rounds end where they are told to end now."""
     groups = groups_of(12, random.Random(3))
     for stops in ({1}, {1, 2, 3, 4}, {5, -1, 1000}, set()):
-        engine.stop_at(stops)
+        engine.set_stop_tokens(stops)
         exact = make_engine(tiny())
-        exact.stop_at(stops)
+        exact.set_stop_tokens(stops)
         wanted = tokens_of(exact.generate(groups, SAMPLINGS[0]))
         assert tokens_of(engine.generate(groups, SAMPLINGS[0])) == wanted
     assert tape.plays > 30
@@ -285,19 +285,19 @@ def test_recorded_rounds_end_at_other_tokens_when_told_so(monkeypatch):
     check_other_stops(*taped(tiny()))
 
     def elsewhere(self, tokens):
-        stop_at(self, tokens)
+        set_stop_tokens(self, tokens)
         self.stop = self.stop.clone()
 
-    stop_at = Engine.stop_at
+    set_stop_tokens = Engine.set_stop_tokens
     engine, tape = taped(tiny())
-    monkeypatch.setattr(Engine, "stop_at", elsewhere)
+    monkeypatch.setattr(Engine, "set_stop_tokens", elsewhere)
     caught(check_other_stops, engine, tape)
 
 
 def test_a_drafter_of_a_head_with_bias_stays_where_it_is():
     model = tiny()
     model.lm_head.bias = torch.nn.Parameter(torch.randn(118))
-    learned = make_engine(model).drafters["learned"]
+    learned = make_engine(model).proposers["eagle"]
     assert learned.begin()
     where = learned.head.bias.data_ptr()
     with torch.no_grad():
@@ -365,46 +365,46 @@ def test_one_weight_alone_is_not_copied():
 @cases(200)
 @given(st.integers(1, 256), st.integers(1, 40_000), st.integers(0, 400), st.integers(0, 12))
 def test_a_rounded_shape_holds_the_round(rows, view, gap, k):
-    shape = Shape(rows, view, gap, Draft("learned", k), Sampling())
+    shape = RoundShape(rows, view, gap, DraftPlan("eagle", k), Sampling())
     slots, room = 256, view + random.Random(gap).randrange(300)
-    key = rounded(shape, slots, room)
+    key = bucketed_shape(shape, slots, room)
     assert rows <= key.rows <= slots
-    assert shape.view <= key.view <= room
-    assert key.view <= max(shape.view + 128, 1.15 * shape.view)
+    assert shape.kv_len <= key.view <= room
+    assert key.view <= max(shape.kv_len + 128, 1.15 * shape.kv_len)
     assert key.gap >= gap
     assert (key.gap > 0) == (gap > 0)
-    assert rounded(key, slots, room) == key
+    assert bucketed_shape(key, slots, room) == key
 
 
 def test_views_are_of_lengths_that_attention_takes_without_a_copy():
     for context in (50, 51, 130, 200):
         room = make_engine(tiny(), context=context).tokens.shape[1]
         for view in range(1, room + 1):
-            assert rounded(Shape(1, view, 0, Draft(), Sampling()), 10, room).view % 8 == 0
+            assert bucketed_shape(RoundShape(1, view, 0, DraftPlan(), Sampling()), 10, room).view % 8 == 0
 
 
 def check_first_rounds_are_told() -> None:
     """A shape's first round, and the one that is recorded, are not what its rounds will take."""
     model = tiny()
     engine, tape = taped(model, trained_drafter(model))
-    strategy = fixed("learned", 4)
+    strategy = fixed("eagle", 4)
     reports = []
     strategy.observe = reports.append
     list(engine.generate(groups_of(14, random.Random(1)), SAMPLINGS[0], strategy))
-    assert sum(report.first for report in reports) == len(engine.graphs.seen) + tape.count
+    assert sum(report.warmup for report in reports) == len(engine.graphs.seen) + tape.count
     assert tape.plays > tape.count > 0
 
 
 def test_first_rounds_are_told(monkeypatch):
     check_first_rounds_are_told()
-    right = Graphs.run
+    right = GraphPool.run
 
     def not_told(self, shape):
         out = right(self, shape)
         self.first = False
         return out
 
-    monkeypatch.setattr(Graphs, "run", not_told)
+    monkeypatch.setattr(GraphPool, "run", not_told)
     caught(check_first_rounds_are_told)
 
 
@@ -412,11 +412,11 @@ def test_few_shapes_in_a_rollout():
     """256 responses of up to 200 tokens with goodput, in 64 slots; as many shapes as the strategy tries lengths."""
     model = tiny()
     engine, tape = taped(model, trained_drafter(model), slots=64, context=240)
-    engine.stop_at({1, 2, 3})
+    engine.set_stop_tokens({1, 2, 3})
     groups = groups_of(16, random.Random(1), samples=1)
     for group in groups:
         group.seeds[:] = [sequence_seed(0, group.key, k) for k in range(16)]
-    list(engine.generate(groups, Sampling(max_new=200), Goodput(arms(["learned"]))))
+    list(engine.generate(groups, Sampling(max_new=200), Goodput(plans_for(["eagle"]))))
     assert engine.stats.rounds > 40
     assert len(engine.graphs.replays) <= 40
     assert tape.count <= 40
@@ -424,8 +424,8 @@ def test_few_shapes_in_a_rollout():
 
 def test_the_recording_that_was_not_used_for_longest_makes_room(monkeypatch):
     monkeypatch.setattr(graphs_module, "MOST", 2)
-    graphs = Graphs(lambda shape: shape, lambda function: function)
-    shapes = [Shape(1, view, 0, Draft(), Sampling()) for view in (1, 2, 3)]
+    graphs = GraphPool(lambda shape: shape, lambda function: function)
+    shapes = [RoundShape(1, view, 0, DraftPlan(), Sampling()) for view in (1, 2, 3)]
     for shape in (*shapes, shapes[0], shapes[1], shapes[0], shapes[2]):
         assert graphs.run(shape) == shape
     assert list(graphs.replays) == [shapes[0], shapes[2]]
@@ -438,10 +438,10 @@ def test_a_recording_that_fails_costs_a_line_and_no_token(capsys):
     def fails(function):
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be reported")
 
-    engine.graphs = Graphs(engine.compute, fails)
+    engine.graphs = GraphPool(engine.compute_round, fails)
     groups = groups_of(10, random.Random(1))
-    wanted = by_name(make_engine(model, trained_drafter(model)).generate(groups, SAMPLINGS[0], fixed("learned", 4)))
-    check_equal(by_name(engine.generate(groups, SAMPLINGS[0], fixed("learned", 4))), wanted)
+    wanted = by_name(make_engine(model, trained_drafter(model)).generate(groups, SAMPLINGS[0], fixed("eagle", 4)))
+    check_equal(by_name(engine.generate(groups, SAMPLINGS[0], fixed("eagle", 4))), wanted)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "slower for it: operation not permitted" in lines[0]

@@ -26,7 +26,7 @@ class Loading:
     for `downloaded`, the others only load.
     """
 
-    def __init__(self, hosts: list[str], monkeypatch, load=tlt.Team.loading):
+    def __init__(self, hosts: list[str], monkeypatch, load=tlt.TLTWorker.loading):
         self.hosts = hosts
         self.load = load
         self.began: list[int] = []
@@ -35,19 +35,19 @@ class Loading:
         self.here = threading.local()
         monkeypatch.setattr(tlt.platform, "node", lambda: self.here.host)
         hosted = Board.host()
-        self.teams = []
+        self.workers = []
         for i, host in enumerate(hosts):
-            team = object.__new__(tlt.Team)
-            team.board = Board("127.0.0.1", hosted.port)
-            team.size = len(hosts)
-            team.first_here = hosts.index(host) == i
-            self.teams.append(team)
+            worker = object.__new__(tlt.TLTWorker)
+            worker.board = Board("127.0.0.1", hosted.port)
+            worker.world_size = len(hosts)
+            worker.first_here = hosts.index(host) == i
+            self.workers.append(worker)
         self.board = Board("", 0, hosted)
         self.threads = [threading.Thread(target=self.work, args=(i,), daemon=True) for i in range(len(hosts))]
 
     def work(self, i: int) -> None:
         self.here.host = self.hosts[i]
-        with self.load(self.teams[i], "owner/name"):
+        with self.load(self.workers[i], "owner/name"):
             self.began.append(i)
             assert self.downloaded[i].wait(20)
         self.went_on.append(i)
@@ -97,27 +97,27 @@ def check_one_downloads(monkeypatch, load):
 
 
 def test_one_worker_of_each_host_downloads_and_nobody_goes_on_alone(monkeypatch):
-    right = tlt.Team.loading
+    right = tlt.TLTWorker.loading
     check_one_downloads(monkeypatch, right)
 
-    def all_at_once(team, name):
-        team.first_here = True
-        return right(team, name)
+    def all_at_once(worker, name):
+        worker.first_here = True
+        return right(worker, name)
 
-    def alone(team, name):
-        team.size = 1
-        return right(team, name)
+    def alone(worker, name):
+        worker.world_size = 1
+        return right(worker, name)
 
     caught(check_one_downloads, monkeypatch, all_at_once)
     caught(check_one_downloads, monkeypatch, alone)
 
 
 def test_a_folder_is_loaded_by_all_at_once(model_folder):
-    team = object.__new__(tlt.Team)
-    team.board = Board("", 0, Board.host())
-    team.size = 1
-    team.first_here = False
-    with team.loading(str(model_folder)):
+    worker = object.__new__(tlt.TLTWorker)
+    worker.board = Board("", 0, Board.host())
+    worker.world_size = 1
+    worker.first_here = False
+    with worker.loading(str(model_folder)):
         pass
 
 

@@ -14,11 +14,11 @@ import train_grpo
 from parts.engine.interfaces import Group, Response
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.training import micro_batches as batches
-from parts.training.layouts import trainable
-from parts.training.micro_batches import Example, micro_batches
+from parts.training.layouts import trainable_parameters
+from parts.training.micro_batches import TrainingSample, micro_batches
 from rollout import Engine
 from tasks import Grade
-from train_grpo import Alone, Config, advantages, policy_loss, token_logprobs, token_scores, token_weights, update
+from train_grpo import Config, Worker, advantages, policy_loss, token_logprobs, token_scores, token_weights, update
 
 CONFIG = Config(prompts=4, samples=6, max_new=30, micro_tokens=200, device="cpu")
 
@@ -45,7 +45,7 @@ def advantage_of(responses, loss="grpo") -> list[float]:
     return advantages(rewards_of(responses), loss).flatten().tolist()
 
 
-class Rank(Alone):
+class Rank(Worker):
     """One of several workers; keeps the gradients that it would add to the others'."""
 
     def __init__(self, config, rank, size):
@@ -72,7 +72,7 @@ class Frozen:
         self.norms = []
 
     def step(self):
-        self.norms.append(norm_of(p.grad for p in trainable(self.model)))
+        self.norms.append(norm_of(p.grad for p in trainable_parameters(self.model)))
 
     def zero_grad(self):
         self.model.zero_grad()
@@ -82,10 +82,10 @@ def gradient(model, responses, config=CONFIG, size=1, reference=None):
     """The gradient that `update` hands to the optimizer, with `size` workers played one after the other."""
     total = None
     for rank in range(size):
-        team = Rank(config, rank, size)
+        worker = Rank(config, rank, size)
         advantage = advantage_of(responses, config.loss)
-        stats = update(model, reference, Frozen(model), responses, advantage, 0, config, team)
-        total = team.gradients if total is None else [a + b for a, b in zip(total, team.gradients)]
+        stats = update(model, reference, Frozen(model), responses, advantage, 0, config, worker)
+        total = worker.gradients if total is None else [a + b for a, b in zip(total, worker.gradients)]
     return total, stats
 
 
@@ -257,7 +257,7 @@ def contents(shares) -> list[tuple]:
 
 
 def check_content_order(cut):
-    examples = [Example(r, 1.0) for r in make_responses(tiny())]
+    examples = [TrainingSample(r, 1.0) for r in make_responses(tiny())]
     shuffled = random.Random(3).sample(examples, len(examples))
     shares = cut(examples, 150, 2)
     assert contents(shares) == contents(cut(shuffled, 150, 2))
@@ -288,7 +288,7 @@ def partitions(items: list):
             yield [items[:n], *rest]
 
 
-def check_least_cost(cut, examples: list[Example], tokens: int):
+def check_least_cost(cut, examples: list[TrainingSample], tokens: int):
     """No other way to cut them costs less."""
 
     def fits(batch) -> bool:
@@ -303,7 +303,7 @@ def check_least_cost(cut, examples: list[Example], tokens: int):
     assert price(found) == min(price(way) for way in partitions(examples) if all(map(fits, way)))
 
 
-def as_full_as_can_be(examples: list[Example], tokens: int) -> list[list[Example]]:
+def as_full_as_can_be(examples: list[TrainingSample], tokens: int) -> list[list[TrainingSample]]:
     found = []
     for x in examples:
         if found and (len(found[-1]) + 1) * found[-1][0].length <= tokens:
@@ -313,8 +313,10 @@ def as_full_as_can_be(examples: list[Example], tokens: int) -> list[list[Example
     return found
 
 
-def of_lengths(lengths: list[int]) -> list[Example]:
-    return [Example(Response(("train", 0), i, [7] * n, [], torch.zeros(0), True), 1.0) for i, n in enumerate(lengths)]
+def of_lengths(lengths: list[int]) -> list[TrainingSample]:
+    return [
+        TrainingSample(Response(("train", 0), i, [7] * n, [], torch.zeros(0), True), 1.0) for i, n in enumerate(lengths)
+    ]
 
 
 @cases(60)
@@ -465,7 +467,7 @@ def test_update_improves_the_likelihood_of_what_was_right(changes):
 
     before = score()
     reference = tiny() if config.kl else None
-    stats = update(model, reference, optimizer, responses, advantage, 0, config, Alone(config))
+    stats = update(model, reference, optimizer, responses, advantage, 0, config, Worker(config))
     assert score() > before
     assert math.isfinite(stats["grad_norm"])
     if not config.bf16:
@@ -481,7 +483,7 @@ def check_clip_statistics():
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     after_one = tiny()
     first = torch.optim.AdamW(after_one.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    update(after_one, None, first, responses, advantage, 0, replace(config, epochs=1), Alone(config))
+    update(after_one, None, first, responses, advantage, 0, replace(config, epochs=1), Worker(config))
     useful = [r for r, a in zip(responses, advantage) if a]
     with torch.no_grad():
         logp = token_logprobs(after_one, useful, 1.0)
@@ -489,7 +491,7 @@ def check_clip_statistics():
     below = (ratio < 0.9).sum().item()
     above = (ratio > 1.4).sum().item()
     assert min(below, above) > 10
-    stats = update(model, None, optimizer, responses, advantage, 0, config, Alone(config))
+    stats = update(model, None, optimizer, responses, advantage, 0, config, Worker(config))
     # two epochs, the first unclipped; a ratio at the very edge may fall on either side
     assert stats["clipped"] * 2 * len(ratio) == pytest.approx(below + above, abs=1)
 

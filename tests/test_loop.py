@@ -13,9 +13,9 @@ from test_grpo import CONFIG, Frozen, advantage_of, close, gradient, make_respon
 import train_grpo
 from parts.cli import UserError, run
 from parts.engine import model_loading as loading
-from parts.training.micro_batches import with_less_memory
+from parts.training.micro_batches import retry_with_less_memory
 from tasks import Countdown, Grade
-from train_grpo import Alone, policy_loss, token_scores, update
+from train_grpo import Worker, policy_loss, token_scores, update
 
 # ---------------------------------------------------------------- memory
 
@@ -79,22 +79,22 @@ def check_late_out_of_memory(monkeypatch):
 def test_what_a_failed_try_has_summed_up_goes(monkeypatch):
     check_late_out_of_memory(monkeypatch)
 
-    def nothing_cleared(accumulate, share, clear, team):
-        return with_less_memory(accumulate, share, lambda: None, team)
+    def nothing_cleared(accumulate, share, clear, worker):
+        return retry_with_less_memory(accumulate, share, lambda: None, worker)
 
-    monkeypatch.setattr(train_grpo, "with_less_memory", nothing_cleared)
+    monkeypatch.setattr(train_grpo, "retry_with_less_memory", nothing_cleared)
     caught(check_late_out_of_memory, monkeypatch)
 
 
 def check_next_update_fits(monkeypatch):
     model = tiny()
     responses = make_responses(model)
-    team = Alone(CONFIG)
+    worker = Worker(CONFIG)
     largest = []
     for _ in range(2):
         tried = []
         monkeypatch.setattr(train_grpo, "token_scores", on_a_small_machine(100, tried))
-        update(model, None, Frozen(model), responses, advantage_of(responses), 0, CONFIG, team)
+        update(model, None, Frozen(model), responses, advantage_of(responses), 0, CONFIG, worker)
         largest.append(max(tried))
     first, second = largest
     assert first > 100
@@ -104,11 +104,11 @@ def check_next_update_fits(monkeypatch):
 def test_the_next_update_begins_with_what_fits(monkeypatch):
     check_next_update_fits(monkeypatch)
 
-    def forgets(accumulate, share, clear, team):
-        team.micro_tokens = CONFIG.micro_tokens
-        return with_less_memory(accumulate, share, clear, team)
+    def forgets(accumulate, share, clear, worker):
+        worker.micro_tokens = CONFIG.micro_tokens
+        return retry_with_less_memory(accumulate, share, clear, worker)
 
-    monkeypatch.setattr(train_grpo, "with_less_memory", forgets)
+    monkeypatch.setattr(train_grpo, "retry_with_less_memory", forgets)
     caught(check_next_update_fits, monkeypatch)
 
 
@@ -126,8 +126,8 @@ def check_rotary(cast):
 
 
 def test_the_bfloat16_copy_keeps_its_rotary_angles():
-    check_rotary(lambda model: loading.in_dtype(model, torch.bfloat16))
-    assert {p.dtype for p in loading.in_dtype(tiny(), torch.bfloat16).parameters()} == {torch.bfloat16}
+    check_rotary(lambda model: loading.cast_weights(model, torch.bfloat16))
+    assert {p.dtype for p in loading.cast_weights(tiny(), torch.bfloat16).parameters()} == {torch.bfloat16}
     caught(check_rotary, lambda model: model.bfloat16())
 
 
@@ -164,7 +164,7 @@ def test_the_gradient_is_cut_to_the_largest_norm():
     responses = make_responses(model)
     whole, _ = gradient(model, responses, config)
     optimizer = Frozen(model)
-    stats = update(model, None, optimizer, responses, advantage_of(responses), 0, config, Alone(config))
+    stats = update(model, None, optimizer, responses, advantage_of(responses), 0, config, Worker(config))
     assert stats["grad_norm"] == pytest.approx(norm_of(whole))
     assert norm_of(whole) > 0.1
     assert optimizer.norms == [pytest.approx(0.01, rel=1e-3)]
@@ -255,7 +255,7 @@ def test_the_problem_of_a_prompt_is_made_once(parity, model_folder, tmp_path, mo
 def test_held_out_rollouts_teach_nothing_and_are_the_same_each_time(parity, model_folder, tmp_path, monkeypatch):
     learns = []
     seeds = {"train": [], "test": []}
-    right = Alone.rollout
+    right = Worker.rollout
 
     def rollout(self, engine, groups, sampling, grade, progress, learn):
         split, _ = groups[0].key
@@ -263,7 +263,7 @@ def test_held_out_rollouts_teach_nothing_and_are_the_same_each_time(parity, mode
         seeds[split].append([seed for group in groups for seed in group.seeds])
         return right(self, engine, groups, sampling, grade, progress, learn)
 
-    monkeypatch.setattr(Alone, "rollout", rollout)
+    monkeypatch.setattr(Worker, "rollout", rollout)
     flags = [*SMALL, "--steps", 2, "--eval-every", 1]
     run_main(monkeypatch, "--model", model_folder, "--out", tmp_path, *flags)
     assert learns == [("test", False), ("train", True)] * 2 + [("test", False)]

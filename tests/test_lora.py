@@ -15,7 +15,7 @@ import tlt
 import train_grpo
 from parts.cli import UserError, run
 from parts.training import lora as adapters
-from parts.training.layouts import Adapted
+from parts.training.layouts import LoRALayout
 from rollout import Engine
 from train_grpo import Config
 
@@ -25,7 +25,7 @@ LORA = ("--lora-rank", 4, "--lr", "1e-3", "--steps", 2, "--eval-every", 0)
 
 def placed(**changes):
     """(what learns, what generates), the adapters having learned something."""
-    model, actor = Adapted(Config(device="cpu", lora_rank=4, **changes)).place(tiny(LlamaConfig), "cpu")
+    model, actor = LoRALayout(Config(device="cpu", lora_rank=4, **changes)).place(tiny(LlamaConfig), "cpu")
     torch.manual_seed(3)
     with torch.no_grad():
         for p in adapters.adapter_weights(model).values():
@@ -82,9 +82,9 @@ def test_only_adapters_learn_and_all_of_them():
 
 
 def test_adapters_begin_as_nothing_and_alike_everywhere():
-    first, actor = Adapted(Config(device="cpu", lora_rank=4, seed=7)).place(tiny(LlamaConfig), "cpu")
+    first, actor = LoRALayout(Config(device="cpu", lora_rank=4, seed=7)).place(tiny(LlamaConfig), "cpu")
     torch.randn(5)
-    second, _ = Adapted(Config(device="cpu", lora_rank=4, seed=7)).place(tiny(LlamaConfig), "cpu")
+    second, _ = LoRALayout(Config(device="cpu", lora_rank=4, seed=7)).place(tiny(LlamaConfig), "cpu")
     ids = torch.arange(2, 30)[None]
     with torch.no_grad():
         assert torch.allclose(first(input_ids=ids).logits, actor(input_ids=ids).logits, atol=1e-5)

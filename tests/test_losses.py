@@ -14,11 +14,10 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 import train_grpo
 from parts.engine.interfaces import Response
-from parts.training import micro_batches as batches
-from parts.training.losses import overlong_penalty, rate_factor, set_rate
-from parts.training.micro_batches import Example
-from parts.training.update_stats import UpdateStats, combine
-from train_grpo import Alone, Config, token_weights, update
+from parts.training.losses import lr_factor, overlong_penalty, set_lr
+from parts.training.micro_batches import TrainingSample
+from parts.training.update_stats import UpdateStats
+from train_grpo import Config, Worker, token_weights, update
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 
@@ -60,13 +59,13 @@ def of_the_project(case: Case, config: Config, monkeypatch) -> tuple[float, torc
     for i, n in enumerate(case.lengths):
         response = Response(0, i, [1], [2] * n, case.rollout[i], True)
         old = case.old[i] if config.tis_cap > 0 else None
-        examples.append(Example(response, case.advantage[i], weights[i], old))
+        examples.append(TrainingSample(response, case.advantage[i], weights[i], old))
     leaf = torch.cat(case.logp).requires_grad_()
-    team = Alone(config)
+    worker = Worker(config)
     with monkeypatch.context() as patch:
         patch.setattr(train_grpo, "token_scores", lambda *args: (leaf, torch.ones(len(leaf))))
         patch.setattr(train_grpo, "token_logprobs", lambda *args: torch.cat(case.reference))
-        stats = train_grpo.accumulate(None, "a reference" if config.kl else None, [examples], False, config, team)
+        stats = train_grpo.accumulate(None, "a reference" if config.kl else None, [examples], False, config, worker)
     return stats.loss, leaf.grad, stats
 
 
@@ -141,7 +140,7 @@ def test_losses_and_gradients_are_those_of_the_papers(loss, cap, kl, monkeypatch
     config = replace(CONFIG, loss=loss, clip_low=0.1, clip_high=0.2, tis_cap=cap, kl=kl)
     check_formula(config, monkeypatch)
     broken = {
-        "gspo": [("sequence_old", broken_sum), ("sequence_old", broken_mean)],
+        "gspo": [("sequence_old_logprobs", broken_sum), ("sequence_old_logprobs", broken_mean)],
         "cispo": [("policy_loss", clip_with_gradient), ("policy_loss", clip_that_stops)],
     }.get(loss, [])
     if cap:
@@ -262,9 +261,9 @@ def check_old_policy(size: int, cap: float = 1.5):
             return [totals]
 
     for rank in range(size):
-        team = Gathering(config, rank, size)
-        update(model, None, Frozen(model), responses, advantage_of(responses), 0, config, team)
-    row = combine(stats)
+        worker = Gathering(config, rank, size)
+        update(model, None, Frozen(model), responses, advantage_of(responses), 0, config, worker)
+    row = summarise_update(stats)
     assert row["ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-4)
     assert row["gap_mean"] == pytest.approx(noise.abs().mean().item(), abs=1e-5)
@@ -279,9 +278,9 @@ def test_with_the_correction_the_old_policy_is_the_trainers_in_all_updates(size,
         patch.setattr(train_grpo, "score", lambda *args: None)  # then it is the rollout's from the second on
         caught(check_old_policy, size)
 
-    def first_part_alone(model, examples, team, right=batches.score):
+    def first_part_alone(model, examples, worker, right=train_grpo.score_batch):
         if (0, 0) in [(x.response.group[1], x.response.sample) for x in examples]:
-            right(model, examples, team)
+            right(model, examples, worker)
 
     monkeypatch.setattr(train_grpo, "score", first_part_alone)
     caught(check_old_policy, size)
@@ -319,17 +318,17 @@ def test_corrected_gradients_are_weighted(monkeypatch):
 def cap_of(model_folder, out, **changes) -> float:
     """Of a run's update."""
     config = Config(model=str(model_folder), out=str(out), device="cpu", **changes)
-    return train_grpo.Training(config, Alone(config)).team.tis_cap
+    return train_grpo.Training(config, Worker(config)).worker.tis_cap
 
 
 def check_default_cap(model_folder, out):
     """Rollouts in bfloat16 are corrected unless it is switched off; others only where that is asked for."""
-    rounded = {"actor_dtype": "bfloat16"}
+    bucketed_shape = {"actor_dtype": "bfloat16"}
     assert cap_of(model_folder, out) == 0.0
     assert cap_of(model_folder, out, tis_cap=3.0) == 3.0
-    assert cap_of(model_folder, out, **rounded) == 2.0
-    assert cap_of(model_folder, out, tis_cap=0.0, **rounded) == 0.0
-    assert cap_of(model_folder, out, tis_cap=3.0, **rounded) == 3.0
+    assert cap_of(model_folder, out, **bucketed_shape) == 2.0
+    assert cap_of(model_folder, out, tis_cap=0.0, **bucketed_shape) == 0.0
+    assert cap_of(model_folder, out, tis_cap=3.0, **bucketed_shape) == 3.0
 
 
 def test_bfloat16_rollouts_are_corrected_by_default(model_folder, tmp_path, monkeypatch):
@@ -352,7 +351,7 @@ def check_figures(monkeypatch):
     cases = [random_case(1), random_case(2)]
     parts = [of_the_project(case, config, monkeypatch)[2] for case in cases]
     ratio = torch.cat([torch.cat(case.logp) - torch.cat(case.rollout) for case in cases]).exp()
-    row = combine(parts)
+    row = summarise_update(parts)
     assert row["ratio_mean"] == pytest.approx(ratio.mean().item(), rel=1e-5)
     assert row["ratio_max"] == pytest.approx(ratio.max().item(), rel=1e-5)
     assert row["clipped"] == pytest.approx(((ratio < 0.9) | (ratio > 1.2)).float().mean().item())
@@ -371,7 +370,7 @@ def test_ratios_and_clipped_tokens_by_hand(monkeypatch):
 
 
 def test_without_tokens_there_is_no_entropy():
-    row = combine([UpdateStats(), UpdateStats()])
+    row = summarise_update([UpdateStats(), UpdateStats()])
     assert row["entropy"] is None
     assert row["ratio_mean"] is None
     assert row["loss"] == row["gap_mean"] == 0.0
@@ -424,18 +423,18 @@ def check_schedule(factor, name: str):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_schedules_are_those_of_transformers(name):
-    check_schedule(rate_factor, name)
+    check_schedule(lr_factor, name)
 
     def without_warmup(name, done, warmup, total):
-        return rate_factor(name, done, 0, total)
+        return lr_factor(name, done, 0, total)
 
     caught(check_schedule, without_warmup, name)
-    caught(check_schedule, lambda name, *rest: rate_factor("constant", *rest), name)
+    caught(check_schedule, lambda name, *rest: lr_factor("constant", *rest), name)
 
 
 def test_the_constant_schedule_is_what_it_was():
     for warmup in (0, 1, 3):
-        assert [rate_factor("constant", done, warmup, 5) for done in range(1, 9)] == [
+        assert [lr_factor("constant", done, warmup, 5) for done in range(1, 9)] == [
             min(1.0, done / max(1, warmup)) for done in range(1, 9)
         ]
 
@@ -445,7 +444,7 @@ def test_the_optimizer_gets_rate_and_decay():
     config = replace(CONFIG, lr=0.5, warmup=2, steps=5, epochs=2, schedule="linear", weight_decay=0.1)
     rates = []
     for done in range(1, 11):
-        set_rate(optimizer, done, config)
+        set_lr(optimizer, done, config)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.25, 0.5] + [0.5 * (8 - i) / 8 for i in range(8)])
     assert optimizer.param_groups[0]["weight_decay"] == 0.1

@@ -34,7 +34,7 @@ def installed(request, monkeypatch):
     """Most tests do without math-verify."""
     if "real" not in request.fixturenames:
         monkeypatch.setattr(tasks, "check_package", lambda *names: None)
-        monkeypatch.setattr(tasks, "Referee", Equality)
+        monkeypatch.setattr(tasks, "LatexChecker", Equality)
 
 
 def write(path, rows):

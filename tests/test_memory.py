@@ -28,7 +28,7 @@ ROWS = 40  # of a slice: more than the head is wide
 
 
 @pytest.fixture
-def narrow(monkeypatch):
+def scale_and_filter(monkeypatch):
     """Slices of ROWS tokens."""
     monkeypatch.setattr(logprobs, "SLICE", VOCAB * ROWS)
 
@@ -91,7 +91,7 @@ def check_logits_are_never_whole(model, responses):
         assert 0 < largest.numbers <= VOCAB * ROWS
 
 
-def test_the_logits_of_a_micro_batch_never_exist(narrow, monkeypatch):
+def test_the_logits_of_a_micro_batch_never_exist(scale_and_filter, monkeypatch):
     model = tiny(vocab_size=VOCAB)
     responses = make_responses(model)
     check_logits_are_never_whole(model, responses)
@@ -102,7 +102,7 @@ def test_the_logits_of_a_micro_batch_never_exist(narrow, monkeypatch):
     caught(check_logits_are_never_whole, model, responses)
 
 
-class Adapted(torch.nn.Module):
+class LoRALayout(torch.nn.Module):
     """A head that is no linear layer: a frozen one with something small beside it that learns."""
 
     def __init__(self, head):
@@ -122,7 +122,7 @@ def model_with(head: str):
     if head == "biased":
         model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB))
     if head == "adapted":
-        model.lm_head = Adapted(model.lm_head)
+        model.lm_head = LoRALayout(model.lm_head)
     return model
 
 
@@ -270,7 +270,7 @@ def check_entropies_are_made_once():
     assert exponentials.count == -(-tokens // ROWS)
 
 
-def test_the_backward_leaves_entropies_out(narrow):
+def test_the_backward_leaves_entropies_out(scale_and_filter):
     check_entropies_are_made_once()
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
         caught(check_entropies_are_made_once)

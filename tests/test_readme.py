@@ -18,7 +18,7 @@ import report
 import strategy
 import tasks
 import train_grpo
-from parts.engine.interfaces import Draft
+from parts.engine.interfaces import DraftPlan
 from parts.engine.sampling import Sampling
 
 TEXT = (ROOT / "README.md").read_text()
@@ -63,13 +63,13 @@ def test_the_example_of_a_strategy_runs_as_printed():
     names = dict(vars(strategy))
     exec(block("class TailOnly"), names)
     tail_only = names["TailOnly"]()
-    assert tail_only.choose([None] * 9) == Draft()
+    assert tail_only.choose([None] * 9) == DraftPlan()
     engine = make_engine(tiny())
     groups = groups_of(6, random.Random(1))
     plain = tokens_of(engine.generate(groups, Sampling(max_new=30)))
     assert tokens_of(engine.generate(groups, Sampling(max_new=30), tail_only)) == plain
     assert 0 < engine.stats.spec_rounds < engine.stats.rounds
-    assert tokens_of(engine.generate(groups, Sampling(max_new=30), fixed("learned", 2))) == plain
+    assert tokens_of(engine.generate(groups, Sampling(max_new=30), fixed("eagle", 2))) == plain
 
 
 def test_the_example_of_a_metric_runs_as_printed():

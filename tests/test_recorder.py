@@ -6,8 +6,8 @@ import weakref
 import torch
 from conftest import caught
 
-from parts.engine.cuda_graphs import Graphs, Recorder, Shape
-from parts.engine.interfaces import Draft
+from parts.engine.cuda_graphs import GraphPool, GraphRecorder, RoundShape
+from parts.engine.interfaces import DraftPlan
 from parts.engine.sampling import Sampling
 
 
@@ -60,11 +60,11 @@ class FakeGraph:
         pass
 
 
-SHAPE = Shape(1, 128, 0, Draft(), Sampling())
+SHAPE = RoundShape(1, 128, 0, DraftPlan(), Sampling())
 
 
-def check_records_again_after_all_was_forgotten(recorder: type[Recorder]) -> None:
-    graphs = Graphs(lambda shape: shape, recorder())
+def check_records_again_after_all_was_forgotten(recorder: type[GraphRecorder]) -> None:
+    graphs = GraphPool(lambda shape: shape, recorder())
     for _ in range(3):
         for _ in range(3):
             assert graphs.run(SHAPE) == SHAPE
@@ -74,9 +74,9 @@ def check_records_again_after_all_was_forgotten(recorder: type[Recorder]) -> Non
 
 def test_a_recorder_records_again_after_all_was_forgotten(monkeypatch):
     Device(monkeypatch)
-    check_records_again_after_all_was_forgotten(Recorder)
+    check_records_again_after_all_was_forgotten(GraphRecorder)
 
-    class Leaves(Recorder):
+    class Leaves(GraphRecorder):
         def __call__(self, function):
             replay = super().__call__(function)
             self.newest = None
@@ -96,7 +96,7 @@ def check_a_failed_recording_leaves_nothing(device: Device, capsys) -> None:
             raise RuntimeError("asks the host")
         return device.now
 
-    graphs = Graphs(compute, Recorder())
+    graphs = GraphPool(compute, GraphRecorder())
     assert [graphs.run(SHAPE) for _ in range(4)] == ["usual"] * 4
     said = capsys.readouterr().err
     assert streams[:2] == ["usual", "recording"]
@@ -115,7 +115,7 @@ def test_a_failed_recording_leaves_nothing(monkeypatch, capsys):
 def check_what_torch_makes_is_no_inference_tensor(device: Device) -> None:
     """A recording begins outside of inference mode, as a rollout's rounds do not."""
     modes = []
-    graphs = Graphs(lambda shape: modes.append(torch.is_inference_mode_enabled()), Recorder())
+    graphs = GraphPool(lambda shape: modes.append(torch.is_inference_mode_enabled()), GraphRecorder())
     graphs.run(SHAPE)
     graphs.run(SHAPE)
     assert modes == [True, True]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import report
 from parts.engine.interfaces import Response, Stats
 from parts.running.pictures import gantt, trace
-from parts.running.timers import Clock, Span
-from report import WorkerNotes, describe, evaluation, model_card, pass_at_k, speculation, summarise
+from parts.running.timers import Span, WorkerTimer
+from report import SpeculationStats, describe, evaluation, model_card, pass_at_k, speculation, summarise
 from tasks import Grade
 from train_grpo import Config
 
@@ -32,11 +32,11 @@ def test_a_clock_accounts_for_every_second(durations):
     right = report.time
     report.time = fake
     try:
-        clock = Clock()
+        timer = WorkerTimer()
         for i, seconds in enumerate(durations):
-            clock.enter(f"state {i % 3}")
+            timer.enter(f"state {i % 3}")
             fake.now += seconds
-        spans = clock.take()
+        spans = timer.take()
     finally:
         report.time = right
     assert math.isclose(sum(span.seconds for span in spans), sum(durations), abs_tol=1e-6)
@@ -45,22 +45,22 @@ def test_a_clock_accounts_for_every_second(durations):
 
 def test_a_clock_gives_signs_of_life():
     heard = []
-    clock = Clock(heard.append)
+    timer = WorkerTimer(heard.append)
     for state in ("rollout", "rollout", "idle"):
-        clock.enter(state)
+        timer.enter(state)
     assert heard == ["rollout", "rollout", "idle"]
 
 
 def test_a_clock_knows_how_many_rows_ran():
     """A new span begins where their number changes; what does not name it keeps it."""
-    clock = Clock()
+    timer = WorkerTimer()
     for state, rows in (("rollout", None), ("rollout", 8), ("rollout", 8), ("rollout", 3), ("reward", None)):
-        clock.enter(state, rows)
-    spans = [(span.state, span.rows) for span in clock.take()]
+        timer.enter(state, rows)
+    spans = [(span.state, span.rows) for span in timer.take()]
     assert spans == [("idle", 0), ("rollout", 0), ("rollout", 8), ("rollout", 3), ("reward", 3)]
     for state in ("update", "rollout"):  # the next rollout has no rows yet
-        clock.enter(state)
-    assert [(span.state, span.rows) for span in clock.take()] == [("reward", 3), ("update", 0), ("rollout", 0)]
+        timer.enter(state)
+    assert [(span.state, span.rows) for span in timer.take()] == [("reward", 3), ("update", 0), ("rollout", 0)]
 
 
 def test_gantt_shows_what_held_most_of_each_moment():
@@ -70,7 +70,7 @@ def test_gantt_shows_what_held_most_of_each_moment():
 
 # ---------------------------------------------------------------- speculation and idle time
 
-NOTES = WorkerNotes(10, 5, 20, 60, 80, [20, 15, 0], [15, 10, 0], 4, 2.0)
+NOTES = SpeculationStats(10, 5, 20, 60, 80, [20, 15, 0], [15, 10, 0], 4, 2.0)
 WORKERS = [
     [Span("rollout", 0, 4), Span("drafter", 4, 10.1), Span("update", 10.1, 12)],
     [Span("speculative", 0, 9), Span("reward", 9, 10), Span("idle", 10, 10.2), Span("update", 10.2, 12)],
@@ -100,11 +100,11 @@ def test_speculation_by_hand():
 
 
 def test_notes_add_up_rollouts():
-    notes = WorkerNotes()
-    stats = Stats(rounds=3, spec_rounds=2, spec_row_rounds=5, spec_tokens=9, spec_drafts=8)
+    notes = SpeculationStats()
+    stats = Stats(rounds=3, spec_rounds=2, spec_sequence_rounds=5, spec_tokens=9, spec_drafts=8)
     notes.add_rollout(stats)
     notes.add_rollout(stats)
-    assert (notes.rounds, notes.spec_rounds, notes.spec_row_rounds) == (6, 4, 10)
+    assert (notes.rounds, notes.spec_rounds, notes.spec_sequence_rounds) == (6, 4, 10)
     assert (notes.spec_tokens, notes.spec_drafts) == (18, 16)
 
 
@@ -126,7 +126,7 @@ def check_description(describe):
     grades = [[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]]
     responses, rewards = step_of(grades, [2, 4, 6, 8, 10, 12], [True] * 5 + [False])
     row = describe(7, responses, rewards, {"loss": 0.5}, WORKERS, [NOTES, NOTES])
-    assert (row["step"], row["reward"], row["solved"], row["flat_groups"]) == (7, 0.5, pytest.approx(2 / 3), 2)
+    assert (row["step"], row["reward"], row["solved"], row["zero_variance_groups"]) == (7, 0.5, pytest.approx(2 / 3), 2)
     assert (row["lenient"], row["truncated"], row["tokens"], row["loss"]) == (1.0, 1 / 6, 42, 0.5)
     assert row["length"] == {"mean": 7.0, "p50": 8, "p95": 12, "p99": 12, "max": 12}
     seconds = row["seconds"]

@@ -17,9 +17,9 @@ from parts.cli import UserError
 from parts.engine import acceptance as accept
 from parts.engine import kv_cache as modeling
 from parts.engine.interfaces import Group
-from parts.engine.kv_cache import SlotCache
+from parts.engine.kv_cache import KVCache
 from parts.engine.model_loading import check_supported, load_model
-from parts.engine.sampling import Sampling, sample, seed_words
+from parts.engine.sampling import Sampling, sample, split_seeds
 from rollout import Engine
 
 
@@ -40,7 +40,7 @@ ROPES = {
 def check_angles(rope: str, moved: int = 0) -> None:
     """Angles that are looked up are bit for bit those that the module computes."""
     model = tiny(rope_parameters=ROPES[rope])
-    cache = SlotCache(model.config, 2, 100, torch.float32, "cpu")
+    cache = KVCache(model.config, 2, 100, torch.float32, "cpu")
     positions = torch.randint(0, 90, (2, 5))
     looked_up = cache.angles(model.model.rotary_emb, positions)
     computed = modeling.signed(model.model.rotary_emb(cache.never, positions + moved))
@@ -63,7 +63,7 @@ def check_against_full_forward(model, groups, sampling, slots=10):
         with torch.no_grad():
             hidden = model.model(input_ids=torch.tensor([(r.prompt + r.tokens)[:-1]])).last_hidden_state
             logits = model.lm_head(hidden[:, len(r.prompt) - 1 :])
-        words = seed_words(torch.tensor([seeds[name]])).expand(len(r.tokens), 2)
+        words = split_seeds(torch.tensor([seeds[name]])).expand(len(r.tokens), 2)
         y, logp = sample(logits[0], sampling, words, torch.arange(len(r.tokens)))
         assert y.tolist() == r.tokens, name
         assert torch.allclose(logp, r.logprobs, atol=1e-4)
@@ -107,23 +107,23 @@ def shift_positions(monkeypatch):
 
 
 def move_rows_without_their_cache(monkeypatch):
-    right = SlotCache.move
+    right = KVCache.move
 
     def move(self, source, target, length):
         if target.stop - target.start > 1:
             right(self, source, target, length)
 
-    monkeypatch.setattr(SlotCache, "move", move)
+    monkeypatch.setattr(KVCache, "move", move)
 
 
 def do_not_copy_the_prompt(monkeypatch):
-    right = SlotCache.move
+    right = KVCache.move
 
     def move(self, source, target, length):
         if target.stop - target.start == 1:
             right(self, source, target, length)
 
-    monkeypatch.setattr(SlotCache, "move", move)
+    monkeypatch.setattr(KVCache, "move", move)
 
 
 def see_what_is_hidden(monkeypatch):

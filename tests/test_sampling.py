@@ -10,15 +10,15 @@ from torch._inductor import config
 from parts.cli import UserError
 from parts.engine import sampling as sampling_module
 from parts.engine.sampling import (
-    Compiled,
+    CompiledSampler,
     Sampling,
-    all_words,
+    all_token_ids,
     draw,
-    gumbel,
+    gumbel_noise,
     noise_for,
     sample,
-    seed_words,
     sequence_seed,
+    split_seeds,
 )
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def check_distribution(temperature_of_truth=1.0, index_of=lambda i: i):
     """20,000 samples of 6 tokens against softmax; and tokens of one sequence are independent of each other."""
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
     n = 10_000
-    seeds = seed_words(torch.tensor([sequence_seed("chi", i) for i in range(n)]))
+    seeds = split_seeds(torch.tensor([sequence_seed("chi", i) for i in range(n)]))
     index = index_of(torch.arange(2)).expand(n, 2)
     columns = [sample(logits.expand(n, 6), Sampling(), seeds, index[:, t])[0] for t in range(2)]
     y = torch.stack(columns, 1)
@@ -52,11 +52,11 @@ def test_samples_follow_the_softmax_and_broken_noise_is_caught():
 
 
 def test_noise_is_a_function_of_its_key_alone():
-    seeds = seed_words(torch.tensor([sequence_seed("a", i) for i in range(50)]))
-    words = all_words(300, CPU)
-    g = gumbel(seeds[:, None], torch.arange(20).expand(50, 20), words)
-    assert torch.equal(g[7:9, 3], gumbel(seeds[7:9], torch.full((2,), 3), words))
-    assert torch.equal(g[:, :, 40:60], gumbel(seeds[:, None], torch.arange(20).expand(50, 20), words[40:60]))
+    seeds = split_seeds(torch.tensor([sequence_seed("a", i) for i in range(50)]))
+    words = all_token_ids(300, CPU)
+    g = gumbel_noise(seeds[:, None], torch.arange(20).expand(50, 20), words)
+    assert torch.equal(g[7:9, 3], gumbel_noise(seeds[7:9], torch.full((2,), 3), words))
+    assert torch.equal(g[:, :, 40:60], gumbel_noise(seeds[:, None], torch.arange(20).expand(50, 20), words[40:60]))
     assert torch.isfinite(g).all()
     assert len(g.unique()) > 0.99 * g.numel()
     assert abs(g.mean() - 0.5772) < 0.01  # Gumbel: Euler's constant
@@ -67,7 +67,7 @@ def test_noise_is_a_function_of_its_key_alone():
 
 def test_top_k_top_p_and_temperature_narrow_what_is_drawn():
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0]).expand(2000, 4)
-    seeds = seed_words(torch.tensor([sequence_seed(i) for i in range(2000)]))
+    seeds = split_seeds(torch.tensor([sequence_seed(i) for i in range(2000)]))
 
     def drawn(**settings) -> set[int]:
         return set(sample(logits, Sampling(**settings), seeds, torch.zeros(2000).long())[0].tolist())
@@ -81,7 +81,7 @@ def test_top_k_top_p_and_temperature_narrow_what_is_drawn():
 
 def test_log_probabilities_are_those_at_the_temperature():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
-    y, logp = sample(logits, Sampling(temperature=0.5), seed_words(torch.tensor([5])), torch.tensor([0]))
+    y, logp = sample(logits, Sampling(temperature=0.5), split_seeds(torch.tensor([5])), torch.tensor([0]))
     assert torch.isclose(logp[0], (logits[0] / 0.5).log_softmax(-1)[y[0]])
 
 
@@ -94,12 +94,12 @@ def check_ways(seed: int, positions: int, vocab: int, sampling: Sampling):
     logits = torch.randn(positions, vocab) * 3
     seeds = torch.randint(-(2**31), 2**31, (positions, 2)).int()
     index = torch.randint(0, 500, (positions,))
-    noise = noise_for(sampling, seeds, index[:, None], all_words(vocab, CPU))
-    whole, logprobs = draw(logits, sampling, seeds, index, all_words(vocab, CPU))
+    noise = noise_for(sampling, seeds, index[:, None], all_token_ids(vocab, CPU))
+    whole, logprobs = draw(logits, sampling, seeds, index, all_token_ids(vocab, CPU))
     ways = [
         sample(logits, sampling, seeds, index),
         sample(logits, sampling, seeds, index, noise=noise[:, 0] if noise.ndim else None),
-        sample(logits, sampling, seeds, index, words=all_words(vocab, CPU)),
+        sample(logits, sampling, seeds, index, words=all_token_ids(vocab, CPU)),
     ]
     for y, logp in ways:
         assert torch.equal(y, whole)
@@ -130,10 +130,10 @@ def test_pieces_and_words_change_no_token(seed, positions, vocab, sampling):
 
 def test_broken_pieces_and_words_are_caught(monkeypatch):
     monkeypatch.setattr(sampling_module, "IN_CACHE", 500)
-    right = gumbel
+    right = gumbel_noise
 
     def by_column(seeds, index, words):
-        return right(seeds, index, all_words(len(words), CPU))
+        return right(seeds, index, all_token_ids(len(words), CPU))
 
     def by_piece(seeds, index, words):
         return right(seeds[:1].expand_as(seeds), index, words)
@@ -147,8 +147,8 @@ def test_broken_pieces_and_words_are_caught(monkeypatch):
 
 def test_the_ids_of_a_vocabulary_stay_where_they_are():
     """Recorded rounds know their address."""
-    where = [all_words(vocab, CPU).data_ptr() for vocab in range(100, 120)]
-    assert [all_words(vocab, CPU).data_ptr() for vocab in range(100, 120)] == where
+    where = [all_token_ids(vocab, CPU).data_ptr() for vocab in range(100, 120)]
+    assert [all_token_ids(vocab, CPU).data_ptr() for vocab in range(100, 120)] == where
 
 
 def test_a_gpu_without_a_compiler_samples_with_the_plain_function(monkeypatch, capsys):
@@ -160,12 +160,12 @@ def test_a_gpu_without_a_compiler_samples_with_the_plain_function(monkeypatch, c
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(config, "compile_threads", 32)
-    double = Compiled(lambda x: 2 * x)
+    double = CompiledSampler(lambda x: 2 * x)
     assert [double(3), double(4)] == [6, 8]
     assert capsys.readouterr().err.count("no compiler here") == 1
     assert config.compile_threads == 1
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda x: function(x) + 1)
-    assert Compiled(lambda x: 2 * x)(3) == 7
+    assert CompiledSampler(lambda x: 2 * x)(3) == 7
 
 
 def test_the_compiled_function_draws_what_the_plain_one_draws():
@@ -174,7 +174,7 @@ def test_the_compiled_function_draws_what_the_plain_one_draws():
     compiled = torch.compile(draw, backend="eager", dynamic=True, fullgraph=True)
     for positions in (3, 5):
         seeds = torch.randint(-(2**31), 2**31, (positions, 2)).int()
-        args = (torch.randn(positions, 50), Sampling(0.7), seeds, torch.arange(positions), all_words(50, CPU))
+        args = (torch.randn(positions, 50), Sampling(0.7), seeds, torch.arange(positions), all_token_ids(50, CPU))
         assert torch.equal(compiled(*args)[0], draw(*args)[0])
 
 

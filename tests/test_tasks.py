@@ -21,7 +21,7 @@ from parts.cli import UserError
 from parts.tasks.answers import answer_tag, evaluate, last_number
 from parts.tasks.data_files import read_jsonl
 from tasks import GSM8K, Countdown, Grade, Problem, encode_prompt, gsm8k_row, make_task
-from train_grpo import Alone, advantages
+from train_grpo import Worker, advantages
 
 PROBLEM = Problem("", "3,7,8=29<think>", ((3, 7, 8), 29))
 HOSTILE = [
@@ -470,11 +470,11 @@ def check_numbers(model_folder, out, monkeypatch):
         return responses
 
     taught, held_out = [], []
-    whole = Alone.rollout
+    whole = Worker.rollout
     with monkeypatch.context() as patch:
         patch.setattr(train_grpo, "make_task", lambda *settings: Measured())
         patch.setattr(train_grpo, "advantages", listen)
-        patch.setattr(Alone, "rollout", rollout)
+        patch.setattr(Worker, "rollout", rollout)
         run_main(patch, "--model", model_folder, "--out", out, *SMALL, "--steps", 1, "--eval-every", 1)
     lengths = [len(make_tokenizer().decode(r.tokens)) for r in taught]
     wanted = torch.tensor([0.3 - n / 40 for n in lengths]).view(3, 4)

@@ -234,8 +234,8 @@ def test_noise_that_starts_anew_is_another_response(solver):
     prompt = solver.encode(PROBLEMS[0])
     responses = sorted(solver.generate([Group(0, prompt, list(range(40)))]), key=lambda r: r.sample)
 
-    def second_pieces(begun):
-        groups = [Group(k, prompt + r.tokens[:2], [k], begun) for k, r in enumerate(responses)]
+    def second_pieces(response_prefix_len):
+        groups = [Group(k, prompt + r.tokens[:2], [k], response_prefix_len) for k, r in enumerate(responses)]
         return [r.tokens for r in sorted(solver.generate(groups), key=lambda r: r.group)]
 
     assert second_pieces(2) == [r.tokens[2:] for r in responses] != second_pieces(0)

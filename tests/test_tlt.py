@@ -15,18 +15,18 @@ import tlt
 import train_grpo
 from drafter import Drafter
 from parts.cli import UserError
-from parts.engine.interfaces import Draft, Group, RoundReport, Stats, Strategy
+from parts.engine.interfaces import DraftPlan, Group, RoundReport, Stats, Strategy
 from parts.engine.sampling import Sampling
 from parts.running import checkpoints
 from parts.running import launcher as supervise
 from parts.running.launcher import free_port
-from parts.running.timers import STATES, Clock
+from parts.running.timers import STATES, WorkerTimer
 from parts.training import logprobs
 from parts.training.logprobs import checkpoint_layers
 from rollout import Engine
-from spot import Spot, train_until
+from spot import SpotTrainer, train_until
 from tlt import Board, TLTConfig
-from train_grpo import Alone
+from train_grpo import Worker
 
 # ---------------------------------------------------------------- when something goes wrong
 
@@ -54,7 +54,7 @@ def test_a_mistake_in_a_worker_is_one_line_and_status_2(able, tmp_path):
 
 
 def test_who_counts_as_hung():
-    pulse = supervise.Pulse(3)
+    pulse = supervise.Heartbeat(3)
     for rank, state in enumerate(("idle", "checkpoint", "rollout")):
         pulse.tell(rank, state)
         pulse.heard[rank] -= 100 * (rank < 2)
@@ -120,8 +120,8 @@ def test_without_work_it_waits(drafter, monkeypatch):
     assert 0.02 <= scene.now < 0.03
 
 
-def make_spot(rank: int = 0, **changes) -> Spot:
-    return Spot(tiny(), TLTConfig(**{"out": "nowhere", "model": "base/chain/refit", **changes}), rank, {1})
+def make_spot(rank: int = 0, **changes) -> SpotTrainer:
+    return SpotTrainer(tiny(), TLTConfig(**{"out": "nowhere", "model": "base/chain/refit", **changes}), rank, {1})
 
 
 def check_averages_by_steps(average):
@@ -158,11 +158,11 @@ def check_averages_by_steps(average):
 
 
 def test_drafters_are_averaged_by_steps():
-    check_averages_by_steps(Spot.average)
+    check_averages_by_steps(SpotTrainer.average)
 
     def unweighted(spot_, all_reduce):
         spot_.steps_since_average = 1
-        Spot.average(spot_, all_reduce)
+        SpotTrainer.average(spot_, all_reduce)
 
     caught(check_averages_by_steps, unweighted)
 
@@ -178,45 +178,45 @@ def test_a_run_that_goes_on_takes_the_drafter_of_its_checkpoint(tmp_path):
     config = TLTConfig(out="nowhere", model="base/chain/refit")
     trained = Drafter(tiny())
     trained.save(tmp_path / "drafter")
-    spot_ = Spot(tiny(), config, 0, {1}, checkpoint=tmp_path)
+    spot_ = SpotTrainer(tiny(), config, 0, {1}, checkpoint=tmp_path)
     assert not spot_.needs_warm_start
     for a, b in zip(spot_.learner.parameters(), trained.parameters(), strict=True):
         assert torch.allclose(a, b)
     assert make_spot().needs_warm_start
-    assert Spot(tiny(), config, 0, {1}, checkpoint=tmp_path / "without").needs_warm_start
+    assert SpotTrainer(tiny(), config, 0, {1}, checkpoint=tmp_path / "without").needs_warm_start
 
 
 # ---------------------------------------------------------------- evaluations teach nobody
 
 
-def team_of_one(monkeypatch, **settings) -> tlt.Team:
+def team_of_one(monkeypatch, **settings) -> tlt.TLTWorker:
     """Without a process group."""
 
     def begin(self, config):
-        Alone.__init__(self, config)
+        Worker.__init__(self, config)
         self.board = Board("", 0, Board.host())
         self.rollouts = 0
         self.spot = None
 
-    monkeypatch.setattr(tlt.Team, "__init__", begin)
-    return tlt.Team(TLTConfig(device="cpu", model="base/chain/refit", **settings))
+    monkeypatch.setattr(tlt.TLTWorker, "__init__", begin)
+    return tlt.TLTWorker(TLTConfig(device="cpu", model="base/chain/refit", **settings))
 
 
-def rollout_of(split: str, monkeypatch, learn: bool | None = None) -> tlt.Team:
-    """A team of one that has made one rollout on a split."""
-    team = team_of_one(monkeypatch, warm_start=0.2, prompts=1)
-    engine = team.engine(tiny(), {1}, 8, 0)
+def rollout_of(split: str, monkeypatch, learn: bool | None = None) -> tlt.TLTWorker:
+    """A worker of one that has made one rollout on a split."""
+    worker = team_of_one(monkeypatch, warm_start=0.2, prompts=1)
+    engine = worker.engine(tiny(), {1}, 8, 0)
     engine.reserve(60)
     groups = [Group((split, i), [5 + i, 9, 30], [7 * i + k for k in range(4)]) for i in range(3)]
     learn = split == "train" if learn is None else learn
-    team.rollout(engine, groups, Sampling(max_new=25), lambda r: None, lambda n: None, learn=learn)
-    return team
+    worker.rollout(engine, groups, Sampling(max_new=25), lambda r: None, lambda n: None, learn=learn)
+    return worker
 
 
-def check_teaches_nobody(team: tlt.Team) -> None:
-    assert not team.spot.buffer.rows
-    assert team.spot.trainer.steps == 0
-    assert team.spot.needs_warm_start
+def check_teaches_nobody(worker: tlt.TLTWorker) -> None:
+    assert not worker.spot.buffer.sequences
+    assert worker.spot.trainer.steps == 0
+    assert worker.spot.needs_warm_start
 
 
 def test_held_out_responses_teach_nobody(monkeypatch):
@@ -227,48 +227,48 @@ def test_held_out_responses_teach_nobody(monkeypatch):
 
 def test_what_is_counted_for_the_metrics():
     """By depth, as deep as strategies may draft; guesses of other drafters do not count."""
-    watched = tlt.Watched(Strategy(Draft("learned", 16)), Clock())
-    assert watched.choose([]) == Draft("learned", 16)
-    assert watched.clock.state == "speculative"
+    watched = tlt.CountingStrategy(Strategy(DraftPlan("eagle", 16)), WorkerTimer())
+    assert watched.choose([]) == DraftPlan("eagle", 16)
+    assert watched.timer.state == "speculative"
     for _ in range(2):
-        watched.observe(RoundReport(3, Draft("learned", 16), 0.1, list(range(16, 0, -1)), list(range(15, -1, -1))))
-    watched.observe(RoundReport(3, Draft("n-gram", 2), 0.1, [3, 3], [3, 3]))
+        watched.observe(RoundReport(3, DraftPlan("eagle", 16), 0.1, list(range(16, 0, -1)), list(range(15, -1, -1))))
+    watched.observe(RoundReport(3, DraftPlan("ngram", 2), 0.1, [3, 3], [3, 3]))
     assert watched.tried == [2 * n for n in range(16, 0, -1)]
     assert watched.right == [2 * n for n in range(15, -1, -1)]
     watched.forget()
     assert sum(watched.tried) == sum(watched.right) == 0
 
 
-def check_rounds(team: tlt.Team, held_out_learns: bool = False) -> None:
+def check_rounds(worker: tlt.TLTWorker, held_out_learns: bool = False) -> None:
     """Two rollouts of a step are counted together, the evaluation before it is not, and the next step begins anew."""
     for rounds, learn in ((100, held_out_learns), (3, True), (5, True)):
         engine = SimpleNamespace(slots=4, stats=Stats(rounds=rounds))
-        team.rollout(engine, [Group(0, [1], [])], Sampling(), None, lambda n: None, learn=learn)
-    assert team.notes().rounds == 8
-    assert team.notes().rounds == 0
+        worker.rollout(engine, [Group(0, [1], [])], Sampling(), None, lambda n: None, learn=learn)
+    assert worker.notes().rounds == 8
+    assert worker.notes().rounds == 0
 
 
 def test_the_rollouts_of_a_step_are_counted_together(monkeypatch):
-    monkeypatch.setattr(tlt.Team, "__init__", lambda self, config: Alone.__init__(self, config))
-    monkeypatch.setattr(tlt.Team, "generate", lambda *args: [])
+    monkeypatch.setattr(tlt.TLTWorker, "__init__", lambda self, config: Worker.__init__(self, config))
+    monkeypatch.setattr(tlt.TLTWorker, "generate", lambda *args: [])
     for learns in (False, True):
-        team = tlt.Team(TLTConfig(device="cpu", drafter="off", ngram=True))
+        worker = tlt.TLTWorker(TLTConfig(device="cpu", drafter="off", ngram=True))
         hosted = Board.host()
-        team.board = Board("", 0, hosted)
-        team.rollouts = 0
-        team.spot = None
-        team.engine(tiny(), {1}, 4, 0)
+        worker.board = Board("", 0, hosted)
+        worker.rollouts = 0
+        worker.spot = None
+        worker.engine(tiny(), {1}, 4, 0)
         if learns:
-            caught(check_rounds, team, held_out_learns=True)
+            caught(check_rounds, worker, held_out_learns=True)
         else:
-            check_rounds(team)
+            check_rounds(worker)
 
 
 @pytest.mark.parametrize(
-    "flags, kinds", [({}, ["learned"]), ({"ngram": True}, ["learned", "n-gram"]), ({"drafter": "off"}, [])]
+    "flags, kinds", [({}, ["eagle"]), ({"ngram": True}, ["eagle", "ngram"]), ({"drafter": "off"}, [])]
 )
 def test_ngrams_draft_only_where_they_are_asked_for(flags, kinds, monkeypatch):
-    assert list(team_of_one(monkeypatch, **flags).engine(tiny(), {1}, 4, 0).drafters) == kinds
+    assert list(team_of_one(monkeypatch, **flags).engine(tiny(), {1}, 4, 0).proposers) == kinds
 
 
 # ---------------------------------------------------------------- the queue
@@ -318,7 +318,7 @@ class Watcher(Strategy):
     def __init__(self):
         super().__init__()
         self.rows: list[int] = []
-        self.begun: set[int] = set()
+        self.response_prefix_len: set[int] = set()
         self.drawn: list[int] = []
 
     def groups(self):
@@ -326,10 +326,12 @@ class Watcher(Strategy):
             self.drawn.append(i)
             yield Group(i, [5, 6, 7], [i * 10 + k for k in range(4)])
 
-    def choose(self, live):
-        self.rows.append(len(live))
-        self.begun.update(row.group.key for row in live)
-        assert len(self.drawn) == len(self.begun)  # a group that waits here is one that another worker could have begun
+    def choose(self, running):
+        self.rows.append(len(running))
+        self.response_prefix_len.update(row.group.key for row in running)
+        assert len(self.drawn) == len(
+            self.response_prefix_len
+        )  # a group that waits here is one that another worker could have begun
         return self.draft
 
 
@@ -343,16 +345,16 @@ def test_the_engine_holds_back_what_it_may_not_hold():
     free = Watcher()
     wanted = tokens(free)
     assert max(free.rows) == 16
-    engine.row_limit = 4
-    narrow = Watcher()
-    assert tokens(narrow) == wanted
-    assert max(narrow.rows) == 4
+    engine.max_running = 4
+    scale_and_filter = Watcher()
+    assert tokens(scale_and_filter) == wanted
+    assert max(scale_and_filter.rows) == 4
 
 
 # ---------------------------------------------------------------- sharding
 
 
-def updates(team, config, folder):
+def updates(worker, config, folder):
     """An update on made-up advantages, then, as a run that is resumed, one from the saved states -> statistics, whole
     states of policy and optimizer.
     """
@@ -363,18 +365,18 @@ def updates(team, config, folder):
     advantage = [((i * 7) % 5 - 2) / 2 for i in range(15)]
     states = None
     for step in range(2):
-        learner, _ = team.layout.place(model, "cpu")
+        learner, _ = worker.layout.place(model, "cpu")
         if config.gradient_checkpointing:
             checkpoint_layers(learner)
         optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2, fused=True)
         if step:
             checkpoints.set_optimizer_state_dict(learner, optimizer, states[1], options=checkpoints.WHOLE)
-        stats = train_grpo.update(learner, None, optimizer, responses, advantage, step, config, team)
+        stats = train_grpo.update(learner, None, optimizer, responses, advantage, step, config, worker)
         moments = checkpoints.get_optimizer_state_dict(learner, optimizer, options=checkpoints.WHOLE)
         states = checkpoints.whole_weights(learner), moments
-        if team.rank == 0:
+        if worker.rank == 0:
             torch.save(states, folder / "states")
-        team.gather(0)
+        worker.gather(0)
         states = torch.load(folder / "states", weights_only=True)
         model = tiny()
         model.load_state_dict(states[0])
@@ -393,12 +395,12 @@ def sharded(rank: int, port: int, folder: Path, broken: bool) -> None:
     # with layers that are computed twice, and the head in slices
     config = TLTConfig(**UPDATES, shard=True, gradient_checkpointing=True)
     logprobs.SLICE = 118 * 7
-    team = tlt.Team(config)
+    worker = tlt.TLTWorker(config)
     if broken:  # means instead of sums
         from torch.distributed.fsdp import FSDPModule
 
         FSDPModule.set_gradient_divide_factor = lambda self, factor: None
-    result = updates(team, config, folder)
+    result = updates(worker, config, folder)
     if rank == 0:
         torch.save(result, folder / f"broken {broken}")
     torch.distributed.destroy_process_group()
@@ -407,7 +409,7 @@ def sharded(rank: int, port: int, folder: Path, broken: bool) -> None:
 def check_sharded(folder: Path, broken: bool) -> None:
     torch.multiprocessing.spawn(sharded, (free_port(), folder, broken), nprocs=2)
     config = train_grpo.Config(**UPDATES)
-    stats, (policy, moments) = updates(Alone(config), config, folder)
+    stats, (policy, moments) = updates(Worker(config), config, folder)
     their_stats, (theirs, their_moments) = torch.load(folder / f"broken {broken}", weights_only=True)
     assert policy.keys() == theirs.keys()
     assert all(torch.allclose(policy[name], theirs[name], atol=1e-5) for name in policy)

@@ -11,7 +11,7 @@ import report as journal
 import train_grpo
 from parts.cli import UserError
 from parts.running.metrics_log import open_tracker, scalars
-from report import Journal
+from report import RunReport
 from train_grpo import Config
 
 STEP = {
@@ -57,7 +57,7 @@ def check_rank(writes: bool, out, monkeypatch):
     """Only the worker that writes has a tracker, and tells it each row once."""
     tracker = Fake()
     monkeypatch.setattr(journal, "open_tracker", lambda config, first_step: tracker)
-    kept = Journal(Config(out=str(out), device="cpu"), [], 0, writes)
+    kept = RunReport(Config(out=str(out), device="cpu"), [], 0, writes)
     kept.keep({"step": 1, "reward": 0.5})
     kept.evaluation({**EVALUATION, "problems": 1, "seconds": 0.0})
     kept.bar.close()
@@ -67,19 +67,19 @@ def check_rank(writes: bool, out, monkeypatch):
 def test_rank_0_alone_tracks(tmp_path, monkeypatch):
     check_rank(True, tmp_path, monkeypatch)
     check_rank(False, tmp_path, monkeypatch)
-    right = Journal.keep
+    right = RunReport.keep
 
     def everywhere(self, row):
         right(self, row)
         (self.tracker or journal.open_tracker(None, 0)).log(row, row["step"])
 
-    monkeypatch.setattr(Journal, "keep", everywhere)
+    monkeypatch.setattr(RunReport, "keep", everywhere)
     caught(check_rank, False, tmp_path, monkeypatch)
 
 
 def test_a_fork_hears_of_every_row(model_folder, tmp_path, monkeypatch):
     heard = []
-    monkeypatch.setattr(Journal, "on_row", lambda self, row: heard.append(row))
+    monkeypatch.setattr(RunReport, "on_row", lambda self, row: heard.append(row))
     flags = [*SMALL, "--steps", 2, "--eval-every", 2]
     run_main(monkeypatch, "--model", model_folder, "--out", tmp_path, *flags)
     assert heard == rows_of(tmp_path)

@@ -58,11 +58,11 @@ def check_rounding_parts_no_response(scale: float):
     """The oracle knows what comes, also where weights are a tenth off, which is more than rounding is."""
     model = anatomy.random_model("tiny", "cpu", torch.float32)
     model.get_output_embeddings().weight.mul_(scale)
-    known = anatomy.subject_of(model, 8, 4, 32).engine.drafters["learned"].responses
+    known = anatomy.subject_of(model, 8, 4, 32).engine.proposers["eagle"].responses
     torch.manual_seed(3)
     for p in model.parameters():
         p.mul_(1 + 0.1 * torch.randn_like(p))
-    assert anatomy.subject_of(model, 8, 4, 32).engine.drafters["learned"].responses == known
+    assert anatomy.subject_of(model, 8, 4, 32).engine.proposers["eagle"].responses == known
 
 
 def test_rounding_parts_no_response_from_what_the_oracle_knows():

@@ -10,23 +10,23 @@ from helpers import groups_of, make_drafter, make_engine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafter import Drafter, Trainer, block_mask, collect, drafter_loss, rate_for
+from drafter import Drafter, DrafterTrainer, block_mask, collect, drafter_loss, scaled_lr
 from parts.engine.sampling import Sampling
-from parts.running.timers import Clock
+from parts.running.timers import WorkerTimer
 from parts.training import drafter_data as vocabulary
-from parts.training.drafter_data import FeatureBuffer, Packed, WordCounts
-from spot import Spot
+from parts.training.drafter_data import FeatureBuffer, PackedBatch, TokenCounts
+from spot import SpotTrainer
 from tlt import TLTConfig
 
 
-def counts_of(responses: list[list[int]], vocab: int = 100, always=(2, 97)) -> WordCounts:
-    words = WordCounts(vocab, always)
+def counts_of(responses: list[list[int]], vocab: int = 100, always=(2, 97)) -> TokenCounts:
+    words = TokenCounts(vocab, always)
     for tokens in responses:
         words.add(tokens)
     return words
 
 
-def check_choice(responses: list[list[int]], size: int, choose=WordCounts.choose):
+def check_choice(responses: list[list[int]], size: int, choose=TokenCounts.choose):
     """Sorted ids, each once; the stop tokens are there; nothing that is left out was written more often."""
     words = counts_of(responses)
     chosen = choose(words, size)
@@ -51,7 +51,7 @@ def test_a_choice_without_stop_tokens_or_by_id_is_caught():
 
     def without_stop(words, size):
         words.always = []
-        return WordCounts.choose(words, size)
+        return TokenCounts.choose(words, size)
 
     for wrong in (without_stop, lambda words, size: torch.arange(size).int()):
         caught(check_choice, responses, 5, choose=wrong)
@@ -73,7 +73,7 @@ def check_few_sizes():
     rng = random.Random(0)
     sizes = set()
     for spread in range(2000, 18_000, 800):
-        words = WordCounts(30_000)
+        words = TokenCounts(30_000)
         words.add([rng.randrange(spread) for _ in range(20_000)])
         sizes.add(len(words.choose()))
     assert len(sizes) > 1
@@ -98,12 +98,12 @@ def test_what_was_written_before_fades():
 # ---------------------------------------------------------------- learning from some words
 
 
-def batch_of(model) -> Packed:
+def batch_of(model) -> PackedBatch:
     buffer = FeatureBuffer()
-    words = WordCounts(118)
+    words = TokenCounts(118)
     groups = groups_of(6, random.Random(1))
     collect(make_engine(model, keep_hidden=True), groups, Sampling(max_new=20), buffer, words)
-    assert words.counts.sum() == sum(len(row.ids) - row.start for row in buffer.rows)
+    assert words.counts.sum() == sum(len(row.ids) - row.start for row in buffer.sequences)
     return buffer.pack(200, random.Random(0))
 
 
@@ -142,9 +142,9 @@ def test_the_words_are_saved_with_the_drafter(tmp_path):
 
 
 def test_wide_drafters_learn_more_slowly():
-    assert rate_for(64) == rate_for(128) == 3e-3
-    assert rate_for(512) == pytest.approx(3e-3 / 4)
-    assert Trainer(make_drafter(tiny())).lr == 3e-3
+    assert scaled_lr(64) == scaled_lr(128) == 3e-3
+    assert scaled_lr(512) == pytest.approx(3e-3 / 4)
+    assert DrafterTrainer(make_drafter(tiny())).lr == 3e-3
 
 
 # ---------------------------------------------------------------- the warm start
@@ -152,7 +152,7 @@ def test_wide_drafters_learn_more_slowly():
 
 def warm(monkeypatch, agreements: list[float], seconds: float) -> int:
     """Slices of training that it makes, when trials give these agreements."""
-    spot = Spot(tiny(), TLTConfig(out="nowhere", model="base/chain/refit"), 0, {1})
+    spot = SpotTrainer(tiny(), TLTConfig(out="nowhere", model="base/chain/refit"), 0, {1})
     spot.buffer = FeatureBuffer()
     batch_rows = FeatureBuffer()
     collect(
@@ -160,26 +160,26 @@ def warm(monkeypatch, agreements: list[float], seconds: float) -> int:
         groups_of(12, random.Random(2)),
         Sampling(max_new=20),
         batch_rows,
-        WordCounts(118),
+        TokenCounts(118),
     )
-    spot.buffer.rows = batch_rows.rows
-    rows = {id(row.ids) for row in spot.buffer.rows}
+    spot.buffer.sequences = batch_rows.rows
+    rows = {id(row.ids) for row in spot.buffer.sequences}
     averages = []
-    monkeypatch.setattr(Spot, "AVERAGE_EVERY", 0.01)
-    monkeypatch.setattr(Spot, "average", lambda self, all_reduce: averages.append(time.time()) or 1)
+    monkeypatch.setattr(SpotTrainer, "AVERAGE_EVERY", 0.01)
+    monkeypatch.setattr(SpotTrainer, "average", lambda self, all_reduce: averages.append(time.time()) or 1)
     results = iter(agreements)
-    right = Spot.agreement
+    right = SpotTrainer.agreement
 
     def agreement(self, held_out, all_reduce):
         assert held_out
-        assert not {id(row.ids) for row in held_out} & {id(row.ids) for row in self.buffer.rows}
+        assert not {id(row.ids) for row in held_out} & {id(row.ids) for row in self.buffer.sequences}
         assert 0 <= right(self, held_out, all_reduce) <= 1
         return next(results)
 
-    monkeypatch.setattr(Spot, "agreement", agreement)
-    spot.warm_start(seconds, Clock(), lambda tensors: None)
+    monkeypatch.setattr(SpotTrainer, "agreement", agreement)
+    spot.warm_start(seconds, WorkerTimer(), lambda tensors: None)
     assert not spot.needs_warm_start
-    assert {id(row.ids) for row in spot.buffer.rows} == rows
+    assert {id(row.ids) for row in spot.buffer.sequences} == rows
     assert spot.trainer.steps >= len(averages)
     return len(averages)
 

@@ -1,11 +1,11 @@
-"""What the parts of the rollout promise each other: what goes in and out, what a strategy is, what a drafter is.
+"""The data types of a rollout: what goes in, what comes out, and what a strategy and a drafter must offer.
 
-    Group -> Engine -> Response          rollout.py
-    Strategy.choose(rows) -> Draft       how far to draft the next round; strategy.py has those that learn
-    Drafts.propose(k) -> (B, k)          the guesses themselves; drafter.py and ngram.py have the two kinds
-    RoundReport -> Strategy.observe      what came of it
+    Group -> Engine -> Response                   rollout.py
+    Strategy.choose(running) -> DraftPlan         how far to draft in the next round; strategy.py has those that learn
+    Proposer.propose(...) -> (B, k)               the draft tokens; EagleProposer (drafter.py), NgramProposer (ngram.py)
+    RoundReport -> Strategy.observe               what the round accepted, and how long it took
 
-Legend: B live rows, k draft length, V vocabulary, D model width.
+Legend: B running sequences, k draft length, V vocabulary, D model width.
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-MAX_DRAFTS = 16  # drafts of a row in a round, at most
+MAX_DRAFT_LEN = 16  # draft tokens of a sequence in one round, at most
 
 
 # ---------------------------------------------------------------- what goes in and what comes out
@@ -27,7 +27,9 @@ class Group:
     key: Hashable  # the caller's name for it, e.g. ("train", 17)
     prompt: list[int]
     seeds: list[int]
-    begun: int = 0  # tokens at the prompt's end that belong to the response: noise and max_new go on behind them
+    # tokens at the end of the prompt that already belong to the response: noise and max_new continue behind them
+    response_prefix_len: int = 0
+    problem: object = None  # the tasks.Problem that the prompt asks, for the caller; the engine does not look at it
 
 
 @dataclass
@@ -35,131 +37,146 @@ class Response:
     """A finished sample of a group."""
 
     group: Hashable  # the group's key
-    sample: int  # which of the group's seeds
+    sample: int  # index into the group's seeds
     prompt: list[int]
-    tokens: list[int]  # with the stop token, if one came
+    tokens: list[int]  # with the stop token, if one was sampled
     logprobs: torch.Tensor  # (len(tokens),) float32, cpu: under the policy that made them, at the sampling temperature
     stopped: bool  # False: cut at max_new
     hidden: torch.Tensor | None = None  # (len(prompt) + len(tokens) - 1, D), cpu: h_t of all positions but the last
-    grade: object = None  # a tasks.Grade, filled in by whoever grades
-    rounds: int = 0  # that it took; each cost the policy one token and the drafts
-    drafts: int = 0  # that were verified for it, siblings too
+    problem: object = None  # the group's
+    grade: object = None  # a tasks.Grade, set by the caller that grades
+    rounds: int = 0  # rounds that it took
+    draft_tokens: int = 0  # draft tokens that were verified for it, siblings in a tree included
 
 
 @dataclass
-class Row:
-    """The host's view of a live row."""
+class Sequence:
+    """What the host knows of a running sequence."""
 
     group: Group
     sample: int
     tokens: list[int] = field(default_factory=list)
     rounds: int = 0
-    drafts: int = 0
+    draft_tokens: int = 0
 
     @property
     def length(self) -> int:
-        """Valid cache entries: all tokens but the newest."""
+        """Number of valid cache entries: all tokens but the newest have one."""
         return len(self.group.prompt) + len(self.tokens) - 1
+
+
+class RoundTrace(NamedTuple):
+    """One sequence's part of a round, for callers that want to show it."""
+
+    sequence: Sequence  # with the new tokens
+    drafts: list[int]  # the k draft tokens that were verified; [] in a plain round, and where a tree was verified
+    emitted: list[int]  # the new tokens: the accepted draft tokens, then one token that the policy sampled itself
 
 
 @dataclass
 class Stats:
-    """What a rollout took."""
+    """Totals of one rollout."""
 
     rounds: int = 0
-    spec_rounds: int = 0  # rounds with drafts
+    spec_rounds: int = 0  # rounds with draft tokens
     tokens: int = 0
-    spec_row_rounds: int = 0  # rows, summed over speculative rounds
-    spec_tokens: int = 0  # tokens that came of speculative rounds
-    spec_drafts: int = 0  # k, summed over the rows of speculative rounds
+    spec_sequence_rounds: int = 0  # running sequences, summed over the speculative rounds
+    spec_tokens: int = 0  # tokens emitted by speculative rounds
+    spec_drafts: int = 0  # k, summed over the sequences of speculative rounds
     seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
-    drafted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)  # by depth: guesses that were reached
-    accepted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)  # by depth: guesses that were right
+    drafted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFT_LEN)  # by depth: draft tokens reached
+    accepted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFT_LEN)  # by depth: draft tokens accepted
 
 
 def describe_stats(s: Stats) -> str:
-    """One line about a rollout."""
+    """Return one line about a rollout."""
     text = f"{s.rounds} rounds, {s.tokens} tokens, {s.tokens / max(1e-9, s.seconds):.0f} tokens/s, "
-    if s.spec_row_rounds:
-        depths = " ".join(f"{right / tried:.2f}" for right, tried in zip(s.accepted, s.drafted) if tried)
-        text += f"{s.spec_tokens / s.spec_row_rounds:.2f} tokens per row and speculative round "
+    if s.spec_sequence_rounds:
+        depths = " ".join(f"{accepted / drafted:.2f}" for accepted, drafted in zip(s.accepted, s.drafted) if drafted)
+        text += f"{s.spec_tokens / s.spec_sequence_rounds:.2f} tokens per sequence and speculative round "
         text += f"({s.spec_rounds / s.rounds:.0%} of rounds), acceptance by depth {depths}, "
     return text + f"draft {s.draft_seconds:.2f} s, verify {s.verify_seconds:.2f} s"
 
 
-# ---------------------------------------------------------------- what a strategy and a drafter are
+# ---------------------------------------------------------------- strategies
 
 
 @dataclass(frozen=True)
-class Draft:
-    """How to draft one round. kind: a key of Engine.drafters; k: draft length, 0 is plain decoding."""
+class DraftPlan:
+    """How to draft in one round."""
 
-    kind: str = ""
-    k: int = 0
+    method: str = ""  # a key of Engine.proposers, e.g. "eagle" or "ngram"
+    k: int = 0  # draft length; 0: plain decoding
 
 
 class RoundReport(NamedTuple):
-    """What came of a round, for the strategy."""
+    """What a round did, for the strategy."""
 
-    rows: int
-    draft: Draft
+    batch_size: int
+    plan: DraftPlan
     seconds: float
-    tried: list[int]  # k numbers, by depth: rows whose guess at that depth was reached
-    right: list[int]  # k numbers, by depth: rows whose guess at that depth was accepted
-    first: bool = False  # it took longer than the next ones like it will (parts/graphs.py)
+    drafted: list[int]  # k numbers, by depth: sequences whose draft token at that depth was reached
+    accepted: list[int]  # k numbers, by depth: sequences whose draft token at that depth was accepted
+    warmup: bool = False  # it took longer than later rounds of its shape will (cuda_graphs.py)
 
 
 class Strategy:
-    """How far to draft. This one always drafts alike (by default not at all); strategy.py has those that learn.
+    """Chooses how far to draft. This one always uses the same plan (by default plain decoding).
 
-    A strategy can change the time that a rollout takes, never a token of it.
+    A strategy can change the time that a rollout takes, but never a token of it.
     """
 
-    def __init__(self, draft: Draft | None = None):
-        self.draft = draft or Draft()
+    def __init__(self, plan: DraftPlan | None = None):
+        self.plan = plan or DraftPlan()
 
-    def begin(self, changed: Iterable[str]) -> None:
-        """A rollout begins, and the drafters of these kinds are not what they were."""
+    def drafters_changed(self, methods: Iterable[str]) -> None:
+        """A rollout begins, and the drafters of these methods have other weights than before."""
 
-    def choose(self, live: list[Row]) -> Draft:
-        """How to draft the next round of these rows."""
-        return self.draft
+    def choose(self, running: list[Sequence]) -> DraftPlan:
+        """Return the plan for the next round of these sequences."""
+        return self.plan
 
     def observe(self, report: RoundReport) -> None:
-        """What came of it."""
+        """Learn from a finished round."""
 
 
-class Drafts:
-    """What the engine (a rollout.Engine) asks of a drafter: drafter.LearnedDrafts, ngram.NGramDrafts.
+# ---------------------------------------------------------------- drafters
 
-    Rows are numbers of slots.
-    """
+
+class Proposer:
+    """What the engine (rollout.Engine) asks of a drafter. Slots are numbers of the engine's slots."""
 
     needs_hidden = False  # whether it reads the policy's hidden states
-    asks_host = True  # whether `propose` looks at more than its shape and tensors, so that no graph can replay it
+    needs_host = True  # whether `propose` reads more than its shape and device tensors: then no graph can replay it
 
-    def begin(self) -> bool:
-        """A rollout begins: whatever was copied from weights is copied anew -> whether it lies elsewhere now."""
+    def load_weights(self) -> bool:
+        """A rollout begins: copy anew whatever is copied from weights. Return whether any copy has a new address."""
         return False
 
-    def reserve(self, engine, slots: int, room: int) -> None:
-        """Make room for so many rows of so many tokens."""
+    def reserve(self, engine, slots: int, max_len: int) -> None:
+        """Allocate for so many sequences of so many tokens."""
 
-    def admit(self, rows: slice) -> None:
-        """New responses begin in these rows."""
+    def read_prompts(self, slots: slice, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Prompts were prefilled in these slots: tokens (n, L + 1), the policy's hidden states (n, L, D) of the first
+        L.
+        """
 
-    def move(self, source: int, target: int) -> None:
-        """The response in row `source` goes on in row `target`."""
+    def copy(self, source: int, targets: slice, length: int) -> None:
+        """Copy the first `length` entries of slot `source` to the slots `targets`."""
 
-    def missing(self, live: list[Row]) -> int:
-        """How many entries `propose` has to catch up with, in the row that is furthest behind; from now on none."""
+    def catch_up_len(self, running: list[Sequence]) -> int:
+        """Return how many entries `propose` must compute first, for the sequence that is furthest behind."""
         return 0
 
-    def propose(self, engine, shape, guess: Callable) -> torch.Tensor:
-        """k guesses for each row, (B, k). shape: a graphs.Shape.
+    def caught_up(self, running: list[Sequence]) -> None:
+        """A round that drafted with this proposer has run: all entries up to the sequences' lengths are computed."""
 
-        guess(depth, logits (B, 1, V)) -> (B, 1) draws from a drafter's logits; one that has none need not call it.
+    def propose(self, engine, shape, draft_token: Callable) -> torch.Tensor:
+        """Return k draft tokens for each sequence, (B, k). shape: a cuda_graphs.RoundShape.
+
+        draft_token(depth, logits (B, 1, N), token_ids (N,) or None) -> (B, 1) samples from the drafter's logits; a
+        proposer without logits need not call it.
         """
         raise NotImplementedError

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from parts.cli import UserError, reason
-from parts.engine.parity import agrees
+from parts.engine.parity import matches_own_code
 from parts.files import find_folder
 
 logging.disable_progress_bar()  # "Loading weights" for each of N workers says nothing
@@ -27,7 +27,15 @@ logging.disable_progress_bar()  # "Loading weights" for each of N workers says n
 SEE = "docs/models.md lists what runs"
 
 
-BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)  # files
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)  # files
 
 
 # ---------------------------------------------------------------- loading
@@ -37,7 +45,7 @@ def load_tokenizer(name: str):
     """The tokenizer of a folder or a hub name. Raises UserError."""
     try:
         return AutoTokenizer.from_pretrained(find_folder(name))
-    except BROKEN as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"--model {name}: cannot load its tokenizer: {reason(error)}") from error
 
 
@@ -45,7 +53,7 @@ def check_context(name: str, tokens: int) -> None:
     """Raises UserError if the model of that name has no room for a prompt and response of so many tokens."""
     try:
         limit = getattr(AutoConfig.from_pretrained(find_folder(name)), "max_position_embeddings", None)
-    except BROKEN as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"--model {name}: cannot read its config.json: {reason(error)}") from error
     if limit and tokens > limit:
         raise UserError(too_long(tokens, limit))
@@ -79,7 +87,7 @@ def read_model(name: str, dtype: torch.dtype):
     logging.set_verbosity_error()
     try:
         return AutoModelForCausalLM.from_pretrained(find_folder(name), **settings)
-    except BROKEN as error:
+    except LOADING_ERRORS as error:
         if isinstance(error, KeyError) and error.args == ("slots",):
             error = UserError(f"its attention comes from a list of its own, which has no place for the engine's; {SEE}")
         raise UserError(f"--model {name}: cannot load it: {reason(error)}") from error
@@ -131,11 +139,11 @@ def check_vocabulary(model, tokenizer) -> None:
 def check_supported(model) -> None:
     """Raises UserError for models that the engine cannot run, see the top of this file."""
     name = type(model).__name__
-    why = why_not(model)
+    why = unsupported_reason(model)
     if why:
         raise UserError(f"{name} is not supported: {why}; {SEE}")
     try:
-        good, gap = agrees(model, None)
+        good, gap = matches_own_code(model, None)
     except Exception as error:  # a model's own code may fail in any way; what it says is told
         raise UserError(
             f"{name} is not supported: the engine cannot run it ({type(error).__name__}: {reason(error)}); {SEE}"
@@ -147,7 +155,7 @@ def check_supported(model) -> None:
         )
 
 
-def why_not(model) -> str | None:
+def unsupported_reason(model) -> str | None:
     """What a config or a decoder says at once, or None. The trial finds the rest, but could not say why, or would not
     see it in twelve tokens.
     """
@@ -217,7 +225,7 @@ def actor_dtype(name: str, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def in_dtype(model, dtype: torch.dtype):
+def cast_weights(model, dtype: torch.dtype):
     """The model with its weights in that type, in place.
 
     Not `model.to(dtype)`: that rounds the buffers, too, and rotary frequencies rounded to 8 bits are other angles far

@@ -1,8 +1,8 @@
 """Does the engine compute what the model's own code computes? Twelve tokens are run both ways when a model is loaded.
 
 The engine reads them as it reads a rollout: a prompt, one token, some draft tokens. Trained models amplify rounding, so
-a difference may be rounding or a mistake. Where it is not clearly rounding, both are computed again in float64: rounding
-is then about 1e-13 of the spread of the logits, and a mistake stays as large as it was.
+a difference may be rounding or a mistake. Where it is not clearly rounding, both are computed again in float64:
+rounding is then about 1e-13 of the spread of the logits, and a mistake stays as large as it was.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from parts.engine.forward import forward, head_of
 from parts.engine.fused_layers import FusedLayer
-from parts.engine.kv_cache import SlotCache
+from parts.engine.kv_cache import KVCache
 
 # ---------------------------------------------------------------- the trial
 
@@ -62,7 +62,7 @@ def own_logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 def engine_logits(model, ids: torch.Tensor, make_layers: Callable[[], Iterable | None]) -> torch.Tensor:
     """ids (1, T) -> logits (1, T, V) by way of the slot cache. make_layers: what gives `forward` its fused layers."""
-    cache = SlotCache(model.config, 1, ids.shape[1] + 4, model.dtype, ids.device)
+    cache = KVCache(model.config, 1, ids.shape[1] + 4, model.dtype, ids.device)
     parts = []
     for start, end in TRIAL:
         lens = torch.tensor([start], device=ids.device)
@@ -80,7 +80,7 @@ def distance(ours: torch.Tensor, own: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def agrees(model, fused_layers) -> tuple[bool, float]:
+def matches_own_code(model, fused_layers) -> tuple[bool, float]:
     """Whether the engine's path gives the logits of the model's own -> (bool, `distance`), which is of float64 unless
     the model's own type made it clear.
 

@@ -1,4 +1,4 @@
-"""Coupled sampling: a token is a function of its logits and of its place in its sequence, and of nothing else.
+"""Coupled sampling: a token depends on its logits and on its place in its sequence, and on nothing else.
 
     y = argmax(logits / temperature + g)            g[v] = G(seed of the sequence, index of the token, v): Gumbel noise
 
@@ -6,17 +6,20 @@ argmax(logits + g) is an exact sample of softmax(logits) (the Gumbel-max trick).
 not the state of a generator. So a token does not depend on the batch it was made in, the slot, the worker, or what
 ran before.
 
-Whoever draws with the SAME noise from SIMILAR logits mostly draws the same token. That is how the drafter guesses
-samples, not only likely tokens, at any temperature; and it is why a guess can be verified by an equality test.
+Two models that sample with the SAME noise from SIMILAR logits mostly sample the same token. So the drafter predicts the
+policy's sample, not only its likeliest token, at any temperature; and a draft token can be verified by an equality
+test.
 
 Up to ties: fp32 kernels round differently at different shapes, which parts two runs at about one token in a million.
 That is a change of sample, never of distribution.
 
-With V = 50,000 to 150,000 the noise is dear: some 35 elementwise steps for every logit, each a pass over memory if the
-tensors are large. So one function, `sample`, makes noise, token and log-probability of a few positions at a time: on a
-CPU in pieces that stay in a core's cache, on a GPU in one compiled kernel. Nothing of the size (positions, V) is kept.
+With V = 50,000 to 150,000 the noise is expensive: some 35 elementwise steps for every logit, each a pass over memory if
+the tensors are large. So one function, `sample`, makes noise, token and log-probability of a few positions at a time:
+on a CPU in chunks that stay in a core's cache, on a GPU in one compiled kernel. No tensor of the size (positions, V) is
+kept.
 
-Legend: P positions, B rows, T tokens per row, V vocabulary, N words that are drawn from: all V, or a drafter's choice.
+Legend: P positions, B sequences, T tokens per sequence, V vocabulary, N token ids that are sampled from: all V, or a
+drafter's draft vocabulary.
 """
 
 import functools
@@ -29,23 +32,25 @@ import torch
 
 from parts.cli import UserError, flag, flag_name, reason
 
-SHARED = 1 << 17  # noise of so many logits is made once in a round
-IN_CACHE = 150_000  # logits that are worked on at once on a CPU: three such tensors fit the 2 MB next to a core
+SHARED_NOISE = 1 << 17  # up to so many logits, the noise of a round is made once and shared by drafter and policy
+CHUNK = 150_000  # logits processed at once on a CPU: three such tensors fit the 2 MB cache of a core
 
 
 def sequence_seed(*parts) -> int:
-    """A 63-bit seed from numbers and strings, e.g. (run seed, RL step, prompt, sample). The same on every machine."""
+    """Return a 63-bit seed made of numbers and strings, e.g. (run seed, RL step, prompt, sample). The same on every
+    machine.
+    """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-def seed_words(seeds: torch.Tensor) -> torch.Tensor:
-    """Seeds (B,) int64 as two 32-bit words each, (B, 2) int32, as `gumbel` wants them."""
+def split_seeds(seeds: torch.Tensor) -> torch.Tensor:
+    """Split seeds (B,) int64 into two 32-bit halves each, (B, 2) int32, as `gumbel_noise` takes them."""
     return torch.stack([seeds, seeds >> 32], 1).int()  # .int() keeps the low 32 bits
 
 
-def mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijective hash of int32 (C. Wellons' lowbias32), in place.
+def hash_int32(x: torch.Tensor) -> torch.Tensor:
+    """Hash int32 numbers in place by a bijection (C. Wellons' lowbias32).
 
     int32 products wrap; the masks turn the arithmetic shifts into logical ones.
     """
@@ -57,17 +62,17 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def gumbel(seeds: torch.Tensor, index: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise of token `index` of each sequence. It belongs to a word's id: who draws from few of the words finds
-    the noise that they have among all.
+def gumbel_noise(seeds: torch.Tensor, index: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise of token `index` of each sequence: seeds (..., 2) int32, index (...) int, token_ids (N,) int32
+    -> (..., N) float32.
 
-    seeds (..., 2) int32, index (...) int, words (N,) int32: ids -> (..., N) float32.
+    The noise belongs to a token id: sampling from a few ids finds the noise that they have among all.
     """
-    key = mix(index.int() * 0x1E3779B9 + seeds[..., 0])
+    key = hash_int32(index.int() * 0x1E3779B9 + seeds[..., 0])
     second = key * 0x5851F42D + seeds[..., 1]
-    bits = mix(key[..., None] + words)  # (..., N)
+    bits = hash_int32(key[..., None] + token_ids)  # (..., N)
     bits ^= second[..., None]
-    mix(bits)
+    hash_int32(bits)
     # u in (0, 1): tiny u, which makes the LARGE noise that wins, keeps 31 bits of resolution; 1 - u would have only 24
     bits >>= 1
     bits &= 0x7FFFFFFF
@@ -76,18 +81,18 @@ def gumbel(seeds: torch.Tensor, index: torch.Tensor, words: torch.Tensor) -> tor
 
 
 @functools.cache
-def all_words(vocab: int, device: torch.device) -> torch.Tensor:
-    """The ids 0 .. V-1, (V,) int32. Kept for good: recorded rounds look there."""
+def all_token_ids(vocab: int, device: torch.device) -> torch.Tensor:
+    """Return the ids 0 .. V-1, (V,) int32. They are kept for good, since recorded rounds read them at their address."""
     return torch.arange(vocab, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample."""
+    """How responses are sampled."""
 
     temperature: float = flag(1.0, "0 is greedy")
-    top_k: int = flag(0, "draw from the k likeliest tokens only; 0: all")
-    top_p: float = flag(1.0, "draw from the smallest set of tokens that holds this share of the probability; 1: all")
+    top_k: int = flag(0, "sample from the k likeliest tokens only; 0: all")
+    top_p: float = flag(1.0, "sample from the smallest set of tokens that holds this share of the probability; 1: all")
     max_new: int = flag(512, "tokens per response at most, the stop token included")
 
     def __post_init__(self):
@@ -106,8 +111,8 @@ class Sampling:
                 )
 
 
-def narrow(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits / temperature, the same with what top-k and top-p forbid at -inf), float32. All shapes (..., V)."""
+def scale_and_filter(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (..., V) -> logits / temperature, and the same with what top-k and top-p exclude at -inf, both float32."""
     logits = logits.float()
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
@@ -123,51 +128,52 @@ def narrow(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torc
     return logits, allowed
 
 
-def noise_for(sampling: Sampling, seeds, index, words: torch.Tensor, stream: int = 0) -> torch.Tensor:
-    """Gumbel noise of all columns of a round in one tensor, or a zero () when greedy.
-
-    seeds (B, 2), index (B, T), words (N,) -> (B, T, N). Streams are independent: the ratio rule needs three.
+def noise_for(sampling: Sampling, seeds, index, token_ids: torch.Tensor, stream: int = 0) -> torch.Tensor:
+    """Gumbel noise of all columns of a round in one tensor: seeds (B, 2), index (B, T), token_ids (N,) -> (B, T, N); a
+    zero () at temperature 0. Streams are independent of each other: the ratio rule needs three.
     """
     if sampling.temperature == 0:
         return torch.zeros((), device=seeds.device)
-    return gumbel(seeds[:, None], index + (stream << 20), words)
+    return gumbel_noise(seeds[:, None], index + (stream << 20), token_ids)
 
 
 def shared_noise(sampling: Sampling, seeds, index, vocab: int) -> torch.Tensor | None:
-    """`noise_for`, once for drafter and policy, if the vocabulary is small; None: each makes what it needs."""
-    if sampling.temperature == 0 or index.numel() * vocab > SHARED:
+    """`noise_for` the whole vocabulary, made once for drafter and policy if that is small; None: each makes its own."""
+    if sampling.temperature == 0 or index.numel() * vocab > SHARED_NOISE:
         return None
-    return noise_for(sampling, seeds, index, all_words(vocab, seeds.device))
+    return noise_for(sampling, seeds, index, all_token_ids(vocab, seeds.device))
 
 
 def logprob_of(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """log softmax(logits)[y]: logits (..., V), y (...) -> (...).
 
-    Give it the logits before top-k and top-p: they narrow what may be drawn; the trainer scores without them.
+    Give it the logits before top-k and top-p: these restrict what may be sampled, and the trainer scores without them.
     """
     return logits.gather(-1, y[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def draw(logits, sampling: Sampling, seeds, index, words, noise=None, scored=True) -> tuple:
-    """`sample`, of all positions at once. Returns columns of the logits, not ids."""
-    scaled, allowed = narrow(logits, sampling)
+def sample_at_once(logits, sampling: Sampling, seeds, index, token_ids, noise=None, with_logprobs=True) -> tuple:
+    """As `sample`, all positions at once, but returning columns of the logits instead of token ids."""
+    scaled, allowed = scale_and_filter(logits, sampling)
     if noise is None and sampling.temperature:
-        noise = gumbel(seeds, index, words)
+        noise = gumbel_noise(seeds, index, token_ids)
     if noise is not None:
         allowed = allowed + noise
     column = allowed.max(-1).indices
-    return column, logprob_of(scaled, column) if scored else None
+    return column, logprob_of(scaled, column) if with_logprobs else None
 
 
-class Compiled:
-    """`draw` as one kernel for GPUs. Where compiling fails, the plain function does it, after one line on stderr."""
+class CompiledSampler:
+    """`sample_at_once` as one compiled kernel for GPUs. Where compiling fails, one line says so on stderr, and the
+    plain function is used.
+    """
 
     def __init__(self, function: Callable):
         self.plain = function
         self.function: Callable | None = None  # compiled at the first call
 
     def __call__(self, *args):
-        """As the function."""
+        """Call the compiled function."""
         if self.function is None:
             from torch._inductor import config  # seconds: only where it is used
 
@@ -183,7 +189,7 @@ class Compiled:
             return self.plain(*args)
 
 
-compiled_draw = Compiled(draw)
+compiled_sample = CompiledSampler(sample_at_once)
 
 
 def sample(
@@ -191,45 +197,49 @@ def sample(
     sampling: Sampling,
     seeds: torch.Tensor,
     index: torch.Tensor,
-    words: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
-    scored: bool = True,
+    with_logprobs: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens and their log-probabilities, both (P,). The one sampler: plain decoding, verification and drafting use it.
+    """Sample tokens -> token ids and their log-probabilities, both (P,). Plain decoding, verification and drafting all
+    use this function.
 
-    logits (P, N) of any float type; seeds (P, 2) and index (P,): whose noise, and which; words (N,) int32: the ids that
-    the logits belong to, None: all; noise (P, N): if it is made already; scored: with log-probabilities, else None.
+    logits (P, N) of any float type; seeds (P, 2) and index (P,): the sequence and the number of the token in it;
+    token_ids (N,) int32: the ids that the logits belong to, None: all; noise (P, N): if it is made already;
+    with_logprobs: False returns None in their place.
     """
-    ids = all_words(logits.shape[1], logits.device) if words is None else words
+    ids = all_token_ids(logits.shape[1], logits.device) if token_ids is None else token_ids
     if noise is None and logits.is_cuda and not sampling.top_k and sampling.top_p == 1:
-        column, logprob = compiled_draw(logits, sampling, seeds, index, ids, None, scored)
-    elif noise is None and not logits.is_cuda and logits.numel() > IN_CACHE:
-        column, logprob = draw_in_cache(logits, sampling, seeds, index, ids, scored)
+        column, logprob = compiled_sample(logits, sampling, seeds, index, ids, None, with_logprobs)
+    elif noise is None and not logits.is_cuda and logits.numel() > CHUNK:
+        column, logprob = sample_in_chunks(logits, sampling, seeds, index, ids, with_logprobs)
     else:
-        column, logprob = draw(logits, sampling, seeds, index, ids, noise, scored)
-    return column if words is None else words[column].long(), logprob
+        column, logprob = sample_at_once(logits, sampling, seeds, index, ids, noise, with_logprobs)
+    return column if token_ids is None else token_ids[column].long(), logprob
 
 
-def draw_in_cache(logits, sampling: Sampling, seeds, index, words, scored: bool) -> tuple:
-    """`draw`, a few positions after the other."""
+def sample_in_chunks(logits, sampling: Sampling, seeds, index, token_ids, with_logprobs: bool) -> tuple:
+    """As `sample_at_once`, a few positions at a time."""
     count = len(logits)
     column = torch.empty(count, dtype=torch.long)
-    logprob = torch.empty(count) if scored else None
-    step = max(1, IN_CACHE // logits.shape[1])
+    logprob = torch.empty(count) if with_logprobs else None
+    step = max(1, CHUNK // logits.shape[1])
     for first in range(0, count, step):
         part = slice(first, first + step)
-        column[part], score = draw(logits[part], sampling, seeds[part], index[part], words, None, scored)
-        if scored:
+        column[part], score = sample_at_once(
+            logits[part], sampling, seeds[part], index[part], token_ids, None, with_logprobs
+        )
+        if with_logprobs:
             logprob[part] = score
     return column, logprob
 
 
 def sample_columns(logits, sampling: Sampling, seeds, index, noise=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sample` for rows of several tokens: logits (B, T, V), seeds (B, 2), index (B, T), noise (B, T, V) or None
+    """`sample` for several tokens per sequence: logits (B, T, V), seeds (B, 2), index (B, T), noise (B, T, V) or None
     -> tokens and log-probabilities, both (B, T).
     """
     if noise is not None:
-        return draw(logits, sampling, seeds, index, None, noise)
+        return sample_at_once(logits, sampling, seeds, index, None, noise)
     column_seeds = seeds[:, None].expand(*index.shape, 2).flatten(0, 1)
     y, logprob = sample(logits.flatten(0, 1), sampling, column_seeds, index.flatten())
     return y.view(index.shape), logprob.view(index.shape)

@@ -25,11 +25,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from parts.cli import UserError, reason
-from parts.engine.interfaces import MAX_DRAFTS
-from parts.engine.kv_cache import SlotCache
+from parts.engine.interfaces import MAX_DRAFT_LEN
+from parts.engine.kv_cache import KVCache
 from parts.files import find_folder
-from parts.training.fsdp import Sharded
-from parts.training.layouts import Replicated
+from parts.training.fsdp import FSDPLayout
+from parts.training.layouts import ReplicatedLayout
 from parts.training.logprobs import checkpoint_layers, forward_bytes
 
 MAX_NEW = 1024
@@ -37,7 +37,7 @@ PROMPT = 160  # tokens of a prompt of countdown-hard
 ROWS = 32
 MICRO_TOKENS = (16384, 8192, 4096, 2048)
 CUDA_BYTES = 1.5e9
-LARGEST_FORWARD = 8 << 30  # what the engine leaves to it, see workers.Replicated.update_bytes
+LARGEST_FORWARD = 8 << 30  # what the engine leaves to it, see workers.ReplicatedLayout.update_bytes
 ON_A_GPU = (
     f"--task countdown-hard --lr 1e-6 --max-new {MAX_NEW} --slots 256 --prompts 32 --samples 8 --steps 100 "
     "--gradient-checkpointing"
@@ -97,13 +97,13 @@ def plan(config, gpu: float, sharded_over: int = 1) -> Plan | None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     checkpoint_layers(model)
-    layout = Sharded(sharded_over, "cuda") if sharded_over > 1 else Replicated()
+    layout = FSDPLayout(sharded_over, "cuda") if sharded_over > 1 else ReplicatedLayout()
     weights = sum(p.numel() for p in model.parameters())
     layer = sum(p.numel() for p in model.get_decoder().layers[0].parameters())
     drafter = layer + 2 * config.hidden_size**2
     held = 4 * weights / sharded_over + 2 * weights + 18 * drafter + CUDA_BYTES
-    room = PROMPT + MAX_NEW + MAX_DRAFTS + 1
-    row = SlotCache(config, 1, room, torch.bfloat16, "meta", config.num_hidden_layers + 1).data.nbytes
+    room = PROMPT + MAX_NEW + MAX_DRAFT_LEN + 1
+    row = KVCache(config, 1, room, torch.bfloat16, "meta", config.num_hidden_layers + 1).data.nbytes
     row += 2 * room * config.hidden_size
     for tokens in MICRO_TOKENS:
         reserved = layout.update_bytes(model, tokens) + layout.moment_bytes(model)

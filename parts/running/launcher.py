@@ -19,7 +19,7 @@ from parts.running.timers import STATES
 SLOW_STATES = ("start", "checkpoint")  # loading a model or writing a checkpoint may take long
 
 
-class Pulse:
+class Heartbeat:
     """What each worker is doing, and since when it has said nothing: in shared memory, for the parent."""
 
     NAMES = ("start", *STATES)
@@ -51,7 +51,7 @@ class Pulse:
         return [rank for rank in ranks if time.time() - self.heard[rank] > patience]
 
 
-def child(rank: int, work: Callable, config, count: int, port: int, threads: int, mistakes, pulse: Pulse) -> None:
+def child(rank: int, work: Callable, config, count: int, port: int, threads: int, mistakes, pulse: Heartbeat) -> None:
     """A worker process: set what torchrun would set, and never outlive the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
@@ -101,7 +101,7 @@ def spawn(work: Callable, config, count: int, patience: float, gpus: bool) -> No
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a worker that ends makes the others print C++ stacks
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     mistakes = mp.get_context(method).SimpleQueue()
-    pulse = Pulse(count, mp.get_context(method))
+    pulse = Heartbeat(count, mp.get_context(method))
     arguments = (work, config, count, free_port(), threads, mistakes, pulse)
     context = mp.start_processes(child, arguments, nprocs=count, join=False, start_method=method)
     try:

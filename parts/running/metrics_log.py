@@ -7,21 +7,45 @@ Weights & Biases a resumed run is a run of its own. The project is named tlt, an
 mean what they always mean.
 """
 
+import json
 import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 from parts.cli import UserError, reason
+from parts.files import write_atomically
+
+
+class MetricsLog:
+    """Writes rows of metrics to out/metrics.jsonl and to the tracker. Exists on rank 0 only."""
+
+    def __init__(self, config, metrics: list[dict], first_step: int):
+        """metrics: the rows so far; later rows of the file are of steps that will be made again. Raises UserError."""
+        self.path = Path(config.out) / "metrics.jsonl"
+        self.tracker = open_tracker(config, first_step)
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in metrics))
+
+    def write(self, row: dict) -> None:
+        """Write a row, of a step or of an evaluation (which has the key "eval"). Add here what else should get it."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.tracker:
+            self.tracker.log(scalars(row), step=row["step"])
+
+    def close(self) -> None:
+        """End the tracker."""
+        if self.tracker:
+            self.tracker.finish()
 
 
 def open_tracker(config, first_step: int):
-    """An accelerate tracker, for rank 0; None if none is wanted. first_step: 0 for a new run. Raises UserError."""
+    """Return an accelerate tracker; None if none is wanted. first_step: 0 for a new run. Raises UserError."""
     if config.track == "off":
         return None
     from accelerate import PartialState, tracking
 
-    PartialState(cpu=config.device == "cpu")  # accelerate's logger wants it; it is there already if there is a team
+    PartialState(cpu=config.device == "cpu")  # accelerate's logger needs it; with several workers it is there already
     try:
         if config.track == "tensorboard":
             if not first_step:
@@ -39,19 +63,19 @@ def open_tracker(config, first_step: int):
 
 
 def scalars(row: dict) -> dict[str, float]:
-    """The numbers of a row of metrics, by names such as length/mean; an evaluation's begin with eval/. Without the
-    step, lists, and what is None.
+    """Return the numbers of a row of metrics by names such as length/mean; those of an evaluation begin with eval/. The
+    step, lists and None are left out.
     """
     numbers: dict[str, float] = {}
 
-    def note(name: str, value) -> None:
+    def add(name: str, value) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
-                note(f"{name}/{key}", inner)
+                add(f"{name}/{key}", inner)
         elif isinstance(value, int | float):
             numbers[name.replace("@", "_at_")] = value  # TensorBoard allows few characters
 
     for name, value in row.items():
         if name != "step":
-            note(name if "eval" not in row or name == "eval" else f"eval/{name}", value)
+            add(name if "eval" not in row or name == "eval" else f"eval/{name}", value)
     return numbers

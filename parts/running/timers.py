@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-STATES = {
+STATES = {  # state -> its character in the table, its colour in the pictures
     "rollout": ("#", "tab:blue"),
     "speculative": ("=", "tab:cyan"),
     "drafter": ("d", "tab:green"),
@@ -15,12 +15,8 @@ STATES = {
     "update": ("u", "tab:orange"),
     "checkpoint": ("c", "tab:brown"),
 }
-
-
 LABELS = {"rollout": "plain rollout", "speculative": "speculative rollout", "drafter": "drafter training"}
-
-
-ROLLOUT = ("rollout", "speculative", "reward")
+ROLLOUT = ("rollout", "speculative", "reward")  # the states of a rollout
 
 
 class Span(NamedTuple):
@@ -29,29 +25,31 @@ class Span(NamedTuple):
     state: str
     start: float
     end: float
-    rows: int = 0  # responses that it was writing; 0: before the first round, or no rollout
+    rows: int = 0  # sequences that ran on it; 0: before the first round, or no rollout
 
     @property
     def seconds(self) -> float:
-        """Its length."""
+        """Return its length."""
         return self.end - self.start
 
 
-class Clock:
-    """Where a worker's time goes. It is in one state at any moment, so the states' seconds sum to the whole."""
+class WorkerTimer:
+    """Records the states of a worker."""
 
-    def __init__(self, tell: Callable[[str], None] | None = None):
-        """tell(state) hears of each call of `enter`: a sign of life."""
-        self.tell = tell
+    def __init__(self, heartbeat: Callable[[str], None] | None = None):
+        """heartbeat(state) is called by each `enter`, as a sign of life."""
+        self.heartbeat = heartbeat
         self.spans: list[Span] = []
         self.state = "idle"
         self.rows = 0
         self.since = time.time()
 
     def enter(self, state: str, rows: int | None = None) -> None:
-        """From now on the worker is in this state, with so many live rows; None: in a rollout as many as before."""
-        if self.tell:
-            self.tell(state)
+        """From now on the worker is in this state, with so many running sequences; None: in a rollout as many as
+        before.
+        """
+        if self.heartbeat:
+            self.heartbeat(state)
         if rows is None:
             rows = self.rows if state in ROLLOUT else 0
         if (state, rows) != (self.state, self.rows):
@@ -61,8 +59,8 @@ class Clock:
             self.rows = rows
             self.since = now
 
-    def take(self) -> list[Span]:
-        """The spans since the last call."""
+    def take_spans(self) -> list[Span]:
+        """Return the spans since the last call."""
         now = time.time()
         spans = [*self.spans, Span(self.state, self.since, now, self.rows)]
         self.spans = []

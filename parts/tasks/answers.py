@@ -4,15 +4,15 @@
     boxed_answer    what stands in \\boxed{}
     evaluate        the value of + - * / over whole numbers
     last_number     the number that a text ends with
-    Referee         whether two answers in LaTeX are equal
+    LatexChecker         whether two answers in LaTeX are equal
 
 All of them are total: any text, of any length, gets an answer in bounded time. They look at the last LOOKED_AT
 characters of a text only, and walk through these a fixed number of times. Nothing is handed to Python's evaluator. (The
 widespread regex-then-evaluate verifiers hang on `97**98**99`.)
 
 Equality in LaTeX is a matter for a computer algebra system, and such a system can work for hours on ten characters. So
-the work is done by a child process (parts/tasks/latex_worker.py), which the kernel ends when its time is up. Signals in this
-process would not do: they reach the main thread only, and not while C code runs.
+the work is done by a child process (parts/tasks/latex_worker.py), which the kernel ends when its time is up. Signals in
+this process would not do: they reach the main thread only, and not while C code runs.
 
 Left out: mixed numbers (`1 1/2`), powers of ten (`4.2e1`), number words; a text that ends with one has no number.
 """
@@ -166,9 +166,9 @@ def joins(gap: str) -> bool:
 TEXT_LOOKED_AT = 1000  # characters, from the end of a text in which an answer is searched
 
 
-class Referee:
-    """Says whether two answers are equal. It asks parts/tasks/latex_worker.py, in a child process that starts with the first
-    question and ends with this process.
+class LatexChecker:
+    """Says whether two answers are equal. It asks parts/tasks/latex_worker.py, in a child process that starts with the
+    first question and ends with this process.
 
     A question that takes the child more than its time or memory ends the child; the answer is then no, and the next
     question starts another one. Pairs are remembered, so that what is slow is slow once.

@@ -1,4 +1,4 @@
-"""Whether two answers in LaTeX are equal, by math-verify and sympy: the child process of grading.Referee.
+"""Whether two answers in LaTeX are equal, by math-verify and sympy: the child process of grading.LatexChecker.
 
     stdin    a question on each line, a JSON list: ["equal", gold, answer] or ["found", gold, text]
     stdout   "ready", then "yes" or "no" for each question

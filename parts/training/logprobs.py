@@ -1,12 +1,12 @@
-"""The update's forward: log-probabilities of the responses' tokens, and the policy's entropy at each, without all their
-logits in memory.
+"""The update's forward: log-probabilities of the responses' tokens and the policy's entropy at each, without holding
+all their logits in memory.
 
-With a vocabulary of 150,000 words, the logits of 4,096 tokens are 2.5 GB, and cross entropy and its gradient hold
-several tensors of that size at once. So head and loss go through the tokens in slices. A slice's logits are gone when
-its log-probabilities are there; the backward makes them once more. A small vocabulary fits one slice: there nothing
-is cut, and nothing is made twice.
+With a vocabulary of 150,000 token ids, the logits of 4,096 tokens are 2.5 GB, and cross entropy and its gradient hold
+several tensors of that size at once. So head and loss go through the tokens in slices. The logits of a slice are freed
+when its log-probabilities are computed; the backward computes them once more. A small vocabulary fits one slice: there
+nothing is cut, and nothing is computed twice.
 
-Legend: B rows, T positions, N tokens of responses, D model width, V vocabulary.
+Legend: B sequences, T positions, N tokens of responses, D model width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from parts.cli import UserError
 from parts.engine.forward import head_of
 from parts.engine.interfaces import Response
 
-SLICE = 1 << 24  # logits that exist at once: 64 MB in float32
+SLICE = 1 << 24  # logits in memory at once: 64 MB in float32
 
 
 def sliced_logprobs(
@@ -32,7 +32,7 @@ def sliced_logprobs(
     def of_slice(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         every = (head(hidden).float() / temperature).log_softmax(-1)  # (n, V)
         logp = -F.nll_loss(every, targets, reduction="none")
-        with torch.no_grad():  # last: when the backward makes the slice once more, it stops before this
+        with torch.no_grad():  # last: when the backward recomputes the slice, it stops before this
             entropy = -(every.exp() * every).sum(-1)
         return logp, entropy
 
@@ -56,11 +56,11 @@ def logprobs_at(model, ids, picked, targets, temperature: float) -> tuple[torch.
 def token_scores(
     model, responses: list[Response], temperature: float, logprobs_at=logprobs_at
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of every response token under softmax(logits / temperature), and the entropy there: both
-    concatenated, (N,).
+    """Return the log-probability of every response token under softmax(logits / temperature), and the entropy there,
+    both concatenated, (N,).
 
     Right padding under a causal mask needs no attention mask; only the response's positions go through the head.
-    logprobs_at: the layout's, see workers.Replicated.
+    logprobs_at: with FSDP another one, see fsdp.py.
     """
     longest = max(len(r.prompt) + len(r.tokens) for r in responses) - 1
     ids = torch.zeros(len(responses), longest, dtype=torch.long)
@@ -76,13 +76,13 @@ def token_scores(
 
 
 def token_logprobs(model, responses: list[Response], temperature: float) -> torch.Tensor:
-    """As token_scores, the log-probabilities alone."""
+    """Return the log-probabilities of `token_scores` alone."""
     return token_scores(model, responses, temperature)[0]
 
 
 def checkpoint_layers(model) -> None:
-    """From now on a forward in training mode keeps only what goes into each layer, and the backward runs each layer
-    once more: less memory, more time, the same gradients. What generates is in evaluation mode and stays as it was.
+    """From now on a forward in training mode keeps only the inputs of each layer, and the backward runs each layer once
+    more: less memory, more time, the same gradients. Generation runs in evaluation mode and is not affected.
     Raises UserError.
     """
     if not model.supports_gradient_checkpointing:
@@ -91,8 +91,8 @@ def checkpoint_layers(model) -> None:
     model.disable_input_require_grads()  # hooks on the embedding that only the other kind of checkpoint needs
 
 
-def numbers_kept(config, inner: int | None = None) -> int:
-    """Numbers that a decoder layer keeps of a token for its backward: those of OLMo 2; Llama's are 10 and 4.
+def activations_per_token(config, inner: int | None = None) -> int:
+    """Return how many numbers a decoder layer keeps of a token for its backward: those of OLMo 2; Llama's are 10 and 4.
 
     inner: width of the MLP, if it is not the config's.
     """
@@ -102,12 +102,12 @@ def numbers_kept(config, inner: int | None = None) -> int:
 
 
 def forward_bytes(model, tokens: int) -> int:
-    """Memory that forward and backward of so many tokens take, beside weights and gradients: activations as in float32
-    (in bfloat16 they are two thirds), bfloat16 copies of weights, logits of a slice, gradients of the head.
+    """Return the memory that forward and backward of so many tokens take beside weights and gradients: activations as
+    in float32 (in bfloat16 they are two thirds), bfloat16 copies of weights, logits of a slice, gradients of the head.
     """
     config = model.config
     vocab, width, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
-    layer = numbers_kept(config)
+    layer = activations_per_token(config)
     weights = sum(p.numel() for p in model.parameters())
     kept = layers * layer
     if model.is_activation_checkpointing:
@@ -116,3 +116,10 @@ def forward_bytes(model, tokens: int) -> int:
     kept += 2 * layer  # in the backward: what one layer computes again, and gradients on their way
     logits = 5 * min(SLICE, tokens * vocab)  # with their gradients
     return 4 * (tokens * kept + logits + 2 * vocab * width) + 2 * weights
+
+
+def autocast(device: str, bf16: bool) -> torch.autocast:
+    """Return the context of the trainer's forwards: bfloat16 on GPUs, and where it is asked for."""
+    # without its cache: there the gradients of several uses of a weight would be summed in bfloat16
+    enabled = bf16 or device != "cpu"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled, cache_enabled=False)

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-# ---------------------------------------------------------------- figures
-
 
 @dataclass
 class UpdateStats:
@@ -24,7 +22,7 @@ class UpdateStats:
     gap_max: float = 0.0
 
     def add(self, loss, entropy, ratio, clipped, kl) -> None:
-        """One micro-batch; all but its loss are of its tokens, (N,), without gradients. kl may be None."""
+        """Add a micro-batch: its loss, and the rest of its tokens, (N,), without gradients. kl may be None."""
         self.loss += loss.item()
         self.tokens += len(ratio)
         self.entropy += entropy.sum().item()
@@ -35,7 +33,7 @@ class UpdateStats:
             self.kl += kl.sum().item()
 
     def compare(self, gap: torch.Tensor, cap: float) -> None:
-        """gap (N,): log p of the trainer - log p of the rollout; cap: of their ratio, 0 if it is not used."""
+        """Add gap (N,): log p of the trainer - log p of the rollout. cap: of their ratio, 0 if it is not corrected."""
         self.compared += len(gap)
         self.gap += gap.abs().sum().item()
         self.gap_max = max(self.gap_max, gap.abs().max().item())
@@ -43,9 +41,9 @@ class UpdateStats:
             self.capped += (gap.exp() > cap).sum().item()
 
 
-def combine(parts: list[UpdateStats]) -> dict:
-    """The update's figures in the metrics, over all workers and optimizer steps. Without tokens there is no entropy and
-    no ratio: None.
+def summarise_update(parts: list[UpdateStats]) -> dict:
+    """Return the figures of an update for the metrics, over all workers and optimizer steps. Without tokens, entropy
+    and ratio are None.
     """
     count = sum(s.tokens for s in parts)
     tokens = max(1, count)
