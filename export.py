@@ -3,10 +3,10 @@
     python export.py --model runs/demo/policy --out runs/export
 
 writes runs/export/sglang and runs/export/vllm (config.json and model.safetensors; embedding and head the server takes
-from the policy), and prints the two commands that serve them. A drafter that may guess only some of the words
-(parts/vocabulary.py) brings their ids for SGLang, in sglang/words.pt; vLLM drafts from all words. For stock
-transformers nothing has to be exported: the folder of a policy that tlt.py has trained is complete, see
-custom_generate/generate.py.
+from the policy), and prints the two commands that serve them. For a
+drafter with a draft vocabulary, SGLang gets its token ids in sglang/token_map.pt; vLLM drafts from the whole
+vocabulary. For stock transformers nothing has to be exported: the folder of a policy that tlt.py has trained is
+complete, see custom_generate/generate.py.
 
 Names, shapes and settings follow the loaders in SGLang 0.5.23 (models/llama_eagle.py, qwen2_eagle.py) and vLLM 0.33
 (models/llama_eagle.py, which vLLM names Eagle + architecture; Qwen2 runs there as a Llama with biases on q, k, v).
@@ -28,7 +28,7 @@ ARCHITECTURES = {
     "sglang": {"llama": "LlamaForCausalLMEagle", "qwen2": "Qwen2ForCausalLMEagle"},
     "vllm": {"llama": "LlamaForCausalLM", "qwen2": "LlamaForCausalLM"},
 }
-WORDS = "words.pt"
+TOKEN_MAP = "token_map.pt"
 NOT_OF_ONE_LAYER = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window", "dtype")
 
 
@@ -50,9 +50,9 @@ def export(drafter: Drafter, folder, server: str) -> None:
     weights = {name.replace("layer.", "layers.0.", 1): w.cpu() for name, w in drafter.plain_weights().items()}
     if server == "sglang":  # its fc has a bias, which would stay random; vLLM's has none, and refuses it
         weights["fc.bias"] = torch.zeros_like(weights["fc.weight"][:, 0])
-        if drafter.words is not None:
-            with replacing(folder / WORDS) as part:  # a list of ids, as its --speculative-token-map wants it
-                torch.save(drafter.words.tolist(), part)
+        if drafter.draft_vocab is not None:
+            with replacing(folder / TOKEN_MAP) as part:  # a list of ids, as its --speculative-token-map wants it
+                torch.save(drafter.draft_vocab.tolist(), part)
     elif kind == "qwen2":
         settings.update(model_type="llama", attention_bias=False, qkv_bias=True)
     save_weights(weights, folder, "model.safetensors")
@@ -72,20 +72,22 @@ class Command:
 SERVE = """wrote {out}/sglang and {out}/vllm; as the draft model of {model}:
   python -m sglang.launch_server --model {model} --speculative-algorithm EAGLE \\
     --speculative-draft-model-path {out}/sglang --speculative-num-steps 5 \\
-    --speculative-eagle-topk 1 --speculative-num-draft-tokens 6{words}
+    --speculative-eagle-topk 1 --speculative-num-draft-tokens 6{token_map}
   vllm serve {model} --speculative-config '{{"method": "eagle", "model": "{out}/vllm", "num_speculative_tokens": 5}}'"""
 
 
 def main() -> None:
-    """See above."""
+    """Export the drafter for all servers."""
     command = parse_flags(Command, __doc__)
     model, _ = load_model(command.model)
     drafter = Drafter(model)
     drafter.load(command.drafter or Path(find_folder(command.model)) / "drafter")
     for server in ARCHITECTURES:
         export(drafter, Path(command.out) / server, server)
-    words = "" if drafter.words is None else f" \\\n    --speculative-token-map {command.out}/sglang/{WORDS}"
-    print(SERVE.format(out=command.out, model=command.model, words=words))
+    token_map = (
+        "" if drafter.draft_vocab is None else f" \\\n    --speculative-token-map {command.out}/sglang/{TOKEN_MAP}"
+    )
+    print(SERVE.format(out=command.out, model=command.model, token_map=token_map))
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ class Command(Sampling):
 
 
 class TextStream:
-    """Prints the text of sample 0 as it grows. All its tokens are decoded again each time, since some tokens are parts of
-    a character.
+    """Prints the text of sample 0 as it grows. All its tokens are decoded again each time, since some tokens are parts
+    of a character.
     """
 
     def __init__(self, tokenizer):

@@ -84,12 +84,12 @@ def metrics_row(
 
 
 def time_in(spans: list[list[Span]], *states: str) -> float:
-    """Seconds that the workers together were in these states."""
+    """Return the seconds that all workers together spent in these states."""
     return sum(span.seconds for worker in spans for span in worker if span.state in states)
 
 
 def last_end(spans: list[list[Span]], *states: str) -> float:
-    """When the last worker left one of these states."""
+    """Return when the last worker left one of these states."""
     return max((span.end for worker in spans for span in worker if span.state in states), default=0.0)
 
 
@@ -122,12 +122,12 @@ def speculation_figures(spans: list[list[Span]], workers: list[SpeculationStats 
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, seen `right` of n (Chen et al. 2021, arXiv 2107.03374)."""
+    """Return the unbiased estimate of pass@k, given `right` of n samples (Chen et al. 2021, arXiv 2107.03374)."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def evaluation(step: int, responses, samples: int, seconds: float) -> dict:
-    """The row of a held-out evaluation. responses: `samples` to each problem, one problem after the other."""
+    """Return the row of a held-out evaluation. responses: `samples` to each problem, one problem after the other."""
     groups = [responses[i : i + samples] for i in range(0, len(responses), samples)]
     right = [sum(r.grade.strict for r in group) for group in groups]
     scores = {}
@@ -148,10 +148,10 @@ def evaluation(step: int, responses, samples: int, seconds: float) -> dict:
 
 
 class Table:
-    """One line per step; below it the timelines of several workers and what speculation did."""
+    """Prints one line per step; below it the timelines of several workers, and a line about speculation."""
 
     HEAD = (
-        " step  reward  solved  flat |  length: mean  p50  p95  max   cut | tok/s |"
+        " step  reward  solved  zerovar |  length: mean  p50  p95  max   cut | tok/s |"
         "  rollout drafter    idle  update =  step s |    gap"
     )
     REPEAT_HEAD = 20  # steps
@@ -161,7 +161,7 @@ class Table:
         self.rows = 0
 
     def show(self, row: dict, spans: list[list[Span]]) -> None:
-        """row: from `describe`; spans: of each worker."""
+        """Print a step. row: from `metrics_row`; spans: of each worker."""
         if self.rows % self.REPEAT_HEAD == 0:
             self.say(self.HEAD)
         self.rows += 1
@@ -172,26 +172,26 @@ class Table:
                 self.say(f"       worker {rank} |{gantt(worker, started, row['seconds']['step'])}|")
         if "extra" in row:
             extra = row["extra"]
-            self.say(f"       {extra['groups']} further prompts in the place of flat groups: {extra['seconds']:.2f} s")
+            self.say(f"       {extra['groups']} further prompts in the place of zero-variance groups: {extra['seconds']:.2f} s")
         if row["skipped"]:
             self.say("       the gradient was not finite: the policy stays as it was")
         if "speculation" in row:
             self.say("       " + self.drafting(row["speculation"], row["drafter"]))
 
     def line(self, row: dict) -> str:
-        """The figures of a step."""
+        """Return the figures of a step."""
         n = row["length"]
         s = row["seconds"]
         rollout = sum(s[state] for state in ROLLOUT)
         return (
-            f"{row['step']:5d}  {row['reward']:6.3f}  {row['solved']:6.2f}  {row['zero_variance_groups']:4d} | "
+            f"{row['step']:5d}  {row['reward']:6.3f}  {row['solved']:6.2f}  {row['zero_variance_groups']:7d} | "
             f"{n['mean']:13.0f} {n['p50']:4d} {n['p95']:4d} {n['max']:4d} {row['truncated']:5.1%} | "
             f"{row['tokens_per_second']:5.0f} |{rollout:9.2f}{s['drafter']:8.2f}{s['idle']:8.2f}{s['update']:8.2f} ="
             f"{s['step']:8.2f} |{row['gap_max']:7.0e}"
         )
 
     def drafting(self, speculation: dict, drafter: dict) -> str:
-        """What speculation and drafter training did in a step."""
+        """Return a line about speculation and drafter training in a step."""
         text = (
             f"{speculation['tokens_per_round']:.2f} tokens per row and speculative round, k {speculation['k']:.1f}, "
             f"{speculation['share']:.0%} of the rounds speculative"
@@ -205,7 +205,7 @@ class Table:
 
 
 def show_samples(say: Callable[[str], None], responses, tokenizer) -> None:
-    """The best and the worst response of a step, in short."""
+    """Print the best and the worst response of a step, shortened."""
     ranked = sorted(responses, key=lambda r: (r.grade.reward, r.grade.strict, r.grade.lenient, -len(r.tokens)))
     for name, r in (("best", ranked[-1]), ("worst", ranked[0])):
         text = tokenizer.decode(r.prompt + r.tokens)
@@ -215,7 +215,7 @@ def show_samples(say: Callable[[str], None], responses, tokenizer) -> None:
 
 
 def summarise(metrics: list[dict], config) -> dict:
-    """-> evals (rows), seconds (by state, of all steps), text."""
+    """Return the summary of a run: evals (rows), seconds (by state, of all steps), text."""
     steps, evals = split_metrics(metrics)
     total = {"step": 0.0}
     if steps:
@@ -239,7 +239,7 @@ def summarise(metrics: list[dict], config) -> dict:
 
 
 def model_card(metrics: list[dict], config) -> str:
-    """README.md of the policy's folder, from the run's own figures."""
+    """Return the README.md of the policy's folder, made of the run's own figures."""
     steps, evals = split_metrics(metrics)
     seconds = sum(m["seconds"]["step"] for m in steps)
     lines = [
@@ -270,7 +270,7 @@ def model_card(metrics: list[dict], config) -> str:
 
 
 def drafter_card(steps: list[dict]) -> list[str]:
-    """The card's lines about the drafter; none where nothing was drafted in the last ten steps."""
+    """Return the lines of the card about the drafter; none if nothing was drafted in the last ten steps."""
     drafted = [m["speculation"] for m in steps[-10:] if m.get("speculation", {}).get("share")]
     if not drafted:
         return []

@@ -8,7 +8,7 @@ One step takes about 25 ms on a CPU, so the update begins at most that much late
     worker is idle     step after step on the buffer (`train_until`); no collective, nothing to wait for
     rollout is over    the workers' drafters are averaged, weighted by the steps that each has made (`average`)
 
-It uses memory that nobody else needs, too. A step that runs out of memory is given up, and batches become smaller;
+It uses memory that is free at that moment, too. A step that runs out of memory is given up, and batches become smaller;
 where even small ones do not fit, this worker stops training its drafter, and the run continues without it.
 """
 
@@ -41,7 +41,7 @@ def train_until(over: Callable[[], bool], timer: WorkerTimer, spot_trainer: "Spo
     """Spend the time until over() on the drafter, or wait.
 
     over() is asked between training steps, so at most one of them delays the rest; nothing here waits for another
-    worker, so none has to be told to stop.
+    worker, so no worker needs a signal to stop.
     """
     while not over():
         if spot_trainer and spot_trainer.can_train:

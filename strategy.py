@@ -272,8 +272,8 @@ class BegMab(Strategy):
 
 
 class CountingStrategy(Strategy):
-    """Passes on the choices of another strategy, tells the timer whether a round drafts, and counts how many draft
-    tokens of the EAGLE drafter are accepted.
+    """Passes on the choices of another strategy, sets the timer's state (plain or speculative), and counts how many
+    draft tokens of the EAGLE drafter are accepted.
     """
 
     def __init__(self, inner: Strategy, timer: WorkerTimer):

@@ -6,17 +6,17 @@ A task is a small class with two methods, see `Task`:
     grade(problem, text)  -> Grade         strict: right, and in the format that was asked for (this is the reward)
                                            lenient: right answer anywhere in the text
 
-The two grades tell format errors from thinking errors. For search at test time a task also says how a text's steps and
-final answer are found.
+The two grades distinguish format errors from reasoning errors. For search at test time a task also says how the steps
+and the final answer of a text are found.
 
 Countdown is one task at two scales. A language model reads the well-known prompt ("use the numbers [..] to make N",
 think in <think>, answer in <answer>); the tiny model of base/pretrain.py reads `3,7,8=29<think>` and writes search
 traces. Both end in `<answer> expression </answer>`, so one verifier serves both.
 
 Verifiers are total: any text, of any length, gets a grade in bounded time, since a policy under RL will write
-everything. How texts are read is in parts/grading.py, how problems are read from files in parts/rows.py.
+everything. parts/tasks/answers.py reads texts, parts/tasks/data_files.py reads problems from files.
 
-The reward is 1 for a text that is strictly right, else 0, unless the task's grade says another number.
+The reward is 1 for a text that is strictly right, else 0, unless the task's grade gives another number.
 
 Left out: format rewards (they are easily farmed), code execution tasks.
 """
@@ -36,7 +36,7 @@ from parts.tasks.data_files import halves, load_splits, pick_columns, read_hub, 
 
 @dataclass(frozen=True)
 class TaskFlags:
-    """Settings that say what is asked, and how; each a command-line flag."""
+    """Settings that choose the task and the form of its prompts; each a command-line flag."""
 
     task: str = flag("countdown", "countdown, countdown-hard (numbers to 99, for language models), chain, gsm8k, math")
     data: str = flag("", "gsm8k, math: a folder with train.jsonl and test.jsonl; math: or a .jsonl file, or owner/name")
@@ -48,7 +48,7 @@ class TaskFlags:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and what its verifier needs."""
+    """A question, and what its verifier needs."""
 
     prompt: str  # the question in words, for a language model
     trace: str  # the same question for the tiny model ("" if the task has no such form)
@@ -57,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Grade:
-    """Of a text. pass@k and all shares of right responses count `strict`, whatever the reward is."""
+    """The grade of a text. pass@k and all shares of right responses count `strict`, whatever the reward is."""
 
     strict: bool
     lenient: bool
@@ -80,11 +80,11 @@ class Task:
     longest = 0  # tokens of an attempt, at most
 
     def problem(self, split: str, index: int) -> Problem:
-        """The index-th problem of "train" or "test", the same every time it is asked for."""
+        """Return the index-th problem of "train" or "test", the same every time."""
         raise NotImplementedError
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        """Total: any text gets a grade in bounded time."""
+        """Grade a text. Any text must get a grade in bounded time."""
         raise NotImplementedError
 
     def final(self, text: str) -> str | None:
@@ -131,7 +131,7 @@ class Countdown(Task):
 
 
 def combine(a, b):
-    """All (symbol, x, y, result) of two whole numbers whose result is whole and in 1..99."""
+    """Return all (symbol, x, y, result) of two whole numbers whose result is whole and in 1..99."""
     high = max(a, b)
     low = min(a, b)
     moves = [("+", high, low, high + low), ("*", high, low, high * low), ("-", high, low, high - low)]
@@ -141,7 +141,7 @@ def combine(a, b):
 
 
 def random_target(numbers, rng):
-    """The value of one random solution over all the numbers (None if it left 1..99)."""
+    """Return the value of one random solution over all the numbers (None if it left 1..99)."""
     state = list(numbers)
     while len(state) > 1:
         rng.shuffle(state)
@@ -153,7 +153,7 @@ def random_target(numbers, rng):
 
 
 def countdown_problem(numbers, target) -> Problem:
-    """In both forms."""
+    """Return the problem in both forms, for language models and for the tiny model."""
     return Problem(
         f"Using the numbers {list(numbers)}, create an equation that equals {target}. You can use basic arithmetic "
         "operations (+, -, *, /) and each number exactly once. Show your work in <think> </think> tags, and return the "
@@ -182,7 +182,7 @@ class Chain(Task):
 
     @staticmethod
     def apply(name, x):
-        """The function of that letter."""
+        """Apply the function of that letter."""
         m = zlib.crc32(f"factor {name}".encode())
         b = zlib.crc32(f"summand {name}".encode())
         return ((m % 29 + 2) * x + b) % 31
@@ -224,8 +224,8 @@ class Chain(Task):
 
 
 class GSM8K(Task):
-    """Grade-school mathematics. source: "hub" (openai/gsm8k, config main) or a folder with train.jsonl and test.jsonl
-    of its format.
+    """Grade-school mathematics. source: "hub" (openai/gsm8k, config main), or a folder with train.jsonl and test.jsonl
+    in its format.
     """
 
     step_end = "\n"
@@ -279,10 +279,10 @@ def gsm8k_row(row, where: str) -> dict:
 class Math(Task):
     r"""Mathematics with answers in LaTeX, from any data set with problems and answers. Compared by math-verify.
 
-    data: as parts/rows.py says. If it is not divided, an eighth of the problems is held out, chosen by their text. The
-    order is shuffled, since such files are often sorted by subject. columns: the names in the data of problem and
-    answer, parted by a comma; "": those of COLUMNS that come first. An answer may be a whole solution: then what stands
-    in its last \boxed{}, or behind ####, counts.
+    data: as parts/tasks/data_files.py says. If it is not divided, an eighth of the problems is held out, chosen by
+    their text. The order is shuffled, since such files are often sorted by subject. columns: the names in the data of
+    problem and answer, parted by a comma; "": those of COLUMNS that come first. An answer may be a whole solution: then
+    what stands in its last \boxed{}, or behind ####, counts.
 
     strict: the last \boxed{} of the text, behind </think> if there is one, equals the gold answer. lenient: or else the
     number that comes last does, or, in a text without \boxed{}, the answer that math-verify finds at its end.
@@ -342,7 +342,7 @@ BASE_PROMPT = (
 
 
 def encode(text: str, tokenizer, special: bool = False) -> list[int]:
-    """Token ids of a text. special: with the tokenizer's own first and last tokens.
+    """Return the token ids of a text. special: with the tokenizer's own first and last tokens.
 
     Raises UserError for a symbol that the tokenizer has no token for: it would silently be read as <unk> or <pad>.
     """
@@ -363,11 +363,11 @@ def encode(text: str, tokenizer, special: bool = False) -> list[int]:
 
 
 def encode_prompt(problem: Problem, tokenizer, style: str = "auto", system: str = "", chat_args: str = "") -> list[int]:
-    """Token ids of the prompt, a list of int.
+    """Return the token ids of a problem's prompt.
 
     style: "trace" (the tiny model's own language), "chat" (the tokenizer's chat template), "base" (a plain-text
     dialogue for models without one), or "auto": what the tokenizer's config says, else chat. system, chat_args: see
-    TaskFlags; for chat only. Raises UserError if the style, or one of the two, does not fit.
+    TaskFlags; for chat only. Raises UserError if the style, or one of these two, does not fit.
     """
     if style == "auto":
         style = tokenizer.init_kwargs.get("prompt_style", "chat")
@@ -388,8 +388,8 @@ def encode_prompt(problem: Problem, tokenizer, style: str = "auto", system: str 
 
 
 def chat_text(question: str, tokenizer, system: str, chat_args: str) -> str:
-    """The question in the tokenizer's chat template, up to where the response begins. Whatever the template puts there
-    (an opened <think>, or a closed one) belongs to the prompt. Raises UserError.
+    """Return the question in the tokenizer's chat template, up to where the response begins. What the template puts
+    there (an opened <think>, or a closed one) belongs to the prompt. Raises UserError.
     """
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path} has no chat template: use --prompt-style base")
@@ -411,8 +411,8 @@ def chat_text(question: str, tokenizer, system: str, chat_args: str) -> str:
 
 
 def make_task(name: str, data: str = "", columns: str = "") -> Task:
-    """The task of that name. data: "" for its default source; data and columns as in TaskFlags. A new task is one line
-    here. Raises UserError.
+    """Return the task of that name. data: "" for its default source; data and columns: see TaskFlags. A new task is one
+    line here. Raises UserError.
     """
     makers = {
         "countdown": Countdown,

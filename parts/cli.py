@@ -15,23 +15,23 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake of the user's, shown as one line (what, which value, how to mend it) with exit status 2."""
+    """A mistake of the user. `run` shows it as one line (what, which value, what to do) with exit status 2."""
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line of at most 300 characters. Many have their reason on a later line."""
+    """Return what an exception says, on one line of at most 300 characters. Many have their reason on a later line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 
 def script_name() -> str:
-    """As the user knows it: tlt.py, or bench for `python -m bench`."""
+    """Return the script's name as the user knows it: tlt.py, or bench for `python -m bench`."""
     path = Path(sys.argv[0])
     return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def usage_name() -> str:
-    """What the user types: tlt.py, or python -m bench engine."""
+    """Return what the user types to start this script: tlt.py, or python -m bench engine."""
     name = script_name()
     if name.endswith(".py"):
         return name
@@ -55,14 +55,15 @@ def run(main) -> None:
 
 
 def flag(default, text: str, choices=None, positional: bool = False):
-    """A field of a settings dataclass that becomes a command-line flag. A tuple takes several values."""
+    """Return a field of a settings dataclass that becomes a command-line flag. A tuple takes several values."""
     return field(default=default, metadata={"help": text, "choices": choices, "positional": positional})
 
 
 def parse_flags(config_class, description: str, argv: list[str] | None = None, before: list[str] | None = None):
-    """An instance of the dataclass from the command line. Unknown flags and wrong values exit with status 2.
+    """Return an instance of the dataclass, read from the command line. Unknown flags and wrong values exit with status
+    2.
 
-    Any dataclass whose fields come from `flag` will do. max_new becomes --max-new, a bool also gets --no-...
+    It works for any dataclass whose fields come from `flag`. max_new becomes --max-new; a bool also gets --no-...
     before: flags that all others override. A field named `config` is a JSON file with settings, which override `before`
     and are overridden by the command line. Raises UserError.
     """
@@ -80,7 +81,7 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None, b
 
 
 def make_parser(config_class, description: str) -> argparse.ArgumentParser:
-    """See parse_flags."""
+    """Return the parser that `parse_flags` uses."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=usage_name(), description=description, formatter_class=style)
     for f in fields(config_class):
@@ -100,8 +101,8 @@ def make_parser(config_class, description: str) -> argparse.ArgumentParser:
 
 
 def read_settings(path: str, config_class) -> dict:
-    """Settings by the names of the dataclass's fields, from a JSON file such as a run writes (config.json). Raises
-    UserError.
+    """Return settings, by the names of the dataclass's fields, from a JSON file such as a run writes (config.json).
+    Raises UserError.
     """
     known = {f.name: f for f in fields(config_class)}
     try:
@@ -122,7 +123,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 
 def checked(value, field, what: str):
-    """A setting from a JSON file, as its field's type. Raises UserError that begins with `what`."""
+    """Return a setting from a JSON file as its field's type. Raises UserError, which begins with `what`."""
     kind = type(field.default)
     choices = field.metadata["choices"]
     whole_is_number = kind is float and type(value) is int and abs(value) < 1 << 53
@@ -132,12 +133,12 @@ def checked(value, field, what: str):
 
 
 def flag_name(name: str) -> str:
-    """max_new -> --max-new"""
+    """Return the flag of a field: max_new -> --max-new."""
     return "--" + name.replace("_", "-")
 
 
 def check_at_least(config, low: float, *names: str) -> None:
-    """Raises UserError for the first of the config's fields that is below `low`, or no finite number."""
+    """Raise UserError for the first of the config's fields that is below `low` or not a finite number."""
     for name in names:
         value = getattr(config, name)
         if not low <= value < math.inf:  # nor nan
@@ -146,7 +147,7 @@ def check_at_least(config, low: float, *names: str) -> None:
 
 
 def check_above(config, low: float, *names: str) -> None:
-    """Raises UserError for the first of the config's fields that is not above `low`; infinity is."""
+    """Raise UserError for the first of the config's fields that is not above `low`; infinity is allowed."""
     for name in names:
         value = getattr(config, name)
         if not value > low:  # nor nan
@@ -154,7 +155,9 @@ def check_above(config, low: float, *names: str) -> None:
 
 
 def check_package(package: str, wanted_by: str, module: str = "") -> None:
-    """Raises UserError if a package is not installed. wanted_by: the flag; module: its name in Python, if another."""
+    """Raise UserError if a package is not installed. wanted_by: the flag; module: its name in Python, if it has
+    another.
+    """
     found = importlib.util.find_spec(module or package)
     if found is None or found.origin is None:  # without an origin it is a folder of that name
         raise UserError(f"{wanted_by}: this needs the package {package}; install it with `pip install {package}`")

@@ -19,11 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent  # the folder of the scripts, and 
 
 
 def find_folder(name: str, flag: str = "--model") -> str:
-    """A policy's folder, looked for here and beside the scripts; what looks like a hub name (owner/name) comes back
-    as it is.
+    """Return the folder of a policy, looked for here and beside the scripts; a hub name (owner/name) is returned
+    unchanged.
 
-    Raises UserError at once for what can be neither: the hub is asked for nothing that cannot be there, since without a
-    network that takes half a minute.
+    Raises UserError at once for anything else, without asking the hub: without a network that takes half a minute.
     """
     try:
         path = Path(name).expanduser()
@@ -45,8 +44,8 @@ def find_folder(name: str, flag: str = "--model") -> str:
 
 
 def cannot_write(path, error: BaseException) -> UserError:
-    """The UserError that says why a path could not be written. A full disk is named as such, whatever a library calls
-    it.
+    """Return the UserError that says why a path could not be written. A full disk is named as such, whatever a library
+    calls it.
     """
     place = Path(path)
     while not place.exists() and place != place.parent:
@@ -59,7 +58,7 @@ def cannot_write(path, error: BaseException) -> UserError:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file is written, whole or not at all: `with replacing(path) as part` and write to part. The folder is made.
+    """Write a file whole or not at all: `with replacing(path) as part`, and write to part. Its folder is created.
 
     Raises UserError.
     """
@@ -87,8 +86,8 @@ def save_weights(weights: dict[str, torch.Tensor], folder, name: str = "drafter.
 
 
 def load_weights(module: torch.nn.Module, path, what: str, extras: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-    """Fill a module from a safetensors file -> the tensors named in `extras` that the file has, which are not the
-    module's. Raises UserError naming the path and the reason. what: "a drafter".
+    """Fill a module from a safetensors file -> the tensors named in `extras`, as far as the file has them; they are not
+    the module's. what: such as "a drafter". Raises UserError with the path and the reason.
     """
     try:
         weights = load_file(path)

@@ -1,5 +1,5 @@
-"""What several test files need: model families, groups of prompts, engines with drafters, and what speculation must
-not change.
+"""What several test files need: model families, groups of prompts, engines with drafters, and the check that speculation
+changes no token.
 """
 
 import functools
@@ -34,13 +34,13 @@ SAMPLINGS = [
 
 
 def tiny_of(family: str):
-    """A tiny random model of that family."""
+    """Return a tiny random model of that family."""
     config_class, changes = FAMILIES[family]
     return tiny(config_class, **changes)
 
 
 def groups_of(n: int, rng: random.Random, longest: int = 20, samples: int = 4) -> list[Group]:
-    """Groups of random prompts, of 1 to `samples` samples."""
+    """Return n groups of random prompts, with 1 to `samples` samples each."""
     groups = []
     for i in range(n):
         prompt = [rng.randrange(2, 118) for _ in range(rng.randint(1, longest))]
@@ -49,32 +49,34 @@ def groups_of(n: int, rng: random.Random, longest: int = 20, samples: int = 4) -
 
 
 def by_name(responses) -> dict[tuple, Response]:
-    """(group, sample) -> response."""
+    """Return (group, sample) -> response."""
     return {(r.group, r.sample): r for r in responses}
 
 
 def tokens_of(responses) -> dict[tuple, list[int]]:
-    """(group, sample) -> tokens."""
+    """Return (group, sample) -> tokens."""
     return {(r.group, r.sample): r.tokens for r in responses}
 
 
 def make_drafter(model) -> Drafter:
+    """Return an untrained drafter, always with the same weights."""
     torch.manual_seed(1)
     return Drafter(model)
 
 
 def make_engine(model, drafter: Drafter | None = None, slots: int = 10, context: int = 100, **settings) -> Engine:
-    """An engine with both kinds of drafters."""
-    drafters = {"eagle": EagleProposer(drafter or make_drafter(model)), "ngram": NgramProposer()}
-    return Engine(model, {1}, slots, context, proposers=drafters, **settings)
+    """Return an engine with both kinds of proposers. drafter: None: an untrained one."""
+    proposers = {"eagle": EagleProposer(drafter or make_drafter(model)), "ngram": NgramProposer()}
+    return Engine(model, {1}, slots, context, proposers=proposers, **settings)
 
 
-def fixed(kind: str, k: int) -> Strategy:
-    return Strategy(DraftPlan(kind, k))
+def fixed(method: str, k: int) -> Strategy:
+    """Return the strategy that always drafts k tokens with this method."""
+    return Strategy(DraftPlan(method, k))
 
 
-class Changing(Strategy):
-    """Kind and length change at random every round; often it is off."""
+class RandomPlans(Strategy):
+    """Chooses a random method and draft length each round; often it does not draft."""
 
     def __init__(self, seed: int, longest: int = 8):
         super().__init__()
@@ -86,11 +88,12 @@ class Changing(Strategy):
 
 
 def responses_of(model, n: int = 8) -> list[Response]:
-    """Responses with their hidden states."""
+    """Return responses to n groups, with their hidden states."""
     return list(make_engine(model, keep_hidden=True).generate(groups_of(n, random.Random(4)), SAMPLINGS[0]))
 
 
 def filled_buffer(responses) -> FeatureBuffer:
+    """Return a buffer that holds these responses."""
     buffer = FeatureBuffer()
     for r in responses:
         buffer.add(r)
@@ -99,7 +102,7 @@ def filled_buffer(responses) -> FeatureBuffer:
 
 @functools.cache
 def trained_weights(family: str) -> dict[str, torch.Tensor]:
-    """Of a drafter that has learned a little from the tiny model of that family."""
+    """Return the weights of a drafter that has learned a little from the tiny model of that family."""
     model = tiny_of(family)
     drafter = make_drafter(model)
     buffer = filled_buffer(make_engine(model).generate(groups_of(30, random.Random(5)), SAMPLINGS[0]))
@@ -110,31 +113,32 @@ def trained_weights(family: str) -> dict[str, torch.Tensor]:
 
 
 def trained_drafter(model) -> Drafter:
-    """For a tiny model as `tiny_of` makes it. Each family's drafter is trained once, and a copy is given out."""
+    """Return a drafter that has learned a little from this model, which must be one of `tiny_of`. Each family's drafter
+    is trained once, and copied.
+    """
     drafter = Drafter(model)
     drafter.load_state_dict(trained_weights(model.config.model_type))
     return drafter
 
 
-def accepted_per_round(model, drafter: Drafter, k: int = 4) -> float:
-    """Tokens per row and speculative round."""
+def tokens_per_round(model, drafter: Drafter, k: int = 4) -> float:
+    """Return the tokens per sequence and speculative round."""
     engine = make_engine(model, drafter)
     list(engine.generate(groups_of(40, random.Random(1)), SAMPLINGS[0], fixed("eagle", k)))
     return engine.stats.spec_tokens / engine.stats.spec_sequence_rounds
 
 
-def shape_of(running: list[Sequence], k: int, gap: int = 0) -> RoundShape:
-    """Of a round of these rows, as Engine.shape_of."""
-    return RoundShape(
-        len(running), max(row.length for row in running) + k + 1, gap, DraftPlan("eagle", k), SAMPLINGS[0]
-    )
+def round_shape(running: list[Sequence], k: int, catch_up_len: int = 0) -> RoundShape:
+    """Return the exact shape of a round of these sequences that drafts k tokens."""
+    kv_len = max(sequence.length for sequence in running) + k + 1
+    return RoundShape(len(running), kv_len, catch_up_len, DraftPlan("eagle", k), SAMPLINGS[0])
 
 
 # ---------------------------------------------------------------- what speculation must not change
 
 
 def check_equal(responses: dict[tuple, Response], plain: dict[tuple, Response]) -> None:
-    """Tokens equal to plain decoding, log-probabilities to 1e-4, features to 1e-3."""
+    """Tokens equal those of plain decoding, log-probabilities to 1e-4, hidden states to 1e-3."""
     assert responses.keys() == plain.keys()
     for name, r in responses.items():
         assert r.tokens == plain[name].tokens, name
@@ -153,7 +157,9 @@ def check_identity(
     slots: int = 10,
     stop=(1,),
 ) -> None:
-    """An engine decodes plainly, then speculatively: with refills, row moves and mixed prompts all comes out equal."""
+    """An engine decodes plainly, then speculatively. With refilled slots, moved sequences and prompts of all lengths, all
+    responses are equal.
+    """
     engine = make_engine(model or tiny(), drafter, slots, rule=rule)
     engine.set_stop_tokens(stop)
     groups = groups or groups_of(12, random.Random(1))

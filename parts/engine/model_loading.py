@@ -27,7 +27,7 @@ logging.disable_progress_bar()  # "Loading weights" for each of N workers says n
 SEE = "docs/models.md lists what runs"
 
 
-LOADING_ERRORS = (
+LOADING_ERRORS = (  # what loading files raises
     OSError,
     ValueError,
     TypeError,
@@ -35,14 +35,14 @@ LOADING_ERRORS = (
     RuntimeError,
     SafetensorError,
     StrictDataclassError,
-)  # files
+)
 
 
 # ---------------------------------------------------------------- loading
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a folder or a hub name. Raises UserError."""
+    """Return the tokenizer of a folder or a hub name. Raises UserError."""
     try:
         return AutoTokenizer.from_pretrained(find_folder(name))
     except LOADING_ERRORS as error:
@@ -50,7 +50,7 @@ def load_tokenizer(name: str):
 
 
 def check_context(name: str, tokens: int) -> None:
-    """Raises UserError if the model of that name has no room for a prompt and response of so many tokens."""
+    """Raise UserError if the model of that name cannot hold a prompt and response of so many tokens."""
     try:
         limit = getattr(AutoConfig.from_pretrained(find_folder(name)), "max_position_embeddings", None)
     except LOADING_ERRORS as error:
@@ -60,13 +60,15 @@ def check_context(name: str, tokens: int) -> None:
 
 
 def too_long(tokens: int, limit: int) -> str:
-    """What to say when prompt and response do not fit the model."""
+    """Return the message for a prompt and response that do not fit the model."""
     sizes = f"prompt + response of {tokens} tokens is longer than the model's context of {limit}"
     return f"{sizes}: lower --max-new or shorten the prompt"
 
 
 def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """(model, tokenizer) from a folder or a hub name. Raises UserError naming what is missing or not supported."""
+    """Return (model, tokenizer) from a folder or a hub name. Raises UserError that says what is missing or not
+    supported.
+    """
     tokenizer = load_tokenizer(name)
     model, found = read_model(name, dtype)
     try:
@@ -79,9 +81,9 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 
 def read_model(name: str, dtype: torch.dtype):
-    """-> (model, what transformers says of its weights, see check_weights). Raises UserError."""
+    """Return the model, and what transformers reports of its weights (see check_weights). Raises UserError."""
     settings = {"dtype": dtype, "attn_implementation": "slots"}
-    # `check_weights` tells what is wrong with weights, in one line instead of a table
+    # `check_weights` reports wrong weights in one line instead of a table
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -96,39 +98,39 @@ def read_model(name: str, dtype: torch.dtype):
 
 
 def check_weights(model, found: dict) -> None:
-    """Raises UserError if the file's weights are not those that the config asks for, or if one is not finite.
+    """Raise UserError if the file's weights are not those that the config asks for, or if one is not finite.
 
     found: missing_keys, unexpected_keys, mismatched_keys of from_pretrained. Tied heads and the buffers of old files
     are not among them.
     """
-    mend = "config.json and the weights must be of the same model"
+    advice = "config.json and the weights must be of the same model"
     if found["missing_keys"]:
-        raise UserError(f"its weights lack {listed(found['missing_keys'])}, which config.json asks for: {mend}")
+        raise UserError(f"its weights lack {listed(found['missing_keys'])}, which config.json asks for: {advice}")
     if found["unexpected_keys"]:
         raise UserError(
-            f"its weights hold {listed(found['unexpected_keys'])}, which config.json has no use for: {mend}"
+            f"its weights hold {listed(found['unexpected_keys'])}, which config.json has no use for: {advice}"
         )
     if found["mismatched_keys"]:
         weight, held, wanted = min(found["mismatched_keys"])
-        raise UserError(f"weight {weight} has the shape {tuple(held)}, config.json asks for {tuple(wanted)}: {mend}")
+        raise UserError(f"weight {weight} has the shape {tuple(held)}, config.json asks for {tuple(wanted)}: {advice}")
     for weight, p in model.named_parameters():
         if not p.sum(dtype=torch.float32).isfinite() and not p.isfinite().all():
             raise UserError(f"weight {weight} holds nan or inf: take an earlier checkpoint, or fetch the file anew")
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first of them, layers in their order, and how many more there are."""
+    """Return the first of the names, in the order of the layers, and how many more there are."""
     names = sorted(names, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(5), name))
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def check_vocabulary(model, tokenizer) -> None:
-    """Raises UserError if the tokenizer makes ids that the model has no embedding for."""
+    """Raise UserError if the tokenizer has token ids that the model has no embedding for."""
     known = model.get_input_embeddings().weight.shape[0]
-    word, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if number >= known:
         raise UserError(
-            f"its tokenizer makes {word!r} number {number}, but the model's vocab_size is {known}: "
+            f"its tokenizer makes {token!r} number {number}, but the model's vocab_size is {known}: "
             "take the model's own tokenizer, or resize the model's embeddings and train them"
         )
 
@@ -137,14 +139,14 @@ def check_vocabulary(model, tokenizer) -> None:
 
 
 def check_supported(model) -> None:
-    """Raises UserError for models that the engine cannot run, see the top of this file."""
+    """Raise UserError for models that the engine cannot run, see the top of this file."""
     name = type(model).__name__
     why = unsupported_reason(model)
     if why:
         raise UserError(f"{name} is not supported: {why}; {SEE}")
     try:
         good, gap = matches_own_code(model, None)
-    except Exception as error:  # a model's own code may fail in any way; what it says is told
+    except Exception as error:  # a model's own code may fail in any way
         raise UserError(
             f"{name} is not supported: the engine cannot run it ({type(error).__name__}: {reason(error)}); {SEE}"
         ) from error
@@ -156,8 +158,8 @@ def check_supported(model) -> None:
 
 
 def unsupported_reason(model) -> str | None:
-    """What a config or a decoder says at once, or None. The trial finds the rest, but could not say why, or would not
-    see it in twelve tokens.
+    """Return why a model cannot run, as far as its config or decoder shows it; None: nothing found. The trial finds the
+    rest, but could not say why, or would not see it in twelve tokens.
     """
     config = model.config
     decoder = model.get_decoder()
@@ -189,8 +191,8 @@ def unsupported_reason(model) -> str | None:
 
 
 def stop_tokens(model, tokenizer) -> set[int]:
-    """Ids that end a response: the tokenizer's eos, what the generation config adds, and what ends a turn in a chat.
-    Raises UserError if none.
+    """Return the ids that end a response: the tokenizer's eos, those of the generation config, and what ends a turn in
+    a chat. Raises UserError if there are none.
     """
     ids = model.generation_config.eos_token_id
     ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id} | turn_end(tokenizer)
@@ -201,8 +203,8 @@ def stop_tokens(model, tokenizer) -> set[int]:
 
 
 def turn_end(tokenizer) -> set[int]:
-    """The special token that stands behind an answer in the tokenizer's chat template, if there is one. Base models
-    have a template, too, and another eos: they would be asked on after their <|im_end|>.
+    """Return the special token that follows an answer in the tokenizer's chat template, if there is one. Base models
+    have a template, too, but another eos, so they would continue after their <|im_end|>.
     """
     if not tokenizer.chat_template:
         return set()
@@ -219,16 +221,18 @@ ACTOR_DTYPES = ("auto", "bfloat16", "float32")
 
 
 def actor_dtype(name: str, device: str) -> torch.dtype:
-    """Of the weights that generate. name: bfloat16, float32, or auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Return the type of the weights that generate. name: bfloat16, float32, or auto: bfloat16 on a GPU, float32 on a
+    CPU.
+    """
     if name == "auto":
         name = "float32" if device == "cpu" else "bfloat16"
     return getattr(torch, name)
 
 
 def cast_weights(model, dtype: torch.dtype):
-    """The model with its weights in that type, in place.
+    """Convert the model's weights to that type, in place.
 
-    Not `model.to(dtype)`: that rounds the buffers, too, and rotary frequencies rounded to 8 bits are other angles far
+    Not `model.to(dtype)`: that also rounds the buffers, and rotary frequencies rounded to 8 bits give wrong angles far
     from the start.
     """
     for p in model.parameters():

@@ -16,7 +16,7 @@ from parts.engine.kv_cache import KVCache
 
 # ---------------------------------------------------------------- the trial
 
-TRIAL = ((0, 6), (6, 7), (7, 12))  # what the engine reads at once: a prompt, one token, some drafts
+TRIAL = ((0, 6), (6, 7), (7, 12))  # what the engine reads at once: a prompt, one token, some draft tokens
 
 
 # A gap up to this share of the logits' standard deviation is rounding. Measured: random tiny models 2e-6, SmolLM2-135M
@@ -31,9 +31,10 @@ WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.floa
 
 
 class InFloat64(TorchFunctionMode):
-    """Inside, everything is computed in float64, whatever type the weights have, and whatever type is asked for.
+    """Inside this mode everything is computed in float64, whatever type the weights have and whatever type is asked
+    for.
 
-    Weights are widened as they are read, one at a time, so a large model needs no second copy.
+    Weights are converted when they are read, one at a time, so a large model needs no second copy.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -42,7 +43,7 @@ class InFloat64(TorchFunctionMode):
 
 
 def widened(value):
-    """A tensor, a dtype, or a list or tuple of them in float64; anything else as it is."""
+    """Return a tensor, a dtype, or a list or tuple of them in float64; anything else unchanged."""
     if isinstance(value, torch.Tensor):
         return value.double() if value.dtype in WIDER else value
     if isinstance(value, torch.dtype):
@@ -51,7 +52,8 @@ def widened(value):
 
 
 def own_logits(model, ids: torch.Tensor) -> torch.Tensor:
-    """ids (1, T) -> logits (1, T, V) of the model's own code: its own masks, its own attention, no cache."""
+    """Run the model's own code, with its own masks and attention and without a cache: ids (1, T) -> logits (1, T, V).
+    """
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -61,7 +63,7 @@ def own_logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def engine_logits(model, ids: torch.Tensor, make_layers: Callable[[], Iterable | None]) -> torch.Tensor:
-    """ids (1, T) -> logits (1, T, V) by way of the slot cache. make_layers: what gives `forward` its fused layers."""
+    """Run the engine's path over its cache: ids (1, T) -> logits (1, T, V). make_layers: returns the fused layers."""
     cache = KVCache(model.config, 1, ids.shape[1] + 4, model.dtype, ids.device)
     parts = []
     for start, end in TRIAL:
@@ -72,7 +74,8 @@ def engine_logits(model, ids: torch.Tensor, make_layers: Callable[[], Iterable |
 
 
 def distance(ours: torch.Tensor, own: torch.Tensor) -> float:
-    """The largest gap between logits (1, T, V), as a share of their standard deviation; inf if one is not finite."""
+    """Return the largest difference of two logits (1, T, V), as a share of their standard deviation; inf if not finite.
+    """
     if ours.equal(own):
         return 0.0
     gap = (ours - own).abs().max() / own.std()
@@ -81,13 +84,13 @@ def distance(ours: torch.Tensor, own: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def matches_own_code(model, fused_layers) -> tuple[bool, float]:
-    """Whether the engine's path gives the logits of the model's own -> (bool, `distance`), which is of float64 unless
-    the model's own type made it clear.
+    """Return whether the engine's path gives the logits of the model's own code, and their `distance`, which was
+    measured in float64 unless the model's own type made it clear.
 
     fused_layers: from `fuse`; None: the model's own modules.
     """
     vocab = model.config.vocab_size
-    # ordinary words: special ones stand at the ends of a vocabulary, and are what models treat most oddly
+    # ordinary tokens: special ones stand at the ends of a vocabulary, and models may treat them in a special way
     ids = torch.linspace(vocab // 8, vocab // 2, TRIAL[-1][1], device=model.device).long()[None]
     own = own_logits(model, ids)
     ours = engine_logits(model, ids, lambda: fused_layers)

@@ -1,14 +1,15 @@
-"""A run's folder and its checkpoints: everything appears whole or not at all, and nothing is destroyed by mistake.
+"""A run's folder and its checkpoints: every file is written whole or not at all, and no run destroys another by
+mistake.
 
     out/config.json, metrics.jsonl, curves.png, timeline.png, trace.json
     out/policy/                 the final policy, an ordinary Hugging Face folder
     out/checkpoint-NNNNNN/      a Hugging Face folder, or an adapter (--lora-rank), with drafter/, optimizer.pt,
                                 state.json (step, config, metrics) and checksums.json
     out/earlier-run/            checkpoints of the run that was here before, until this one has written its first
-    out/.lock                   held by the run that writes here; the system lets go of it however that run ends
+    out/.lock                   held by the run that writes here; the system releases it however that run ends
 
-Seeds and data follow from the step, so a checkpoint needs no state of generators. States of policy and optimizer are
-stored whole, by the names of the weights: a sharded run can go on unsharded, and the other way round.
+Seeds and data follow from the number of the step, so a checkpoint needs no state of random generators. States of policy
+and optimizer are stored whole, by the names of the weights: a sharded run can continue unsharded, and vice versa.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ FORMAT = 3  # of checkpoints
 KEPT = 2  # checkpoints
 PATTERN = "checkpoint-??????"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-# settings that a resumed run may change without a word
+# settings that a resumed run may change without a message
 MAY_CHANGE = ("steps", "resume", "out", "workers", "workers_per_gpu", "track")
 
 
@@ -76,13 +77,17 @@ def claim(out) -> Iterator[None]:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process again after a failure (--max-restarts): then it goes on by itself."""
+    """Return whether torchrun has started this process again after a failure (--max-restarts): then the run resumes by
+    itself.
+    """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def start_from(config, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that a run goes on from; None: it starts anew. config: train_grpo.Config; say: as in `newest`.
-    Raises UserError if --resume finds none, or one of another --lora-rank, which holds other weights.
+    """Return the checkpoint that a run continues from; None: it starts from the beginning.
+
+    config: train_grpo.Config; say: see `newest`. Raises UserError if --resume finds none, or one with another
+    --lora-rank, which holds other weights.
     """
     if not config.resume and not restarted():
         return None
@@ -94,19 +99,21 @@ def start_from(config, say: Callable[[str], None]) -> Path | None:
         raise nothing_to_resume(out)
     rank = read_state(checkpoint)["config"].get("lora_rank", 0)
     if rank != config.lora_rank:
-        raise UserError(f"--lora-rank {config.lora_rank}: {checkpoint} goes on with --lora-rank {rank} only")
+        raise UserError(f"--lora-rank {config.lora_rank}: {checkpoint} continues with --lora-rank {rank} only")
     return checkpoint
 
 
 def nothing_to_resume(out: Path) -> UserError:
-    """The UserError for --resume in a folder without a whole checkpoint."""
+    """Return the UserError for --resume in a folder without an intact checkpoint."""
     aside = out / "earlier-run"
-    hint = f" (those in {aside} are of the run before: move them up to go on from them)" if aside.exists() else ""
+    hint = f" (those in {aside} are of the run before: move them up to continue from them)" if aside.exists() else ""
     return UserError(f"--resume: no checkpoint in {out}{hint}; start without it")
 
 
 def prepare(out: Path, config, start: Path | None) -> None:
-    """Write config.json. A new run sets an earlier one's checkpoints aside: --resume must not go on from them."""
+    """Write config.json. A new run moves the checkpoints of an earlier one aside, so that --resume cannot continue from
+    them.
+    """
     if start is not None:
         before = read_state(start)["config"]
         changes = []
@@ -114,7 +121,7 @@ def prepare(out: Path, config, start: Path | None) -> None:
             if name not in MAY_CHANGE and before.get(name, value) != value:
                 changes.append(f"{name} {before[name]} -> {value}")
         if changes:
-            tqdm.write("goes on with other settings than before: " + ", ".join(changes))
+            tqdm.write("continues with other settings than before: " + ", ".join(changes))
     else:
         for old in sorted(out.glob(PATTERN)):
             aside = out / "earlier-run" / old.name
@@ -125,7 +132,9 @@ def prepare(out: Path, config, start: Path | None) -> None:
 
 
 def save_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill(path)` write a folder beside its final place, then rename it. Raises UserError, and nothing is left."""
+    """Let `fill(path)` write a folder beside its final place, then rename it. If that fails, nothing is left, and
+    UserError is raised.
+    """
     part = folder.with_name(folder.name + ".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -137,8 +146,8 @@ def save_folder(folder: Path, fill: Callable[[Path], None]) -> None:
                     os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
-    except Exception as error:  # disk full, read-only, ...: each library has its own type for it
-        failure = cannot_write(folder, error)  # first: a disk that was full is not when the part is gone
+    except Exception as error:  # disk full, read-only, ...: each library has its own exception
+        failure = cannot_write(folder, error)  # first: once the part is removed, the disk is not full any more
         shutil.rmtree(part, ignore_errors=True)
         raise failure from error
 
@@ -147,8 +156,8 @@ def save_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def whole_weights(model) -> dict[str, torch.Tensor]:
-    """The policy's weights, whole, merged with adapters, on the host. Without adapters rank 0 alone gets them. All
-    workers take part.
+    """Return the policy's weights as a whole, with adapters merged, on the host. Without adapters only rank 0 gets
+    them. All workers take part.
     """
     if adapters.layers_of(model):
         return under_one_name(model, adapters.merged_weights(model))
@@ -156,8 +165,8 @@ def whole_weights(model) -> dict[str, torch.Tensor]:
 
 
 def under_one_name(model, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the second names of weights that are tied, such as a head's that is the embedding. From a GPU, or from
-    several workers, each name comes with a copy of its own, and save_pretrained would write both.
+    """Return the weights without the second names of tied ones, such as a head that is the embedding. From a GPU, or
+    from several workers, each name comes with a copy of its own, and save_pretrained would write both.
     """
     names = {name for name, _ in model.named_parameters()}
     all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -165,7 +174,7 @@ def under_one_name(model, weights: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def save_policy(folder: Path, model, tokenizer, weights: dict[str, torch.Tensor]) -> None:
-    """A Hugging Face folder; of adapters the merged weights, and in adapter/ what they are merged from."""
+    """Write a Hugging Face folder; with adapters, the merged weights, and in adapter/ the adapter itself."""
     model.save_pretrained(folder, state_dict=weights)
     if adapters.layers_of(model):
         adapters.save(folder / "adapter", model)
@@ -175,10 +184,11 @@ def save_policy(folder: Path, model, tokenizer, weights: dict[str, torch.Tensor]
 def save(
     out: Path, step: int, model, optimizer, tokenizer, metrics: list[dict], config=None, writes=True, also=None
 ) -> None:
-    """Write a checkpoint; all workers take part, one writes. Raises UserError, and the checkpoints before stay.
+    """Write a checkpoint; all workers take part, one writes. If that fails, UserError is raised, and earlier
+    checkpoints stay.
 
     also(folder): writes what belongs to it beside the policy. The newest two of this run are kept. Those of an earlier
-    run go, since one of this run is whole now.
+    run are removed, now that this run has one.
     """
     adapted = bool(adapters.layers_of(model))
     weights = {} if adapted else whole_weights(model)
@@ -211,12 +221,12 @@ def save(
 
 
 def files_of(folder: Path) -> list[str]:
-    """Paths of all files in a folder and its subfolders, from there."""
+    """Return the relative paths of all files in a folder and its subfolders."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while part := file.read(1 << 20):
@@ -228,7 +238,7 @@ def checksum(path: Path) -> str:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, in words; empty if nothing is."""
+    """Return what is wrong with a checkpoint, as text; empty if it is intact."""
     try:
         sums = json.loads((folder / "checksums.json").read_text())
         files = set(files_of(folder)) - {"checksums.json"}
@@ -244,12 +254,12 @@ def damage(folder: Path) -> str:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """state.json of a checkpoint."""
+    """Return the content of state.json of a checkpoint."""
     return json.loads((checkpoint / "state.json").read_text())
 
 
 def newest(out: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
-    """The newest checkpoint that is whole, or None. Damaged ones are named."""
+    """Return the newest intact checkpoint, or None. Damaged ones are reported with `say`."""
     for folder in sorted(out.glob(PATTERN), reverse=True):
         wrong = damage(folder)
         if not wrong:
@@ -259,7 +269,9 @@ def newest(out: Path, say: Callable[[str], None] = lambda text: None) -> Path | 
 
 
 def load(checkpoint: Path | None, model, optimizer) -> tuple[int, list[dict]]:
-    """(first step to do, metrics so far); fills the optimizer. Without a checkpoint (0, [])."""
+    """Fill the optimizer (and adapters) from a checkpoint -> (first step to do, metrics so far). Without a checkpoint
+    (0, []).
+    """
     if checkpoint is None:
         return 0, []
     state = read_state(checkpoint)

@@ -13,11 +13,14 @@ from datetime import timedelta
 
 import torch
 
-HOUR = 3600.0  # after so many seconds a collective gives up; loading a model is not waited for in one
+HOUR = 3600.0  # seconds after which a collective times out; no collective waits for a model to be loaded
+MESSAGE = 1 << 23  # numbers in a message at most: 32 MB in float32
 
 
 def join(config):
-    """Join them -> accelerate's Accelerator, which knows this worker's rank and device. config: tlt.TLTConfig."""
+    """Join the process group -> accelerate's Accelerator, which knows this worker's rank and device. config:
+    tlt.TLTConfig.
+    """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -31,12 +34,9 @@ def join(config):
     return accelerator
 
 
-MESSAGE = 1 << 23  # numbers in a message at most: 32 MB in float32
-
-
 def views_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Views that together are the tensor, each of at most MESSAGE numbers. How it is cut depends on its shape alone:
-    workers whose tensors lie differently in memory still send the same messages.
+    """Yield views that together are the tensor, each of at most MESSAGE numbers. The cut depends on the shape alone, so
+    workers whose tensors have different strides still send the same messages.
     """
     if tensor.numel() <= MESSAGE:
         yield tensor
@@ -48,22 +48,22 @@ def views_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 @torch.no_grad()
 def sum_up(tensors: list[torch.Tensor]) -> None:
-    """Add up each tensor over all workers of torch's process group, in place; shapes and order are the same on all."""
+    """Sum each tensor over all workers of torch's process group, in place; shapes and order must be the same on all."""
     message: list[torch.Tensor] = []
-    room = MESSAGE
+    space = MESSAGE
     for tensor in tensors:
         for view in views_of(tensor):
-            if view.numel() > room:
+            if view.numel() > space:
                 send(message)
                 message = []
-                room = MESSAGE
+                space = MESSAGE
             message.append(view)
-            room -= view.numel()
+            space -= view.numel()
     send(message)
 
 
 def send(message: list[torch.Tensor]) -> None:
-    """Add up these tensors over the workers. One that is contiguous and alone needs no copy."""
+    """Sum these tensors over the workers in one message. A single contiguous tensor needs no copy."""
     if len(message) == 1 and message[0].is_contiguous():
         all_reduce(message[0])
         return
@@ -76,7 +76,7 @@ def send(message: list[torch.Tensor]) -> None:
 
 
 def all_reduce(tensor: torch.Tensor) -> None:
-    """Add it up over the workers. Those that share a GPU talk through gloo, which lives on the host."""
+    """Sum a tensor over the workers. Workers that share a GPU use gloo, which works on the host."""
     host = tensor.cpu() if torch.distributed.get_backend() == "gloo" else tensor
     torch.distributed.all_reduce(host)
     if host is not tensor:

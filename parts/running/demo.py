@@ -1,8 +1,8 @@
 """What `python tlt.py --demo` (`make demo`) runs on this machine.
 
 Without a GPU: the tiny policy in base/. With GPUs: the first of MODELS whose memory the smallest of them holds. Base
-models of 1.5 billion weights and more learn to search on Countdown; one of half a billion learns the format, guesses
-and stops, so its responses have no long tail.
+models of 1.5 billion weights and more learn to search on Countdown; one of half a billion learns the format, guesses an
+answer and stops, so its responses have no long tail.
 
 Memory of a GPU, in bytes:
 
@@ -12,8 +12,8 @@ Memory of a GPU, in bytes:
     up to 8e9              forward and backward of --micro-tokens with --gradient-checkpointing (logprobs.forward_bytes)
     1.5e9                  what CUDA and NCCL take, and the logits of a round
 
-and of what is free when all this is counted, four fifths hold rows (rollout.Engine.affordable): keys, values and hidden
-states of MAX_NEW tokens and a prompt. At least ROWS of them are wanted. So Qwen2.5-3B needs 18 x 3.1e9 = 56 GB and a
+Of what is free beside these, four fifths hold sequences (rollout.Engine.affordable): keys, values and hidden states of
+MAX_NEW tokens and a prompt. At least ROWS of them must fit. So Qwen2.5-3B needs 18 x 3.1e9 = 56 GB and a
 GPU of 80 GB, Qwen2.5-1.5B 28 GB and one of 40 GB, or four of 24 GB with --shard, Qwen2.5-0.5B 9 GB and one of 16 GB.
 """
 
@@ -37,7 +37,7 @@ PROMPT = 160  # tokens of a prompt of countdown-hard
 ROWS = 32
 MICRO_TOKENS = (16384, 8192, 4096, 2048)
 CUDA_BYTES = 1.5e9
-LARGEST_FORWARD = 8 << 30  # what the engine leaves to it, see workers.ReplicatedLayout.update_bytes
+LARGEST_FORWARD = 8 << 30  # what the engine leaves to it, see ReplicatedLayout.update_bytes
 ON_A_GPU = (
     f"--task countdown-hard --lr 1e-6 --max-new {MAX_NEW} --slots 256 --prompts 32 --samples 8 --steps 100 "
     "--gradient-checkpointing"
@@ -49,7 +49,7 @@ ON_A_CPU = (
 
 
 class Candidate(NamedTuple):
-    """A model that the demo may take, the first that fits."""
+    """A model for the demo; the first one that fits is taken."""
 
     name: str
     config: Qwen2Config
@@ -58,7 +58,7 @@ class Candidate(NamedTuple):
 
 
 def qwen(name: str, layers: int, width: int, inner: int, heads: int, minutes: int, shard: bool = False) -> Candidate:
-    """The shape of a Qwen2.5, without asking the hub."""
+    """Return a Qwen2.5 candidate by its shape, without asking the hub."""
     shape = {
         "num_hidden_layers": layers,
         "hidden_size": width,
@@ -82,7 +82,7 @@ TOO_SMALL_TO_SEARCH = 1e9  # weights
 
 
 class Plan(NamedTuple):
-    """How a model lies in a GPU."""
+    """How a model fits a GPU."""
 
     weights: int
     taken: float  # bytes, without rows
@@ -91,8 +91,8 @@ class Plan(NamedTuple):
 
 
 def plan(config, gpu: float, sharded_over: int = 1) -> Plan | None:
-    """The most micro-tokens, and the rows that fit beside them, in a GPU of so many bytes; None if fewer than ROWS fit
-    beside the fewest. sharded_over: workers; 1: without --shard. See above.
+    """Return the largest micro_tokens, and the number of sequences that fit beside them, for a GPU of so many bytes;
+    None if fewer than ROWS fit beside the smallest. sharded_over: workers; 1: without --shard.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -114,7 +114,7 @@ def plan(config, gpu: float, sharded_over: int = 1) -> Plan | None:
 
 
 def choose(gpu: float, gpus: int) -> tuple[Candidate, Plan] | None:
-    """The first candidate that fits GPUs of so many bytes."""
+    """Return the first candidate that fits GPUs of so many bytes."""
     for candidate in MODELS:
         if candidate.shard and gpus == 1:
             continue
@@ -128,8 +128,8 @@ def choose(gpu: float, gpus: int) -> tuple[Candidate, Plan] | None:
 
 
 def demo_flags(argv: list[str]) -> list[str]:
-    """Prints what is run, why, and what to expect -> the settings as flags. argv: those given by hand, which override
-    them. Raises UserError.
+    """Print what will be run, why, and what to expect -> the settings as flags. argv: flags given by hand, which
+    override them. Raises UserError.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", default="")
@@ -164,14 +164,14 @@ def demo_flags(argv: list[str]) -> list[str]:
 
 
 def on_a_cpu(why: str, model: str = "") -> list[str]:
-    """The CPU demo."""
+    """Return the flags of the CPU demo."""
     what = model or "the tiny policy in base/"
     print(f"demo: {what} on countdown, two CPU workers, because {why}")
     return ON_A_CPU.split()
 
 
 def of_your_own(name: str, gpu: float) -> list[str]:
-    """The GPU demo with a model that is given by hand; the hub is asked for nothing if it is a folder."""
+    """Return the flags of the GPU demo with a model that was given by hand. The hub is not asked about a folder."""
     folder = find_folder(name)
     tokens = MICRO_TOKENS[-1]
     memory = "its memory is not known before it is there"
@@ -188,7 +188,7 @@ def of_your_own(name: str, gpu: float) -> list[str]:
 
 
 def expectations(candidate: Candidate, found: Plan, gpu: float, workers: int) -> str:
-    """What a run on GPUs takes, and what will be seen: lines of text."""
+    """Return lines of text: what a run on GPUs takes, and what will be seen."""
     to_learn = 16 * found.weights / (workers if candidate.shard else 1)
     lines = [
         f"download  {2 * found.weights / 1e9:.1f} GB, once",

@@ -1,5 +1,7 @@
-"""Worker processes on this host, watched over: when one dies or hangs, the others are stopped and the user is told
-which one it was and what it was doing. Nothing is left behind, however it ends.
+"""Starts the worker processes of this host and watches over them.
+
+When one dies or hangs, the others are stopped, and the user is told which one it was and what it was doing. No process
+is left behind, however it ends.
 """
 
 import os
@@ -20,46 +22,46 @@ SLOW_STATES = ("start", "checkpoint")  # loading a model or writing a checkpoint
 
 
 class Heartbeat:
-    """What each worker is doing, and since when it has said nothing: in shared memory, for the parent."""
+    """The state of each worker, and the time of its last heartbeat, in shared memory, for the parent process."""
 
     NAMES = ("start", *STATES)
 
     def __init__(self, count: int, context=None):
         """context: of multiprocessing."""
         context = context or mp.get_context("spawn")
-        self.state = context.Array("i", count, lock=False)
-        self.heard = context.Array("d", [time.time()] * count, lock=False)
+        self.states = context.Array("i", count, lock=False)
+        self.times = context.Array("d", [time.time()] * count, lock=False)
 
-    def tell(self, rank: int, state: str) -> None:
-        """A worker says what it does now."""
-        self.state[rank] = self.NAMES.index(state)
-        self.heard[rank] = time.time()
+    def beat(self, rank: int, state: str) -> None:
+        """A worker enters a state."""
+        self.states[rank] = self.NAMES.index(state)
+        self.times[rank] = time.time()
 
-    def doing(self, rank: int) -> str:
-        """The state that a worker was in when it was last heard of."""
-        return self.NAMES[self.state[rank]]
+    def state(self, rank: int) -> str:
+        """Return the state of a worker at its last heartbeat."""
+        return self.NAMES[self.states[rank]]
 
-    def silent(self, patience: float) -> list[int]:
-        """Workers that have said nothing for so many seconds.
+    def overdue(self, patience: float) -> list[int]:
+        """Return the workers whose last heartbeat is more than `patience` seconds ago.
 
-        Those that wait for a hung one in a collective are silent, too. So are those that wait while another one loads
-        the model or writes a checkpoint; then nobody counts as silent.
+        Workers that wait for a hung one in a collective are overdue, too. So are those that wait while another one
+        loads the model or writes a checkpoint; then none counts as overdue.
         """
-        ranks = range(len(self.heard))
-        if any(self.doing(rank) in SLOW_STATES for rank in ranks):
+        ranks = range(len(self.times))
+        if any(self.state(rank) in SLOW_STATES for rank in ranks):
             return []
-        return [rank for rank in ranks if time.time() - self.heard[rank] > patience]
+        return [rank for rank in ranks if time.time() - self.times[rank] > patience]
 
 
-def child(rank: int, work: Callable, config, count: int, port: int, threads: int, mistakes, pulse: Heartbeat) -> None:
-    """A worker process: set what torchrun would set, and never outlive the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+def child(rank: int, work: Callable, config, count: int, port: int, threads: int, errors, heartbeat: Heartbeat) -> None:
+    """Run a worker process: set what torchrun would set, and never outlive the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
-    def follow_the_parent() -> None:
+    def exit_with_the_parent() -> None:
         mp.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=follow_the_parent, daemon=True).start()
+    threading.Thread(target=exit_with_the_parent, daemon=True).start()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -70,68 +72,68 @@ def child(rank: int, work: Callable, config, count: int, port: int, threads: int
     )
     torch.set_num_threads(threads)
     try:
-        work(config, lambda state: pulse.tell(rank, state))
+        work(config, lambda state: heartbeat.beat(rank, state))
     except RuntimeError as error:
-        if "onnection" in str(error):  # another worker is gone: let its reason be heard first
+        if "onnection" in str(error):  # another worker is gone: let its error be reported first
             time.sleep(3)
         raise
     except UserError as error:
-        mistakes.put(str(error))  # several workers may make the same mistake: the parent prints one line
+        errors.put(str(error))  # several workers may have the same error: the parent prints one line
         os._exit(2)  # at once: the others may wait for this worker in a collective
 
 
 def free_port() -> int:
-    """A port of this host that nobody uses now."""
+    """Return a free port of this host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def spawn(work: Callable, config, count: int, patience: float, gpus: bool) -> None:
-    """Run work(config, tell) in `count` processes. Raises UserError with the first mistake of a worker.
+    """Run work(config, heartbeat) in `count` processes. Raises UserError with the first one of a worker.
 
-    patience: seconds without a word after which a worker counts as hung. gpus: whether the workers use them. Without
-    GPUs (on Linux) the workers are forks of this process: they need not import everything again, which takes seconds.
-    CUDA cannot be used in a fork, so there each worker is a new process.
+    patience: seconds without a heartbeat after which a worker counts as hung. gpus: whether the workers use them.
+    Without GPUs (on Linux) the workers are forks of this process: they need not import everything again, which takes
+    seconds. CUDA cannot be used in a fork, so there each worker is a new process.
     """
     method = "spawn" if gpus or sys.platform != "linux" else "fork"
-    # nobody divides the cores; oversubscribed, they are ten times slower
+    # torch would use all cores in each worker; oversubscribed, they are ten times slower
     threads = max(1, (os.cpu_count() or 1) // count)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a worker that ends makes the others print C++ stacks
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the others print C++ stacks when a worker ends
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    mistakes = mp.get_context(method).SimpleQueue()
-    pulse = Heartbeat(count, mp.get_context(method))
-    arguments = (work, config, count, free_port(), threads, mistakes, pulse)
+    errors = mp.get_context(method).SimpleQueue()
+    heartbeat = Heartbeat(count, mp.get_context(method))
+    arguments = (work, config, count, free_port(), threads, errors, heartbeat)
     context = mp.start_processes(child, arguments, nprocs=count, join=False, start_method=method)
     try:
-        # when one has died, a hung one gets 3 s, not torch's 30
+        # when one has died, a hung one gets 3 s instead of torch's 30
         while not context.join(timeout=1.0, grace_period=3):
-            hung = [rank for rank in pulse.silent(patience) if context.processes[rank].is_alive()]
+            hung = [rank for rank in heartbeat.overdue(patience) if context.processes[rank].is_alive()]
             if hung:
-                who = ", ".join(f"worker {rank} ({pulse.doing(rank)})" for rank in hung)
-                stop(f"no sign of life for {patience:g} s from {who}; all were stopped. "
-                     "Continue with --resume; if it was only slow, with a larger --patience.")  # fmt: skip
+                workers = ", ".join(f"worker {rank} ({heartbeat.state(rank)})" for rank in hung)
+                advice = "Continue with --resume; if it was only slow, with a larger --patience."
+                stop(f"no heartbeat for {patience:g} s from {workers}; all were stopped. {advice}")
     except mp.ProcessExitedException as error:
-        if not mistakes.empty():
-            raise UserError(mistakes.get()) from error
+        if not errors.empty():
+            raise UserError(errors.get()) from error
         cause = f"signal {error.signal_name}" if error.signal_name else f"exit status {error.exit_code}"
-        who = f"worker {error.error_index} died ({cause}) in state {pulse.doing(error.error_index)}"
-        stop(f"{who}; the others were stopped. Continue with --resume.")
+        worker = f"worker {error.error_index} died ({cause}) in state {heartbeat.state(error.error_index)}"
+        stop(f"{worker}; the others were stopped. Continue with --resume.")
     except mp.ProcessRaisedException as error:
-        who = f"worker {error.error_index} failed in state {pulse.doing(error.error_index)}"
-        stop(f"{who}; the others were stopped. Continue with --resume.\n{error}")
+        worker = f"worker {error.error_index} failed in state {heartbeat.state(error.error_index)}"
+        stop(f"{worker}; the others were stopped. Continue with --resume.\n{error}")
     finally:  # whatever happened, Ctrl-C included
         end(context.processes)
 
 
-def stop(why: str) -> None:
+def stop(reason: str) -> None:
     """End this script with exit status 1."""
-    sys.exit(f"{script_name()}: {why}")
+    sys.exit(f"{script_name()}: {reason}")
 
 
 def end(processes: list) -> None:
-    """Nobody stays."""
+    """End all processes."""
     for process in processes:
         process.terminate()
     for process in processes:

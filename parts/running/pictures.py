@@ -10,7 +10,7 @@ from parts.running.timers import LABELS, ROLLOUT, STATES, Span
 
 
 def gantt(spans: list[Span], started: float, seconds: float, width: int = 96) -> str:
-    """A line of `width` characters: in each the state that held most of that moment, by its mark."""
+    """Return a line of `width` characters: in each, the character of the state that took most of that time."""
     line = ""
     for i in range(width):
         begin = started + seconds * i / width
@@ -27,12 +27,12 @@ def gantt(spans: list[Span], started: float, seconds: float, width: int = 96) ->
 
 
 def split_metrics(metrics: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(rows of steps, rows of evaluations)."""
+    """Return (rows of steps, rows of evaluations)."""
     return [m for m in metrics if "eval" not in m], [m for m in metrics if "eval" in m]
 
 
 def trace(history: list[tuple[int, list[float], list[list[Span]]]]) -> str:
-    """history: as journal.Journal.history -> JSON text in Chrome's trace format."""
+    """Return JSON text in Chrome's trace format. history: see report.RunReport.history."""
     workers = len(history[-1][2]) if history else 0
     events = []
     for rank in range(workers):
@@ -51,7 +51,9 @@ def trace(history: list[tuple[int, list[float], list[list[Span]]]]) -> str:
 
 
 def pyplot():
-    """matplotlib's, for files alone. Imported when the first picture is drawn: only rank 0 draws, at the end."""
+    """Return matplotlib's pyplot, for files only. It is imported when the first picture is drawn: only rank 0 draws, at
+    the end.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +63,9 @@ def pyplot():
 
 
 def draw_timeline(panels: dict[str, list[list[Span]]], path) -> None:
-    """panels: title -> each worker's spans; on one scale. A rollout's bar is as high as responses still run."""
+    """Draw the workers' timelines. panels: title -> each worker's spans, all on one scale. The height of a rollout
+    shows how many sequences still run.
+    """
     plt = pyplot()
     size = (9, 1.2 + 0.45 * len(panels) + 0.6 * sum(map(len, panels.values())))
     figure, axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, squeeze=False)
@@ -87,7 +91,7 @@ def draw_timeline(panels: dict[str, list[list[Span]]], path) -> None:
 
 
 def draw_curves(metrics: list[dict], path, config) -> None:
-    """Rewards and held-out scores, response lengths, seconds by state, over the steps."""
+    """Draw rewards and held-out scores, response lengths and seconds by state over the steps."""
     plt = pyplot()
     steps, evals = split_metrics(metrics)
     figure, (scores, lengths, seconds) = plt.subplots(1, 3, figsize=(13, 3.6))

@@ -34,7 +34,7 @@ ANSWER_LOOKED_AT = 500  # characters of an answer in LaTeX; the longest of MATH'
 
 
 def answer_tag(text: str) -> str | None:
-    """The text between the last <answer> and the </answer> after it, or None."""
+    """Return the text between the last <answer> and the </answer> after it, or None."""
     text = text[-LOOKED_AT:]
     start = text.rfind("<answer>")
     end = text.find("</answer>", start)
@@ -42,8 +42,8 @@ def answer_tag(text: str) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    """What stands in the last \\boxed{}, with its inner brackets in pairs, or None; also if it is longer than 500
-    characters.
+    """Return the content of the last \\boxed{}, with its inner brackets in pairs; None if there is none, or if it is
+    longer than 500 characters.
     """
     text = text[-LOOKED_AT:]
     start = text.rfind("\\boxed{") + len("\\boxed{")
@@ -65,8 +65,8 @@ MAX_EXPRESSION = 120  # characters; with 6 numbers of 2 digits and all brackets 
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
-    """(value, numbers used) of an arithmetic expression over whole numbers with + - * / and brackets; None if it is
-    anything else. It is parsed by `ast` and walked over exact fractions.
+    """Return (value, numbers used) of an arithmetic expression over whole numbers with + - * / and brackets; None if it
+    is anything else. It is parsed by `ast` and evaluated over exact fractions.
     """
     if len(expression) > MAX_EXPRESSION or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
         return None
@@ -128,12 +128,12 @@ def last_number(text: str) -> Fraction | None:
 
 
 def number_of(match: re.Match) -> Fraction:
-    """The value of what NUMBER matches."""
+    """Return the value of what NUMBER matches."""
     return Fraction(re.sub("[ ,]", "", match[0]))
 
 
 def sign_before(text: str, start: int, previous: int) -> int:
-    """1 or -1: the sign of the number that starts there; 0: it is part of something else.
+    """Return the sign of the number that starts there, 1 or -1; 0: it is part of something else.
 
     previous: where the number before it ends; 0: there is none.
     """
@@ -156,7 +156,7 @@ def sign_before(text: str, start: int, previous: int) -> int:
 
 
 def joins(gap: str) -> bool:
-    """Whether two numbers with this between them are one expression."""
+    """Return whether two numbers with this between them are one expression."""
     core = ASIDE.sub("", gap)
     return bool(JOINS.fullmatch(core)) and (bool(core) or "\n" not in gap)
 
@@ -179,17 +179,17 @@ class LatexChecker:
         self.ask = functools.lru_cache(maxsize=4096)(self.ask_child)
 
     def equal(self, gold: str, answer: str) -> bool:
-        """Both in LaTeX. Raises UserError if there can be no child."""
+        """Return whether two answers in LaTeX are equal. Raises UserError if the child process cannot be started."""
         if "".join(gold.split()) == "".join(answer.split()):
             return True
         return self.ask("equal", gold, answer)
 
     def found(self, gold: str, text: str) -> bool:
-        """Whether the answer that math-verify finds at the text's end equals the gold one. Raises UserError."""
+        """Return whether the answer that math-verify finds at the text's end equals the gold one. Raises UserError."""
         return self.ask("found", gold, text[-TEXT_LOOKED_AT:])
 
     def ask_child(self, *question: str) -> bool:
-        """Without memory."""
+        """Ask the child process, without remembering the reply."""
         if self.child is None:
             self.child = start_child()
         try:
@@ -203,7 +203,7 @@ class LatexChecker:
         return reply == "yes\n"
 
     def close(self) -> None:
-        """End the child."""
+        """End the child process."""
         if self.child is not None:
             self.child.kill()
             self.child.communicate()
@@ -211,7 +211,7 @@ class LatexChecker:
 
 
 def start_child() -> subprocess.Popen:
-    """parts/tasks/latex_worker.py, ready for questions. Raises UserError."""
+    """Start parts/tasks/latex_worker.py -> the process, ready for questions. Raises UserError."""
     command = [sys.executable, "-m", "parts.tasks.latex_worker"]
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)

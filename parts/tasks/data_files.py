@@ -7,8 +7,8 @@
     halves(splits)                train and test, whatever the splits were
     pick_columns(row, ...)        the texts of the columns that are wanted
 
-Every row is handed to the caller's `take`, which returns what the task wants of it. It is also told where the row
-stands, so that a mistake can name the place.
+Every row is passed to the caller's `take` with its place (file and line), so that an error can name it; what `take`
+returns is kept.
 """
 
 import json
@@ -19,12 +19,12 @@ from pathlib import Path
 
 from parts.cli import UserError, reason
 
-Take = Callable[[object, str], object]  # (row, where it stands) -> what the task wants of it. Raises UserError
+Take = Callable[[object, str], object]  # (row, its place) -> what the task needs of it. Raises UserError
 
 
 def read_jsonl(path: Path, take: Take) -> list:
-    """The rows of a file with a JSON value on each line; empty lines do not count. Raises UserError naming the file and
-    the line.
+    """Return the rows of a file with a JSON value on each line; empty lines are skipped. Raises UserError with the file
+    and the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold other ends of lines
@@ -46,13 +46,13 @@ def read_jsonl(path: Path, take: Take) -> list:
 
 
 def read_hub(name: str, take: Take) -> dict[str, list]:
-    """The splits of a data set of the hub, "owner/name" or "owner/name:config". Raises UserError."""
+    """Return the splits of a data set of the hub, "owner/name" or "owner/name:config". Raises UserError."""
     path, _, config = name.partition(":")
     try:
         from datasets import load_dataset
 
         splits = {split: list(rows) for split, rows in load_dataset(path, config or None).items()}
-    except Exception as error:  # the hub's failures have many types; the mend is the same for all
+    except Exception as error:  # the hub's failures have many types; the advice is the same for all
         problem = f"cannot load {name} from the hub ({type(error).__name__}: {reason(error)})"
         raise UserError(f"{problem}: give a local folder with --data") from error
     return {
@@ -62,7 +62,8 @@ def read_hub(name: str, take: Take) -> dict[str, list]:
 
 
 def read_folder(folder: Path, take: Take) -> dict[str, list]:
-    """The splits of a folder: of train.jsonl and test.jsonl, or of the only .jsonl file. Raises UserError."""
+    """Return the splits of a folder: from train.jsonl and test.jsonl, or from its only .jsonl file. Raises UserError.
+    """
     names = sorted(path.name for path in folder.glob("*.jsonl"))
     if {"train.jsonl", "test.jsonl"} <= {*names}:
         names = ["train.jsonl", "test.jsonl"]
@@ -73,7 +74,9 @@ def read_folder(folder: Path, take: Take) -> dict[str, list]:
 
 
 def load_splits(data: str, take: Take) -> dict[str, list]:
-    """Name of the split -> its rows; one split only, of any name, if the data is not divided. Raises UserError."""
+    """Return the rows of each split by its name; a single split, of any name, if the data is not divided. Raises
+    UserError.
+    """
     path = os.path.expanduser(data)
     if os.path.isdir(path):
         return read_folder(Path(path), take)
@@ -86,8 +89,8 @@ def load_splits(data: str, take: Take) -> dict[str, list]:
 
 
 def halves(splits: dict[str, list[tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:
-    """The splits train and test of (problem, answer). Where one is missing, all rows are divided anew, and an eighth of
-    the problems is held out: a problem that comes twice is twice in the same split.
+    """Return the splits train and test of (problem, answer). If one is missing, all rows are divided anew, and an
+    eighth of the problems is held out: a problem that occurs twice is in the same split both times.
     """
     if {"train", "test"} <= splits.keys():
         return {name: splits[name] for name in ("train", "test")}
@@ -100,9 +103,9 @@ def halves(splits: dict[str, list[tuple[str, str]]]) -> dict[str, list[tuple[str
 
 
 def pick_columns(row, columns: dict[str, tuple[str, ...]], where: str) -> list[str]:
-    """The texts of a row's columns. columns: what is wanted -> the names that it may have, the best first.
+    """Return the texts of a row's columns. columns: what is wanted -> the names that it may have, the best first.
 
-    Numbers become texts. Raises UserError naming `where`, and the columns that there are.
+    Numbers become texts. Raises UserError with `where`, and the columns that there are.
     """
     row = row if isinstance(row, dict) else {}
     texts = []

@@ -31,8 +31,8 @@ MEMORY = 2 << 30  # bytes of address space
 
 
 def only_a_word(evaluate):
-    """evaluate: sympy's, through which all goes that it makes of strings -> the same for one number or name, and
-    ValueError for anything else.
+    """Return sympy's `evaluate`, through which every string goes that sympy executes, restricted to a single number or
+    name; anything else raises ValueError.
     """
     word = re.compile(r"(Integer|Float|Symbol) \('?[\w.]+'? ?\)\s*|\w+\s*")
 
@@ -45,7 +45,7 @@ def only_a_word(evaluate):
 
 
 def make_answers():
-    """-> a function from a question to a bool. Imports math-verify, which takes a second."""
+    """Return a function from a question to a bool. Imports math-verify, which takes a second."""
     import math_verify
     import sympy.parsing.sympy_parser as parser
     import sympy.physics.units  # noqa: F401  else it is imported on the first use of a unit
@@ -70,7 +70,7 @@ def make_answers():
 
 
 def main() -> None:
-    """See above."""
+    """Answer questions from stdin until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; this process ends with its stdin
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no reply

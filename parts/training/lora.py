@@ -1,11 +1,11 @@
-"""LoRA (Hu et al., arXiv 2106.09685): the policy's weights stay as they are, and small matrices beside them learn.
+"""LoRA (Hu et al., arXiv 2106.09685): the policy's weights stay as they are, and small matrices added to them learn.
 
     y = W x + (alpha / r) B A x          W (out, in) frozen;  A (r, in) random, B (out, r) zero at first;  alpha = 2 r
 
-The layers are those of the package peft, put into the model in place, so that it stays the class that it was. What
-generates is a copy of the model whose weights are W + (alpha / r) B A, made anew after every update: the engine knows
-nothing of adapters, and its rounds cost what they cost. (x.weight of such a layer is W alone: nothing here that wants
-what the layer computes may read it.)
+The layers are those of the package peft, put into the model in place, so that it stays the class that it was. The
+actor that generates is a copy of the model whose weights are W + (alpha / r) B A, refreshed after every update: the
+engine knows nothing of adapters, and its rounds take as long as without them. (x.weight of such a layer is W alone, so
+code that needs what the layer computes must not read it.)
 
 A checkpoint holds the adapter in peft's format; out/policy is an ordinary folder with merged weights, and
 out/policy/adapter the adapter again, for `PeftModel.from_pretrained`.
@@ -22,18 +22,19 @@ from safetensors.torch import load_file, save_file
 
 from parts.cli import UserError, reason
 
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # of peft's format
-PREFIX = "base_model.model."  # of names there
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # the files of peft's format
+PREFIX = "base_model.model."  # of the names in them
 
 
 def linear_names(model) -> list[str]:
-    """q_proj, up_proj ...: the linear layers of the decoder's layers."""
+    """Return the names of the linear layers of the decoder's layers: q_proj, up_proj ..."""
     layers = model.get_decoder().layers.named_modules()
     return sorted({name.split(".")[-1] for name, module in layers if isinstance(module, torch.nn.Linear)})
 
 
 def add(model, rank: int, seed: int) -> None:
-    """Freeze the model and put adapters beside all its linear layers. The same seed: the same adapters everywhere."""
+    """Freeze the model and add adapters to all its linear layers. The same seed gives the same adapters on all workers.
+    """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds: only where it is used
 
     torch.manual_seed(seed)
@@ -44,24 +45,24 @@ def add(model, rank: int, seed: int) -> None:
 
 
 def layers_of(model) -> dict[str, torch.nn.Module]:
-    """The layers that have an adapter, by the names of the layers that they stand for; {} without adapters."""
+    """Return the layers that have an adapter, by the names of the layers that they replace; {} without adapters."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 @torch.no_grad()
 def merged(layer) -> torch.Tensor:
-    """W + (alpha / r) B A, (out, in), in W's type."""
+    """Return W + (alpha / r) B A, (out, in), in W's type."""
     return layer.base_layer.weight + layer.get_delta_weight("default")
 
 
 def merge_into(actor, model) -> None:
-    """The actor's weights become what the model computes with."""
+    """Copy the merged weights into the actor."""
     for name, layer in layers_of(model).items():
         actor.get_submodule(name).weight.data.copy_(merged(layer))
 
 
 def merged_weights(model) -> dict[str, torch.Tensor]:
-    """All weights by their names in a model without adapters, on the host."""
+    """Return all weights, merged, by their names in a model without adapters, on the host."""
     adapted = layers_of(model)
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -78,7 +79,7 @@ def merged_weights(model) -> dict[str, torch.Tensor]:
 
 
 def adapter_weights(model) -> dict[str, torch.nn.Parameter]:
-    """The adapters' matrices, by their names in peft's files."""
+    """Return the adapters' matrices by their names in peft's files."""
     named = {name: p for name, p in model.named_parameters() if "lora_" in name}
     return {PREFIX + name.replace(".default.", "."): p for name, p in named.items()}
 
