@@ -36,7 +36,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from parts.cli import check_above, check_at_least, flag, parse_flags, run
+from parts.cli import UserError, check_above, check_at_least, flag, parse_flags, run
 from parts.devices import pick_device
 from parts.engine.forward import logit_scale
 from parts.engine.fused_layers import PACK_FROM, FusedLayer, JoinedLinear, PackedLinear, fuse
@@ -114,6 +114,7 @@ class Drafter(torch.nn.Module):
             if p.ndim > 1:
                 torch.nn.init.normal_(p, std=p.shape[1] ** -0.5 * 0.5)
         self.to(policy.device, dtype)  # drawn on the host: the same weights whatever the device
+        self.eval()  # it learns without dropout, whatever the policy's config says
 
     def forward(self, ids, features, angles, mask) -> torch.Tensor:
         """ids (B, T): x_{t+1}; features (B, T, D): h_t; angles: of positions t -> predictions of h_{t+1}, (B, T, D)."""
@@ -159,6 +160,10 @@ class Drafter(torch.nn.Module):
         extras = load_weights(self, path, "a drafter (`make drafter` trains one)", ("draft_vocab",))
         self.fc.weight[:, : self.width] /= self.embed_scale
         self.draft_vocab = extras.get("draft_vocab")
+        vocab = self.policy.config.vocab_size
+        if self.draft_vocab is not None and not 0 <= self.draft_vocab.min() <= self.draft_vocab.max() < vocab:
+            ids = f"token ids up to {self.draft_vocab.max()}, the policy has {vocab}"
+            raise UserError(f"cannot load a drafter for this policy from {path}: it drafts {ids}")
 
 
 # ---------------------------------------------------------------- drafting, inside the engine
@@ -303,8 +308,7 @@ class EagleProposer(Proposer):
 
 
 def refilled(buffer: torch.Tensor | None, value: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the value: written into the buffer, which keeps its address, if that has the same shape; else the value.
-    """
+    """Return the value, written into the buffer if that has the same shape, so that its address stays."""
     if buffer is None or value is None or buffer.shape != value.shape:
         return value
     return buffer.copy_(value)

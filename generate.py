@@ -34,7 +34,7 @@ class Command(Sampling):
     """Settings, each a command-line flag."""
 
     model: str = flag("base", "a folder or a hub name")
-    prompt: str = flag("", "the text as it is; no chat template is added")
+    prompt: str = flag("", "the text as it is, with the tokenizer's first special tokens; no chat template is added")
     samples: int = flag(1, "responses to it; the first is shown while it is made")
     seed: int = flag(0, "of the noise: the same seed, the same responses")
     drafter: str = flag("", "folder of a drafter: decode speculatively, the same tokens faster")
@@ -130,7 +130,7 @@ def main() -> None:
         drafter.load(command.drafter)
         proposers = {"eagle": EagleProposer(drafter)}
         strategy = Strategy(DraftPlan("eagle", command.k))
-    ids = encode(command.prompt, tokenizer)
+    ids = encode(command.prompt, tokenizer, special=True)
     context = len(ids) + command.max_new
     engine = Engine(model, stop_tokens(model, tokenizer), slots=command.samples, context=context, proposers=proposers)
     group = Group(0, ids, [sequence_seed(command.seed, 0, 0, k) for k in range(command.samples)])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from parts.engine.model_loading import decode
 from parts.files import write_atomically
 from parts.running.metrics_log import MetricsLog
 from parts.running.pictures import draw_curves, draw_timeline, gantt, split_metrics, trace
@@ -172,7 +173,8 @@ class Table:
                 self.say(f"       worker {rank} |{gantt(worker, started, row['seconds']['step'])}|")
         if "extra" in row:
             extra = row["extra"]
-            self.say(f"       {extra['groups']} further prompts in the place of zero-variance groups: {extra['seconds']:.2f} s")
+            prompts = f"{extra['groups']} further prompts in the place of zero-variance groups"
+            self.say(f"       {prompts}: {extra['seconds']:.2f} s")
         if row["skipped"]:
             self.say("       the gradient was not finite: the policy stays as it was")
         if "speculation" in row:
@@ -208,7 +210,7 @@ def show_samples(say: Callable[[str], None], responses, tokenizer) -> None:
     """Print the best and the worst response of a step, shortened."""
     ranked = sorted(responses, key=lambda r: (r.grade.reward, r.grade.strict, r.grade.lenient, -len(r.tokens)))
     for name, r in (("best", ranked[-1]), ("worst", ranked[0])):
-        text = tokenizer.decode(r.prompt + r.tokens)
+        text = decode(r.prompt + r.tokens, tokenizer)
         if len(text) >= 400:
             text = text[:200] + " ... " + text[-200:]
         say(f"  {name} ({len(r.tokens)} tokens, {'right' if r.grade.strict else 'wrong'}): {text}")

@@ -439,11 +439,15 @@ class Engine:
     def account(self, plan: DraftPlan, accepted: list[int], new_tokens: list, seconds: float) -> RoundReport:
         """Add a round to `stats` -> its report for the strategy."""
         draft_seconds = self.timer.draft_seconds()
-        tokens = sum(map(len, new_tokens))
+        lengths = [len(tokens) for tokens in new_tokens]
+        tokens = sum(lengths)
         k = plan.k
-        ordered = sorted(accepted)
-        # by depth: sequences with so many accepted draft tokens or more
-        reached = [len(ordered) - bisect_left(ordered, depth) for depth in range(k + 1)]
+        # draft tokens beyond the end of a response count neither as reached nor as accepted
+        reached_by = sorted(min(k, n + 1, length) for n, length in zip(accepted, lengths))
+        accepted_by = sorted(map(min, accepted, lengths))
+        # by depth (from 1): the number of sequences that came so far
+        reached = [len(reached_by) - bisect_left(reached_by, depth) for depth in range(1, k + 1)]
+        accepted_at = [len(accepted_by) - bisect_left(accepted_by, depth) for depth in range(1, k + 1)]
         stats = self.stats
         stats.rounds += 1
         stats.tokens += tokens
@@ -456,9 +460,9 @@ class Engine:
             stats.spec_drafts += len(accepted) * k
         for depth in range(k):
             stats.drafted[depth] += reached[depth]
-            stats.accepted[depth] += reached[depth + 1]
+            stats.accepted[depth] += accepted_at[depth]
         warmup = self.graphs is not None and self.graphs.warmup
-        return RoundReport(len(accepted), plan, seconds, reached[:k], reached[1:], warmup)
+        return RoundReport(len(accepted), plan, seconds, reached, accepted_at, warmup)
 
     # ---------------------------------------------------------------- finished sequences
 

@@ -30,8 +30,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parts.cli import UserError, check_package, flag, reason
-from parts.tasks.answers import LOOKED_AT, LatexChecker, answer_tag, boxed_answer, evaluate, last_number
-from parts.tasks.data_files import halves, load_splits, pick_columns, read_hub, read_jsonl
+from parts.tasks.answers import (
+    LOOKED_AT,
+    LatexChecker,
+    answer_tag,
+    boxed_answer,
+    evaluate,
+    last_number,
+    stated_answer,
+)
+from parts.tasks.data_files import check_text, halves, load_splits, pick_columns, read_hub, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Problem:
     prompt: str  # the question in words, for a language model
     trace: str  # the same question for the tiny model ("" if the task has no such form)
     answer: object  # (numbers, target), or the gold number, or the gold answer in LaTeX
+    name: str = ""  # where it comes from, e.g. "data.jsonl, line 7"
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,10 @@ class Task:
     def problem(self, split: str, index: int) -> Problem:
         """Return the index-th problem of "train" or "test", the same every time."""
         raise NotImplementedError
+
+    def count(self, split: str) -> int | None:
+        """Return how many problems a split has; None: they are made as needed, without end."""
+        return None
 
     def grade(self, problem: Problem, text: str) -> Grade:
         """Grade a text. Any text must get a grade in bounded time."""
@@ -244,11 +257,15 @@ class GSM8K(Task):
             self.splits[split] = read_jsonl(Path(self.source) / f"{split}.jsonl", gsm8k_row)
         return self.splits[split]
 
+    def count(self, split):
+        return len(self.rows(split))
+
     def problem(self, split, index):
         rows = self.rows(split)
         row = rows[index % len(rows)]
         how = "Reason step by step in <think> </think> tags, then give the final number in <answer> </answer> tags."
-        return Problem(f"{row['question']}\n{how}", "", last_number(row["answer"].split("####")[-1]))
+        gold = last_number(row["answer"].split("####")[-1])
+        return Problem(f"{row['question']}\n{how}", "", gold, row["place"])
 
     def final(self, text):
         """As Task.final. A gold solution ends in "#### 72": models know that format, too."""
@@ -270,7 +287,10 @@ def gsm8k_row(row, where: str) -> dict:
         raise UserError(f'{where}: wants an object with the strings "question" and "answer"')
     if last_number(row["answer"].split("####")[-1]) is None or "####" not in row["answer"]:
         raise UserError(f"{where}: the answer must end in `#### number`, got ...{row['answer'][-40:]!r}")
-    return row
+    if not row["question"].strip():
+        raise UserError(f"{where}: the question is empty")
+    check_text(row["question"], where)
+    return {**row, "place": where}
 
 
 # ---------------------------------------------------------------- Math
@@ -300,7 +320,7 @@ class Math(Task):
         check_package("math-verify", "--task math", "math_verify")
         self.data = data
         self.columns = dict(zip(self.COLUMNS, [[name] for name in names])) if columns else self.COLUMNS
-        self.splits: dict[str, list[tuple[str, str]]] = {}
+        self.splits: dict[str, list[tuple[str, str, str]]] = {}
         self.referee = LatexChecker()
 
     def rows(self, split):
@@ -313,15 +333,22 @@ class Math(Task):
             raise UserError(f"--data {self.data}: too few problems, none is in the {split} split; add train and test")
         return self.splits[split]
 
-    def take(self, row, where: str) -> tuple[str, str]:
-        """(problem, gold answer) of a row of the data. Raises UserError naming `where`."""
-        problem, answer = pick_columns(row, self.columns, where)
-        return problem, boxed_answer(answer) or answer.rpartition("####")[2].strip()
+    def take(self, row, where: str) -> tuple[str, str, str]:
+        """Return (problem, gold answer, place) of a row of the data. Raises UserError with the place."""
+        problem, solution = pick_columns(row, self.columns, where)
+        answer = stated_answer(solution)
+        if answer is None:
+            end = solution[-40:]
+            raise UserError(f"{where}: no final answer in ...{end!r}: \\boxed{{}} or #### must mark it in a solution")
+        return problem, answer, where
+
+    def count(self, split):
+        return len(self.rows(split))
 
     def problem(self, split, index):
         rows = self.rows(split)
-        question, gold = rows[index % len(rows)]
-        return Problem(f"{question}\nReason step by step, and put the final answer in \\boxed{{}}.", "", gold)
+        question, gold, place = rows[index % len(rows)]
+        return Problem(f"{question}\nReason step by step, and put the final answer in \\boxed{{}}.", "", gold, place)
 
     def grade(self, problem, text):
         gold = problem.answer
@@ -342,13 +369,15 @@ BASE_PROMPT = (
 
 
 def encode(text: str, tokenizer, special: bool = False) -> list[int]:
-    """Return the token ids of a text. special: with the tokenizer's own first and last tokens.
+    """Return the token ids of a text. special: with the special tokens that the tokenizer puts in front, but without
+    those that it appends: a response is to follow.
 
     Raises UserError for a symbol that the tokenizer has no token for: it would silently be read as <unk> or <pad>.
     """
+    front = special_prefix(tokenizer) if special else []
     if not tokenizer.is_fast:  # such a tokenizer does not say which symbols made a token
-        return tokenizer.encode(text, add_special_tokens=special)
-    found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        return front + tokenizer.encode(text, add_special_tokens=False)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     for token, (start, end) in zip(found["input_ids"], found["offset_mapping"]):
         if token not in (tokenizer.unk_token_id, tokenizer.pad_token_id):
             continue
@@ -359,7 +388,17 @@ def encode(text: str, tokenizer, special: bool = False) -> list[int]:
                 f"{tokenizer.name_or_path or 'this tokenizer'} has no token for {symbol!r} of the prompt {shown!r}: "
                 "this model cannot read it; take a language model (the tiny ones know --task countdown and chain only)"
             )
-    return found["input_ids"]
+    return front + found["input_ids"]
+
+
+def special_prefix(tokenizer) -> list[int]:
+    """Return the special tokens that the tokenizer puts in front of a text, such as BOS."""
+    with_special = tokenizer.encode("a", add_special_tokens=True)
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
+    return []
 
 
 def encode_prompt(problem: Problem, tokenizer, style: str = "auto", system: str = "", chat_args: str = "") -> list[int]:

@@ -52,13 +52,25 @@ from tqdm import tqdm
 
 from parts.cli import UserError, check_above, check_at_least, check_package, flag, parse_flags, run
 from parts.devices import pick_device
+from parts.engine.forward import head_of
 from parts.engine.interfaces import Group, Response, Strategy
-from parts.engine.model_loading import ACTOR_DTYPES, actor_dtype, check_context, load_model, load_tokenizer, stop_tokens
+from parts.engine.model_loading import (
+    ACTOR_DTYPES,
+    actor_dtype,
+    context_limit,
+    decode,
+    deployed_sampling,
+    load_config,
+    load_model,
+    load_tokenizer,
+    stop_tokens,
+    too_long,
+)
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.running import checkpoints
 from parts.running.timers import WorkerTimer
 from parts.training.layouts import LoRALayout, ReplicatedLayout, trainable_parameters
-from parts.training.logprobs import autocast, checkpoint_layers, token_logprobs
+from parts.training.logprobs import autocast, checkpoint_layers, noise_settings, token_logprobs, update_mode
 from parts.training.losses import (
     has_variance,
     missing_groups,
@@ -71,7 +83,7 @@ from parts.training.micro_batches import MicroBatch, MicroBatches, MicroBatchSiz
 from parts.training.update_stats import UpdateStats, summarise_update
 from report import RunReport, SpeculationStats, evaluation, model_card, show_samples
 from rollout import Engine
-from tasks import TaskFlags, encode_prompt, make_task
+from tasks import Problem, TaskFlags, encode_prompt, make_task
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,8 @@ class Config(TaskFlags):
     def __post_init__(self):
         """Raises UserError."""
         check_at_least(self, 1, "steps", "prompts", "samples", "max_new", "slots", "epochs", "minibatches")
+        if self.samples == 1:
+            raise UserError("--samples 1: a group of one sample has no variance, so nothing is learned; at least 2")
         check_at_least(self, 1, "micro_tokens", "save_every", "eval_problems", "eval_samples")
         check_above(self, 0, "temperature", "grad_clip")
         check_at_least(self, 0, "temperature", "lr", "kl", "clip_low", "clip_high", "warmup", "weight_decay")
@@ -144,8 +158,7 @@ def advantages(rewards: torch.Tensor, loss: str) -> torch.Tensor:
 
 
 def token_weights(lengths: list[int], loss: str, max_new: int) -> list[float]:
-    """lengths of all responses of the mini-batch -> the weight of a token of each, so that weighted sums are the loss.
-    """
+    """lengths of all responses of a mini-batch -> the weight of a token of each, so that weighted sums are the loss."""
     if loss in ("grpo", "gspo"):
         return [1 / (len(lengths) * n) for n in lengths]
     weight = 1 / (len(lengths) * max_new) if loss == "dr_grpo" else 1 / sum(lengths)  # dapo, cispo
@@ -189,23 +202,22 @@ def update(model, reference, optimizer, responses, advantage: list[float], step:
     number = step * config.epochs * config.minibatches  # of optimizer steps so far in the run
     figures = []
     norms = []
-    model.train()
-    if worker.tis_cap and config.epochs * len(minibatches) > 1:
-        score_old_policy(model, minibatches, optimizer, config, worker)
-    for minibatch in minibatches * config.epochs:
-        first_update = not norms  # of this rollout
-        micro_batches = MicroBatches(minibatch, optimizer, worker)
-        for batch in micro_batches:
-            with micro_batches.retry_if_out_of_memory():
-                add_gradient(model, reference, batch, first_update, config, worker, micro_batches.stats)
-        figures.append(micro_batches.stats)
-        norms.append(worker.layout.sum_and_clip(model, config.grad_clip, worker))
-        number += 1
-        set_lr(optimizer, number, config)
-        if math.isfinite(norms[-1]):  # the same on all workers
-            optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
+    with update_mode(model):
+        if worker.tis_cap and config.epochs * len(minibatches) > 1:
+            score_old_policy(model, minibatches, optimizer, config, worker)
+        for minibatch in minibatches * config.epochs:
+            first_update = not norms  # of this rollout
+            micro_batches = MicroBatches(minibatch, optimizer, worker)
+            for batch in micro_batches:
+                with micro_batches.retry_if_out_of_memory():
+                    add_gradient(model, reference, batch, first_update, config, worker, micro_batches.stats)
+            figures.append(micro_batches.stats)
+            norms.append(worker.layout.sum_and_clip(model, config.grad_clip, worker))
+            number += 1
+            set_lr(optimizer, number, config)
+            if math.isfinite(norms[-1]):  # the same on all workers
+                optimizer.step()
+            optimizer.zero_grad()
     finite = [norm for norm in norms if math.isfinite(norm)]
     row = summarise_update([stats for worker_figures in worker.gather(figures) for stats in worker_figures])
     row["grad_norm"] = sum(finite) / max(1, len(finite))
@@ -315,8 +327,7 @@ class Worker:
 
     @property
     def tis_cap(self) -> float:
-        """Return the cap of truncated importance sampling; 0: off. By default it is on where the rollout is bfloat16.
-        """
+        """Return the cap of truncated importance sampling; 0: off. By default it is on if the rollout is bfloat16."""
         if self.config.tis_cap >= 0:
             return self.config.tis_cap
         return 0.0 if actor_dtype(self.config.actor_dtype, self.device) == torch.float32 else 2.0
@@ -361,8 +372,7 @@ class Worker:
         return None
 
     def save(self, folder: Path) -> None:
-        """Write into a checkpoint whatever the workers keep beside the policy. Called on the worker that writes only.
-        """
+        """Write into a checkpoint what the workers keep beside the policy. Called only on the worker that writes."""
 
     def deploy(self, folder: Path) -> None:
         """Write into the final policy's folder whatever else is needed to serve it."""
@@ -377,6 +387,24 @@ class Worker:
 
 # ---------------------------------------------------------------- the loop
 
+# mean difference of log-probabilities up to which rollout and trainer are the same policy, by the type that generates
+MEAN_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+NEXT_CANDIDATE, MAX_CANDIDATES = 1_000_003, 100  # a prime: in a data set of any size, other rows come
+CHECK_SECONDS = 5.0
+
+
+def readable_prompt(problem: Problem, tokenizer, config: Config, limit: int | None) -> tuple[list[int] | None, str]:
+    """Return the token ids of a problem's prompt; or None, and why it cannot be used. limit: of prompt and response."""
+    try:
+        prompt = encode_prompt(problem, tokenizer, config.prompt_style, config.system, config.chat_args)
+    except UserError as error:
+        return None, str(error)
+    if limit and len(prompt) + config.max_new > limit:
+        return None, too_long(len(prompt) + config.max_new, limit)
+    return prompt, ""
+
 
 def check(config: Config) -> None:
     """Raise UserError for everything that can be known to be wrong before anything is started or replaced."""
@@ -386,12 +414,34 @@ def check(config: Config) -> None:
         check_package("peft", "--lora-rank")
     task = make_task(config.task, config.data, config.columns)
     tokenizer = load_tokenizer(config.model)
+    limit = context_limit(load_config(config.model))
     for split in ("train", "test"):
-        prompt = encode_prompt(task.problem(split, 0), tokenizer, config.prompt_style, config.system, config.chat_args)
-        check_context(config.model, len(prompt) + config.max_new)
+        check_problems(task, split, tokenizer, config, limit)
     out = Path(config.out)
     if config.resume and not checkpoints.restarted() and not any(out.glob(checkpoints.PATTERN)):
         raise checkpoints.nothing_to_resume(out)
+
+
+def check_problems(task, split: str, tokenizer, config: Config, limit: int | None) -> None:
+    """Check the prompts of a split, as many as CHECK_SECONDS allow, and print which will be skipped. Raises UserError
+    if none can be used.
+    """
+    count = task.count(split) or 1
+    end = time.time() + CHECK_SECONDS
+    unusable = []
+    for index in range(count):
+        if index and time.time() > end:
+            count = index
+            break
+        problem = task.problem(split, index)
+        prompt, why_not = readable_prompt(problem, tokenizer, config, limit)
+        if prompt is None:
+            unusable.append(f"{problem.name}: {why_not}" if problem.name else why_not)
+    if len(unusable) == count:
+        raise UserError(unusable[0])
+    if unusable:
+        more = f", and {len(unusable) - 3} more" if len(unusable) > 3 else ""
+        print(f"{len(unusable)} of {count} {split} problems will be skipped: {'; '.join(unusable[:3])}{more}")
 
 
 class Training:
@@ -427,12 +477,22 @@ class Training:
         if len(set(worker.gather(self.first_step))) > 1:
             raise UserError(f"--out {self.out}: not every worker finds the same checkpoint; all hosts must share it")
         stop = stop_tokens(self.model, self.tokenizer)
-        self.model.generation_config.update(**self.deployed_sampling(sorted(stop)))
+        self.model.generation_config = deployed_sampling(self.model, sorted(stop), config.temperature, config.max_new)
+        if self.writes:
+            checkpoints.try_to_save(
+                self.out, self.model, self.tokenizer
+            )  # now, not after hours at the first checkpoint
         self.reference = load_model(config.model, worker.device)[0].requires_grad_(False) if config.kl else None
         self.sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
         self.engine = self.make_engine(stop, checkpoint)
         self.report = RunReport(config, metrics, self.first_step, self.writes)
+        noise = ", ".join(f"{name} {value:g}" for name, value in noise_settings(self.model.config).items())
+        if noise:
+            self.report.say(f"{noise}: off in training, as GRPO needs the probabilities of the policy that sampled")
         self.bad_steps = 0  # in a row, with a gradient that was not finite
+        self.context_limit = context_limit(self.model.config)
+        self.skipped: set[str] = set()  # names of problems that cannot be used
+        self.probe: torch.Tensor | None = None  # (1, T) ids that a policy must read without nan before it is saved
 
     def make_engine(self, stop: set[int], checkpoint: Path | None) -> Engine:
         """Return the engine, which leaves memory for the update and for Adam's moments that are not there yet."""
@@ -443,24 +503,25 @@ class Training:
         slots = max(config.slots, config.samples, config.eval_samples)
         return self.worker.make_engine(self.actor, stop, slots, self.update_bytes + moments, checkpoint)
 
-    def deployed_sampling(self, stop: list[int]) -> dict:
-        """Return the settings with which the saved policy's `generate` samples, and stops, as it was trained."""
-        limits = {"max_new_tokens": self.config.max_new, "eos_token_id": stop if len(stop) > 1 else stop[0]}
-        filters = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-        return {"do_sample": True, "temperature": self.config.temperature, **filters, **limits}
-
     def grade(self, response: Response) -> None:
         """Set a response's grade."""
-        text = self.tokenizer.decode(response.tokens, skip_special_tokens=False)
+        text = decode(response.tokens, self.tokenizer)
         response.grade = self.task.grade(response.problem, text)
 
     def make_group(self, split: str, index: int, samples: int, seed: tuple) -> Group:
-        """Return the group of `samples` samples of a problem."""
-        config = self.config
-        problem = self.task.problem(split, index)
-        prompt = encode_prompt(problem, self.tokenizer, config.prompt_style, config.system, config.chat_args)
-        seeds = [sequence_seed(config.seed, *seed, index, k) for k in range(samples)]
-        return Group((split, index), prompt, seeds, problem=problem)
+        """Return the group of `samples` samples of a problem. A problem that the model cannot read, or whose prompt is
+        too long, is replaced by another one, which follows from the index alone, and reported.
+        """
+        for candidate in range(index, index + NEXT_CANDIDATE * MAX_CANDIDATES, NEXT_CANDIDATE):
+            problem = self.task.problem(split, candidate)
+            prompt, why_not = readable_prompt(problem, self.tokenizer, self.config, self.context_limit)
+            if prompt:
+                seeds = [sequence_seed(self.config.seed, *seed, index, k) for k in range(samples)]
+                return Group((split, index), prompt, seeds, problem=problem)
+            if problem.name not in self.skipped:
+                self.skipped.add(problem.name)
+                self.report.say(f"skipped: {problem.name}: {why_not}")
+        raise UserError(f"{MAX_CANDIDATES} {split} problems in a row cannot be used, the last one: {why_not}")
 
     def generate(self, split: str, indices: range, samples: int, *seed) -> list[Response]:
         """Return graded responses to problems of a split, `samples` each. seed: names this rollout."""
@@ -501,13 +562,15 @@ class Training:
         return responses, rewards, {"extra": extra} if config.dynamic_sampling else {}
 
     def step(self, step: int) -> None:
-        """Make one RL step (from 0): rollout, update, report; then an evaluation and a checkpoint where they are due.
-        """
+        """Make one RL step (from 0): rollout, update, report; then an evaluation and a checkpoint if they are due."""
         config = self.config
         worker = self.worker
         worker.timer.enter("rollout")
         started = time.time()
         responses, rewards, extra = self.sample(step)
+        if not all(r.logprobs.isfinite().all() for r in responses):
+            raise self.broken_policy(step + 1, "a log-probability of the rollout")
+        self.probe = torch.tensor([responses[0].prompt[-64:]], device=self.actor.device)
         worker.timer.enter("update")
         batch, shaped = select_groups(responses, rewards, config)
         advantage = advantages(shaped, config.loss).flatten().tolist()
@@ -517,7 +580,9 @@ class Training:
         worker.timer.enter("idle")
         reports = worker.gather((started, worker.timer.take_spans(), worker.take_speculation_stats()))
         begins, spans, speculation = zip(*reports)
-        self.check_gradient(self.report.add_step(step + 1, begins, responses, rewards, stats, spans, speculation))
+        row = self.report.add_step(step + 1, begins, responses, rewards, stats, spans, speculation)
+        self.check_gap(row)
+        self.check_gradient(row)
         last = step + 1 == config.steps
         if config.show_every and (step + 1) % config.show_every == 0:
             show_samples(self.report.say, responses, self.tokenizer)
@@ -527,18 +592,45 @@ class Training:
             worker.timer.enter("checkpoint")
             self.save(step + 1)
 
+    def check_gap(self, row: dict) -> None:
+        """After the first step of this process, warn if rollout and trainer do not compute the same probabilities."""
+        allowed = MEAN_GAP[self.actor.dtype]
+        if row["step"] == self.first_step + 1 and row["gap_mean"] > allowed:
+            self.report.say(
+                f"WARNING: log-probabilities of rollout and trainer differ by {row['gap_mean']:.2g} on average, "
+                f"expected at most {allowed:g}. They are not the same policy, so ratios, clipping and KL are wrong."
+            )
+
     def check_gradient(self, row: dict) -> None:
-        """Raise UserError after three steps in a row whose gradient was not finite."""
-        self.bad_steps = self.bad_steps + 1 if row["skipped"] else 0
+        """Raise UserError after three steps in a row whose gradient was not finite. Steps without a gradient, whose
+        groups have no variance, do not count.
+        """
+        if row["skipped"]:
+            self.bad_steps += 1
+        elif row["grad_norm"]:
+            self.bad_steps = 0
         if self.bad_steps == 3:
             self.report.bar.close()
             problem = f"step {row['step']}: the gradient was not finite in three steps in a row"
             raise UserError(f"{problem}; lower --lr and --resume from {checkpoints.newest(self.out)}")
 
     def save(self, step: int) -> None:
-        """Write a checkpoint; all workers take part."""
+        """Write a checkpoint; all workers take part. Raises UserError, without writing, if the policy is broken."""
+        broken = [name for name in self.worker.gather(self.worker.layout.find_broken(self.model)) if name]
+        if broken:
+            raise self.broken_policy(step, f"weight {broken[0]}")
+        with torch.inference_mode():
+            logits = head_of(self.actor)(self.actor.get_decoder()(self.probe, use_cache=False).last_hidden_state)
+        if not logits.isfinite().all():
+            raise self.broken_policy(step, "a logit of the policy")
         state = (self.model, self.optimizer, self.tokenizer, self.report.metrics, self.config)
         checkpoints.save(self.out, step, *state, self.writes, self.worker.save)
+
+    def broken_policy(self, step: int, what: str) -> UserError:
+        """Return the UserError for a policy that computes nan or inf."""
+        self.report.bar.close()
+        last = checkpoints.newest(self.out)
+        return UserError(f"step {step}: {what} is not finite; lower --lr, and --resume from {last}")
 
     def finish(self) -> dict:
         """Draw the pictures, write all that deployment needs to out/policy -> the summary, the same on every worker."""

@@ -1,13 +1,14 @@
-"""`python -m bench TABLE [flags]`: measure one table, print it, and with --json write it down."""
+"""`python -m bench TABLE [flags]`: measure one table, print it, and with --json write it to a file."""
 
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import bench
 from bench import aging, engine, gpu, identity, losses, paired, real, scale, seeds, speculation, spot, step
-from bench.harness import machine
+from bench.harness import machine, text_table
 from parts.cli import parse_flags, run
 from parts.files import write_atomically
 
@@ -28,7 +29,7 @@ TABLES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """argv: without the program's name; None: the command line."""
+    """Measure a table. argv: without the program's name; None: the command line."""
     argv = sys.argv[1:] if argv is None else argv
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench", description=bench.__doc__, formatter_class=style)
@@ -38,13 +39,14 @@ def main(argv: list[str] | None = None) -> None:
 
     config = parse_flags(module.Config, module.__doc__, argv[1:])
     result = module.measure(config)
-    print(f"\n{module.table(result.rows)}")
+    print(f"\n{text_table(result.rows, module.COLUMNS)}")
     if result.remarks:
         print(result.remarks)
-    print(f"ratio {result.ratio:.2f}   {machine(result.device)}")
+    seed = f"seed {config.seed}   " if hasattr(config, "seed") else ""
+    print(f"ratio {result.ratio:.2f}   {seed}{machine(result.device)}")
     if config.json:
-        content = {"name": name, "ratio": result.ratio, "machine": machine(result.device), "rows": result.rows}
-        write_atomically(Path(config.json), json.dumps(content, indent=1))
+        content = {"name": name, "settings": asdict(config), "ratio": result.ratio, "machine": machine(result.device)}
+        write_atomically(Path(config.json), json.dumps({**content, "rows": result.rows}, indent=1))
 
 
 if __name__ == "__main__":

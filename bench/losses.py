@@ -1,11 +1,11 @@
 """Losses side by side: the same short training run with each of them, several seeds.
 
 Every run makes steps of the demo's size with one worker on one core, `--jobs` runs at a time. With two updates per
-rollout: with one rho is 1, then grpo and gspo are the same, and so are dapo and cispo. Runs that are there already are
-read.
+rollout: with one rho is 1, then grpo and gspo are the same, and so are dapo and cispo. Finished runs are not made
+again, but read.
 
     grpo, dr_grpo, dapo, gspo, cispo    --loss, with the clip that its authors take (gspo: ten times theirs)
-    dynamic                             grpo, and up to 8 further prompts for groups whose rewards are all equal
+    dynamic                             grpo, and up to 8 further prompts in the place of zero-variance groups
     lora                                grpo, adapters of rank 16 instead of all weights, ten times the learning rate
 
 Held-out pass@1 with its 95 % interval: over the seeds' means, by Student's t. Ratio: the best pass@1 over grpo's.
@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bench.harness import Output, Result, read_metrics, train
-from parts.cli import UserError, check_at_least, flag
+from parts.cli import UserError, flag
 
 VARIANTS = {
     "grpo": (),
@@ -31,6 +31,7 @@ VARIANTS = {
     "lora": ("--lora-rank", "16", "--lr", "1e-3"),
 }
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # of Student's t, by number of seeds
+COLUMNS = {"variant": "", "pass@1": ".3f", "length": ".0f", "seconds": ".2f", "tokens": ".0f"}
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,18 @@ class Config(Output):
 
     def __post_init__(self):
         """Raises UserError."""
-        check_at_least(self, 1, "steps", "prompts", "samples", "max_new", "eval_problems", "jobs")
+        super().__post_init__()
         if not 2 <= len(self.seeds) <= max(T_95):
             raise UserError(f"--seeds: {len(self.seeds)} are given; 2 to {max(T_95)} make an interval")
 
 
 def folder_of(config: Config, variant: str, seed: int) -> Path:
-    """Of a run."""
+    """Return the folder of a run."""
     return Path(config.out) / f"{variant}-{seed}"
 
 
 def run(config: Config, variant: str, seed: int) -> None:
-    """Train, unless it is done. Raises UserError if it fails."""
+    """Train, unless the run is finished. Raises UserError if it fails."""
     out = folder_of(config, variant, seed)
     if (out / "policy/config.json").exists():
         return
@@ -73,32 +74,27 @@ def run(config: Config, variant: str, seed: int) -> None:
 
 
 def interval(values: list[float]) -> dict:
-    """Mean, and half the width of its 95 % interval."""
+    """Return the mean, and half the width of its 95 % interval."""
     half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
     return {"mean": statistics.mean(values), "half": half}
 
 
 def row_of(config: Config, variant: str) -> dict:
-    """What the runs of a variant came to."""
-    finals, lengths, seconds, tokens = [], [], [], []
-    for seed in config.seeds:
-        metrics = read_metrics(folder_of(config, variant, seed))
-        last = metrics.evaluations[max(metrics.evaluations)]
-        finals.append(last["eval"]["pass@1"])
-        lengths.append(last["length"])
-        seconds.append(statistics.mean(row["seconds"]["step"] for row in metrics.steps.values()))
-        tokens.append(statistics.mean(row["tokens"] for row in metrics.steps.values()))
+    """Return the means over the runs of a variant; seconds and tokens are those of a step."""
+    runs = [read_metrics(folder_of(config, variant, seed)) for seed in config.seeds]
+    last = [metrics.evaluations[max(metrics.evaluations)] for metrics in runs]
+    steps = [step for metrics in runs for step in metrics.steps.values()]
     return {
         "variant": variant,
-        "pass@1": interval(finals),
-        "length": statistics.mean(lengths),
-        "seconds": statistics.mean(seconds),
-        "tokens": statistics.mean(tokens),
+        "pass@1": interval([evaluation["eval"]["pass@1"] for evaluation in last]),
+        "length": statistics.mean(evaluation["length"] for evaluation in last),
+        "seconds": statistics.mean(step["seconds"]["step"] for step in steps),
+        "tokens": statistics.mean(step["tokens"] for step in steps),
     }
 
 
 def measure(config: Config) -> Result:
-    """One row for each variant."""
+    """Return a row for each variant."""
     todo = [(variant, seed) for seed in config.seeds for variant in config.variants]
     with ThreadPoolExecutor(config.jobs) as pool:
         results = [pool.submit(run, config, *job) for job in todo]
@@ -107,15 +103,5 @@ def measure(config: Config) -> Result:
     rows = [row_of(config, variant) for variant in config.variants]
     scores = {row["variant"]: row["pass@1"]["mean"] for row in rows}
     best = max(scores.values())
-    return Result(best / max(1e-9, scores.get("grpo", best)), rows, "cpu")
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as text."""
-    lines = [f"{'':>9} {'pass@1 (95 %)':>18} {'length':>7} {'s/step':>7} {'tokens/step':>12}"]
-    for row in rows:
-        score = f"{row['pass@1']['mean']:.3f} +- {row['pass@1']['half']:.3f}"
-        lines.append(
-            f"{row['variant']:>9} {score:>18} {row['length']:7.0f} {row['seconds']:7.2f} {row['tokens']:12.0f}"
-        )
-    return "\n".join(lines)
+    remarks = "held-out pass@1 with its 95 % interval; seconds and tokens of a step"
+    return Result(best / max(1e-9, scores.get("grpo", best)), rows, "cpu", remarks)

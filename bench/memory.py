@@ -1,7 +1,7 @@
 """Peak memory of one update of 4,096 tokens, in a process of its own: `python -m bench.memory` prints a line of JSON.
 
-8 responses of 412 random tokens to prompts of 100, in one micro-batch. What is counted is what the update takes beside
-weights, gradients and Adam's moments.
+8 responses of 412 random tokens to prompts of 100, in one micro-batch. What is counted is the memory that the update
+takes beside weights, gradients and Adam's moments.
 """
 
 import json
@@ -17,8 +17,7 @@ from parts.cli import UserError, flag, parse_flags, run
 from parts.devices import pick_device
 from parts.engine.interfaces import Response
 from parts.engine.model_loading import load_model
-from parts.training import logprobs
-from parts.training import lora as adapters
+from parts.training import logprobs, lora
 from parts.training.layouts import trainable_parameters
 from train_grpo import Config, Worker, update
 
@@ -35,7 +34,7 @@ class Command:
 
 
 class Meter:
-    """Memory on a device, in megabytes: in use when it is made, and at most since then."""
+    """Memory on a device, in megabytes: in use when the meter is made, and at most since then."""
 
     def __init__(self, device: str):
         """Raises UserError where it cannot be measured."""
@@ -44,17 +43,17 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated() / 2**20
             return
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: what is in use is the peak now
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is in use now
         self.before = peak_megabytes()
 
     def more(self) -> float:
-        """How much more it was."""
+        """Return how much more it was."""
         peak = torch.cuda.max_memory_allocated() / 2**20 if self.device == "cuda" else peak_megabytes()
         return peak - self.before
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process has had in use. Raises UserError where there is no /proc."""
+    """Return the most memory that this process has had in use. Raises UserError where there is no /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError as error:
@@ -63,7 +62,7 @@ def peak_megabytes() -> float:
 
 
 def responses_of(vocab: int) -> list[Response]:
-    """Random ones."""
+    """Return random responses."""
     rng = random.Random(0)
     result = []
     for k in range(8):
@@ -73,27 +72,27 @@ def responses_of(vocab: int) -> list[Response]:
 
 
 def main() -> None:
-    """See above."""
+    """Measure the update."""
     command = parse_flags(Command, __doc__)
     if command.whole:
         logprobs.SLICE = sys.maxsize
     device = pick_device(command.device)
     model, _ = load_model(command.model, device)
     if command.lora_rank:
-        adapters.add(model, command.lora_rank, seed=0)
+        lora.add(model, command.lora_rank, seed=0)
     if command.gradient_checkpointing:
         logprobs.checkpoint_layers(model)
     config = Config(device=device, prompts=1, samples=8, max_new=412, micro_tokens=4096)
-    learns = trainable_parameters(model)
-    optimizer = torch.optim.AdamW(learns, lr=0.0, fused=True)
-    for p in learns:
+    parameters = trainable_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    for p in parameters:
         p.grad = torch.zeros_like(p)
-    optimizer.step()  # Adam's moments are there
+    optimizer.step()  # allocates Adam's moments
     responses = responses_of(model.config.vocab_size)
     meter = Meter(device)
     started = now()
     update(model, None, optimizer, responses, [1.0, -1.0] * 4, 0, config, Worker(config))
-    kept = 12 * sum(p.numel() for p in learns) / 2**20  # gradients and moments, in float32
+    kept = 12 * sum(p.numel() for p in parameters) / 2**20  # gradients and moments, in float32
     print(json.dumps({"megabytes": meter.more(), "kept": kept, "seconds": now() - started}))
 
 

@@ -2,12 +2,12 @@
 
 The steps behind the last checkpoint but one of --run (with --whole, or if there is none, all of them) are made twice
 more, without evaluations: plain, then with TLT again. So TLT is measured before and after the plain steps, and its
-seconds are the mean of both: a machine that slowly becomes faster or slower favours nobody. --plain names a finished
+seconds are the mean of both: a machine that slowly becomes faster or slower favours neither. --plain names a finished
 plain run instead; then nothing is made here.
 
 In float32 all of them must make the same tokens, so the steps' digests are compared as well, and the held-out results
-that the runs have. The rollout's seconds are also told by how many responses a worker was writing at once: speculation
-gains most where they are few. The timelines of the last step are drawn into RUN/paired.png.
+that the runs have. The rollout's seconds are also shown by how many responses a worker was generating at once:
+speculation gains most where they are few. The timelines of the last step are drawn into RUN/paired.png.
 
 Ratio: seconds per step, plain over TLT.
 """
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.harness import Metrics, Output, Result, device_of, read_metrics, read_spans, tlt_command
+from bench.harness import Metrics, Output, Result, device_of, read_metrics, tlt_command
 from parts.cli import UserError, flag
 from parts.engine.model_loading import actor_dtype
 from parts.running import checkpoints
@@ -37,6 +37,8 @@ PHASES = {
     "update": ("update",),
     "step": ("step",),
 }
+COLUMNS = {"phase": "", "plain": ".2f", "tlt": ".2f", "ratio": ".2f"}
+WITHOUT_TLT = ("--drafter", "off", "--strategy", "off", "--drafter-from", "")
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,12 @@ class Config(Output):
     """Settings of this table."""
 
     run: str = flag("runs/demo", "folder of the run")
-    plain: str = flag("", "folder of a plain run that is there already")
+    plain: str = flag("", "folder of a finished plain run; without it the steps are made here")
     whole: bool = flag(False, "compare from the first step")
 
 
-# ---------------------------------------------------------------- the steps once more
-
-WITHOUT_TLT = ("--drafter", "off", "--strategy", "off", "--drafter-from", "")
-
-
 def repeat(run: Path, folder: Path, whole: bool, flags: tuple = ()) -> None:
-    """Make the last steps of a run once more, or all of them, with further flags, into another folder.
+    """Make the last steps of a run once more, or all of them, with further flags, in another folder.
 
     Raises UserError if that fails.
     """
@@ -79,22 +76,18 @@ class Pair(NamedTuple):
     steps: list[int]  # that all have made
 
     def identical(self) -> list[int]:
-        """Steps with the same tokens in all runs."""
+        """Return the steps with the same tokens in all runs."""
         runs = [self.plain, *self.tlt]
         return [step for step in self.steps if len({run.steps[step]["digest"] for run in runs}) == 1]
 
-    def drafting(self, name: str) -> list:
-        """An entry of the drafter's report, of each step of each run with TLT."""
-        return [run.steps[step]["drafter"][name] for run in self.tlt for step in self.steps]
-
     def seconds(self, runs: list[Metrics], states: tuple[str, ...]) -> float:
-        """Spent in these states in a step, the mean over steps and runs."""
+        """Return the seconds spent in these states in a step, the mean over steps and runs."""
         total = sum(run.steps[step]["seconds"][state] for run in runs for step in self.steps for state in states)
         return total / len(runs) / len(self.steps)
 
 
 def read_pair(plain: Path, *tlt: Path) -> Pair:
-    """Raises UserError if the runs share no step."""
+    """Read the runs in these folders. Raises UserError if they share no step."""
     plain_metrics = read_metrics(plain)
     tlt_metrics = [read_metrics(run) for run in tlt]
     steps = []
@@ -107,44 +100,50 @@ def read_pair(plain: Path, *tlt: Path) -> Pair:
     return Pair(plain_metrics, tlt_metrics, steps)
 
 
+def read_spans(folder) -> dict[int, list[list[Span]]]:
+    """Return step -> each worker's spans in seconds, from trace.json, without those before the first step."""
+    events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
+    steps: dict[int, dict[int, list[Span]]] = defaultdict(lambda: defaultdict(list))  # step, worker
+    for event in events:
+        if "step" in event["args"]:  # other events name the workers, or are of an evaluation or a checkpoint
+            span = Span(event["name"], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6, event["args"]["rows"])
+            steps[event["args"]["step"]][event["tid"]].append(span)
+    return {step: [workers[rank] for rank in sorted(workers)] for step, workers in steps.items()}
+
+
+def row_of(phase: str, plain: float, tlt: float) -> dict:
+    """Return a row of the table."""
+    return {"phase": phase, "plain": plain, "tlt": tlt, "ratio": plain / max(1e-9, tlt)}
+
+
 def phase_rows(pair: Pair) -> list[dict]:
-    """Mean seconds of each phase."""
-    rows = []
-    for phase, states in PHASES.items():
-        plain = pair.seconds([pair.plain], states)
-        tlt = pair.seconds(pair.tlt, states)
-        rows.append({"phase": phase, "plain": plain, "tlt": tlt, "ratio": plain / tlt})
-    return rows
+    """Return the mean seconds of each phase."""
+    seconds = {phase: (pair.seconds([pair.plain], s), pair.seconds(pair.tlt, s)) for phase, s in PHASES.items()}
+    return [row_of(phase, plain, tlt) for phase, (plain, tlt) in seconds.items()]
 
 
 def seconds_by_batch(runs: list[dict[int, list[list[Span]]]], steps: list[int]) -> dict[int, float]:
-    """strategy.bucket of responses at once -> mean seconds of a worker in a step, over all these runs.
-
-    runs: of each what harness.read_spans gives.
-    """
+    """Return a worker's mean seconds in a step, by bucket of responses at once. runs: from read_spans."""
     seconds: dict[int, float] = defaultdict(float)
-    for spans in runs:
-        for step in steps:
-            workers = spans[step]
-            for span in itertools.chain(*workers):
-                if span.state in ("rollout", "speculative") and span.rows:
-                    seconds[batch_bucket(span.rows)] += span.seconds / len(workers) / len(steps) / len(runs)
+    for spans, step in itertools.product(runs, steps):
+        for span in itertools.chain(*spans[step]):
+            if span.state in ("rollout", "speculative") and span.rows:
+                seconds[batch_bucket(span.rows)] += span.seconds / len(spans[step]) / len(steps) / len(runs)
     return seconds
 
 
 def rows_by_batch(plain: dict[int, float], tlt: dict[int, float]) -> list[dict]:
-    """Where the rollout's time goes: with 1, 2 to 3, 4 to 7 ... responses at once; from `seconds_by_batch`."""
+    """Return the rollout's time with 1, 2 to 3, 4 to 7 ... responses at once; from `seconds_by_batch`."""
     rows = []
-    for number in sorted(plain.keys() | tlt.keys()):
-        low, high = 1 << (number - 1), (1 << number) - 1
-        taken = {"plain": plain.get(number, 0.0), "tlt": tlt.get(number, 0.0)}
-        ratio = taken["plain"] / max(1e-9, taken["tlt"])
-        rows.append({"phase": f"{low} to {high} rows" if number > 1 else "1 row", **taken, "ratio": ratio})
+    for bucket in sorted(plain.keys() | tlt.keys()):
+        low, high = 1 << (bucket - 1), (1 << bucket) - 1
+        name = f"{low} to {high} at once" if bucket > 1 else "1 at once"
+        rows.append(row_of(name, plain.get(bucket, 0.0), tlt.get(bucket, 0.0)))
     return rows
 
 
 def check_row(pair: Pair) -> dict:
-    """Whether all made the same, and how the idle time was used."""
+    """Return whether all made the same, and how the idle time was used."""
     identical = pair.identical()
     theirs = pair.plain.evaluations
     ours = pair.tlt[0].evaluations
@@ -159,27 +158,40 @@ def check_row(pair: Pair) -> dict:
         "evaluations": len(evaluations),
         "equal": sum(theirs[step]["eval"] == ours[step]["eval"] for step in evaluations),
         "reclaimed": used / max(1e-9, used + idle),
-        "preempted": max(pair.drafting("preempted")),
+        "preempted": max(run.steps[step]["drafter"]["preempted"] for run in pair.tlt for step in pair.steps),
         "tlt": [pair.seconds([run], ("step",)) for run in pair.tlt],
     }
 
 
+def remarks_on(pair: Pair, checks: dict) -> str:
+    """Return the checks in words."""
+    parted = f" (the first that differs: {checks['parted']})" if checks["parted"] is not None else ""
+    lines = [f"seconds per step, steps {pair.steps[0]} to {pair.steps[-1]}"]
+    lines.append(f"the same tokens in {checks['identical']} of {checks['steps']} steps{parted}")
+    if len(checks["tlt"]) == 2:
+        lines.append("TLT: the mean of {:.2f} s before the plain steps and {:.2f} s after them".format(*checks["tlt"]))
+    if checks["evaluations"]:
+        lines.append(f"the same held-out results in {checks['equal']} of {checks['evaluations']} evaluations")
+    lines.append(
+        f"{checks['reclaimed']:.0%} of the idle time went into drafter training, "
+        f"which ended at most {checks['preempted'] * 1e3:.0f} ms after the last response"
+    )
+    return "\n".join(lines)
+
+
 def in_bfloat16(run: Path, device: str) -> str:
-    """What to expect of the tokens, if that is not equality."""
+    """Return what to expect of the tokens, if that is not equality."""
     settings = json.loads((run / "config.json").read_text())
     if actor_dtype(settings.get("actor_dtype", "auto"), device) == torch.float32:
         return ""
     return (
-        "\nwhat generates is in bfloat16, where checking and plain decoding round differently: the tokens part, and "
-        "with them the policies; --actor-dtype float32 makes the same ones"
+        "\nthe rollout is in bfloat16, where verifying and plain decoding round differently: tokens differ after a "
+        "while, and with them the policies; --actor-dtype float32 makes the same ones"
     )
 
 
-# ---------------------------------------------------------------- the table
-
-
 def measure(config: Config) -> Result:
-    """One row for each phase, one for each range of responses at once, and one of checks."""
+    """Return a row for each phase, one for each range of responses at once, and one of checks."""
     run = Path(config.run)
     if not (run / "trace.json").exists():
         raise UserError(f"--run {run}: no finished run of tlt.py there")
@@ -194,31 +206,12 @@ def measure(config: Config) -> Result:
     plain_spans = read_spans(plain)
     tlt_spans = [read_spans(folder) for folder in with_tlt]
     by_batch = rows_by_batch(seconds_by_batch([plain_spans], pair.steps), seconds_by_batch(tlt_spans, pair.steps))
-    rows = [*phase_rows(pair), *by_batch, check_row(pair)]
+    phases = phase_rows(pair)
+    checks = check_row(pair)
 
     last = pair.steps[-1]
     panels = {f"plain, step {last}": plain_spans[last], f"TLT, step {last}": tlt_spans[0][last]}
     draw_timeline(panels, run / "paired.png")
     device = device_of(run)
-    remarks = f"steps {pair.steps[0]} to {last}; wrote {run}/paired.png"
-    step_ratio = next(row["ratio"] for row in rows if row["phase"] == "step")
-    return Result(step_ratio, rows, device, remarks + in_bfloat16(run, device))
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as text."""
-    lines = ["seconds per step", f"{'':>13} {'plain':>7} {'TLT':>7} {'ratio':>6}"]
-    *phases, checks = rows
-    for row in phases:
-        lines.append(f"{row['phase']:>13} {row['plain']:7.2f} {row['tlt']:7.2f} {row['ratio']:6.2f}")
-    parted = f" (parted at step {checks['parted']})" if checks["parted"] is not None else ""
-    lines.append(f"the same tokens in {checks['identical']} of {checks['steps']} steps{parted}")
-    if len(checks["tlt"]) == 2:
-        lines.append("TLT: the mean of {:.2f} s before the plain steps and {:.2f} s after them".format(*checks["tlt"]))
-    if checks["evaluations"]:
-        lines.append(f"the same held-out results in {checks['equal']} of {checks['evaluations']} evaluations")
-    lines.append(
-        f"{checks['reclaimed']:.0%} of the idle time went into drafter training, "
-        f"which ended at most {checks['preempted'] * 1e3:.0f} ms after the last response"
-    )
-    return "\n".join(lines)
+    remarks = f"{remarks_on(pair, checks)}\nwrote {run}/paired.png{in_bfloat16(run, device)}"
+    return Result(phases[-1]["ratio"], [*phases, *by_batch, checks], device, remarks)

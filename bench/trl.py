@@ -11,37 +11,35 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from parts.cli import UserError
+from parts.cli import check_package
 from parts.devices import pick_device
 from parts.files import find_folder
 from tasks import Countdown
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each step."""
+    """Measures the seconds of each step."""
 
     def __init__(self):
         self.started = 0.0
         self.seconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """A step begins."""
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """It has ended."""
         self.seconds.append(time.perf_counter() - self.started)
 
 
 def reward(completions: list[str], index: list[int], **kwargs) -> list[float]:
-    """As in our training. index: of each completion's problem."""
+    """Return the rewards of our training. index: of each completion's problem."""
     task = Countdown()
     grades = [task.grade(task.problem("train", i), text) for i, text in zip(index, completions)]
     return [float(grade.strict) for grade in grades]
 
 
 def settings(config, seed: int, out: str) -> dict:
-    """Of trl.GRPOConfig. config: step.Config."""
+    """Return the settings of trl.GRPOConfig. config: step.Config."""
     on_gpu = pick_device(config.device) == "cuda"
     passes = config.prompts * config.samples // config.trl_batch  # forward-backwards of a step
     return {
@@ -70,16 +68,13 @@ def settings(config, seed: int, out: str) -> dict:
 
 
 def check_installed() -> None:
-    """Raises UserError if TRL is not."""
-    try:
-        import datasets  # noqa: F401
-        import trl  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--trl: {error}; it is needed for this comparison only: pip install trl") from error
+    """Raises UserError if TRL is not installed."""
+    for package in ("trl", "datasets"):
+        check_package(package, "--trl")
 
 
 def step_seconds(config, seed: int) -> list[float]:
-    """Seconds of each of config.steps steps. config: step.Config."""
+    """Return the seconds of each of config.steps steps. config: step.Config."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 

@@ -1,65 +1,63 @@
 """Test-time compute: how should an inference budget be spent on a question?
 
 After *Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model Parameters* (Snell, Lee, Xu,
-Kumar 2024, arXiv 2408.03314). Training has left a policy and a fast drafter; this package puts them to use.
+Kumar 2024, arXiv 2408.03314). Training has left a policy and a fast drafter; this package searches with them.
 
-    parallel(N)          N attempts, independent of each other
-    beam(N, M)           step by step: of N beginnings keep the N / M that the verifier likes best, continue each in M
-                         ways
-    beam(N, M, look=k)   judge a beginning by the verifier's score k greedy steps further on (lookahead); those steps
-                         are thrown away, and paid for
-    beam(N, M, diverse)  N / M separate trees; in each keep the best one (DVTS)
-    revise(N, L)         N / L chains of L attempts; each is made with the last four attempts of its chain in view, by a
-                         policy that was tuned for it
+    parallel(N)                  N independent attempts (best-of-N)
+    beam(N, M)                   step by step: of N partial attempts keep the N / M with the best verifier scores, and
+                                 continue each of them in M ways
+    beam(N, M, lookahead=k)      judge a partial attempt by the verifier's score k greedy steps further on; those steps
+                                 are thrown away, but paid for
+    beam(N, M, diverse)          N / M separate trees, in each of which the best partial attempt is kept (DVTS)
+    revise(N, L)                 N / L chains of L attempts; each attempt is made with the last four of its chain in the
+                                 prompt, by a policy that was tuned for it
 
-"Width" has three meanings in the literature: N (beginnings held), N / M (kept) and M (ways to continue). Here it is
-always said which one is meant.
+The literature calls N (held), N / M (kept) and M (continuations of each) "width"; here N and M are always named.
 
-An attempt's score is the verifier's score after its last step (or the lowest, or the product: --aggregate). The answer
-is picked from all attempts by
+An attempt's score is the verifier's score of its last step (or the lowest, or the product: --aggregate). The answer is
+picked from all attempts by
 
-    max        the answer of the best attempt
+    max        the answer of the attempt with the highest score
     weighted   the answer with the largest sum of scores
     majority   the answer that most attempts give: needs no verifier
-    chains     (revise) the weighted answer within each chain, then the one with the largest sum over chains
+    chains     (revise) the weighted answer within each chain, then the one with the largest sum over the chains
     outcome    as max, with the score of a verifier that was trained on whole attempts
 
-Ledger. A question pays for policy tokens (prefilled, once for all attempts that share a prefix; emitted; spent on
-drafts that were wrong), drafter tokens, steps that the verifier read, FLOPs (2 x weights x tokens; attention is left
-out) and seconds. Speculation adds FLOPs and saves seconds.
+Costs. A question pays for policy tokens (prefilled, once for all attempts that share a prefix; emitted; spent on
+rejected draft tokens), drafter tokens, steps that the verifier scored, FLOPs (2 x weights x tokens, without attention)
+and seconds. Speculation adds FLOPs and saves seconds.
 
 Compute-optimal. For each difficulty (a fifth of the questions) and each budget: the strategy that was best on one half
-of the questions, reported on the other half. Difficulty is either predicted or known:
+of the questions, reported on the other half. A budget is a mean: hard questions may get more than easy ones.
+Difficulty is either predicted or known:
 
-    predicted   the score of one attempt that is made for this purpose alone, and paid for (four attempts tell more,
-                but cost more than they win)
-    known       a bound: pass@1 over sixteen other attempts
+    predicted   the score of one attempt that is made only for this, and paid for (four attempts predict it better, but
+                cost more than they gain)
+    known       an upper bound: pass@1 over sixteen other attempts
 
-Budgets hold on average: hard questions may get more than easy ones.
+A search strategy is a generator: it yields requests for continuations, is sent the results, and returns its attempts.
+It is written for one question; all questions that are asked at once share the engine's batches.
 
-A search strategy is a generator: it yields what it wants written, gets it, and returns its attempts. So its code reads
-as if for one question, while all questions that are asked at once share the engine's batches.
+    python -m test_time --prompt "7:cfa="       answer one question and show the attempts
+    python -m test_time learn                   train verifiers, revision policy and drafters for a policy
+    python -m test_time sweep                   run every strategy on held-out questions and write rows
+    python -m test_time speed                   measure seconds per question, with and without the drafter
+    python -m test_time report                  tables and figures from the rows (`make test-time` runs all three)
 
-    python -m test_time --prompt "7:cfa="       answers one question and shows what was tried
-    python -m test_time learn                   verifiers, revision policy and drafters for a policy
-    python -m test_time sweep                   every strategy on held-out questions: rows
-    python -m test_time speed                   seconds for a question, with and without the drafter
-    python -m test_time report                  tables and figures from the rows (`make test-time` does all three)
+The files, in reading order:
 
-Where to read, in this order:
-
-    attempts.py    an attempt, a wish for more of it, the ledger
-    strategies.py  the strategies
-    picking.py     from attempts to an answer
-    verifier.py    the process reward model: what it reads, how it is trained
-    solver.py      the engine behind the strategies
-    labels.py      labelled steps to train a verifier on
-    learn.py       everything that a search needs, learnt from the policy
-    trials.py      what is compared; sweep.py runs it, speed.py times it
-    optimal.py     the statistics of "compute-optimal"; results.py holds the rows, choices.py the choices
-    tables.py      what is printed; figures.py what is drawn
+    attempts.py    an attempt, a request to continue it, how an answer is picked, what a question costs
+    strategies.py  the search strategies
+    verifier.py    the process reward model: its features, its training, its AUC
+    solver.py      runs searches on the rollout engine
+    learn.py       labelled steps, verifiers, revision policy and drafters, all made from the policy
+    sweep.py       which strategies are compared, and their runs on held-out questions; speed.py times some of them
+    optimal.py     the statistics of "compute-optimal"
+    results.py     the rows as arrays, and choice.json, which strategy is best for which difficulty and budget
+    report.py      the tables; figures.py: the pictures
     answer.py      one question
+    config.py      the settings
 
-Left out: prefix sharing between requests (a beginning is prefilled again at each of its steps, and charged for),
+Left out: prefix sharing between requests (a partial attempt is prefilled again at each of its steps, and charged for),
 Monte-Carlo tree search, ReST-EM for revisions.
 """

@@ -1,77 +1,109 @@
-"""What a search handles: attempts at a question, its wishes for more of them, and the ledger of what the question cost.
+"""What a search handles: attempts at a question, requests to continue them, the answer picked from them, and the costs.
 
-    Attempt   whole, or only response_prefix_len
-    Want      "continue these attempts"; they share one prefix, so the engine prefills it once
-    Ledger    tokens, verified steps and seconds of one question; Sizes turns them into FLOPs
+    Attempt   finished or partial
+    Request   "continue these attempts"; they share one prefix, which the engine prefills once
+    pick      the answer to the question, from all attempts at it
+    Ledger    tokens, verified steps and seconds of one question; ModelSizes turns them into FLOPs
 
-Nothing here computes: strategies.py says what is wanted, solver.py has it written and fills in the ledger.
+Nothing here runs a model: strategies.py decides what is requested, solver.py runs it and fills in the ledger.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 from parts.engine.interfaces import Response
-from tasks import Problem
-
-
-class Question(NamedTuple):
-    """A problem, and the prompt that it is put to the policy with."""
-
-    problem: Problem
-    prompt: list[int]  # token ids; earlier attempts may stand at its end
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt at a question, whole or response_prefix_len."""
+    """An attempt at a question, finished or partial."""
 
     seed: int
     tokens: tuple[int, ...] = ()  # so far
     scores: tuple[float, ...] = ()  # of its steps, by the process verifier
     outcome: float = 0.0  # by the outcome verifier
     done: bool = False
-    answer: str | None = None  # when done; None: it gives none
-    before: tuple[int, ...] = ()  # tokens between question and attempt: earlier attempts
+    answer: str | None = None  # when done; None: it gives no answer
+    earlier: tuple[tuple[int, ...], ...] = ()  # tokens of the earlier attempts that the prompt shows
     tree: int = 0  # the tree or chain that it belongs to
 
 
 @dataclass(frozen=True)
-class Want:
-    """Continuations that a search asks for, one of each attempt. The attempts share one prefix."""
+class Request:
+    """A search's request for one continuation of each of these attempts, which share one prefix."""
 
     attempts: list[Attempt]
     step: bool = False  # only to the end of the next step
     greedy: bool = False
 
 
-# A search yields lists of Wants. For each Want it is sent the continued attempts, in order. It returns its attempts.
-Search = Generator[list[Want], list[list[Attempt]], list[Attempt]]
+# A search yields lists of Requests. For each it is sent the continued attempts, in order. It returns its attempts.
+Search = Generator[list[Request], list[list[Attempt]], list[Attempt]]
 
 # k -> the seed of attempt k: all randomness of a search
-SeedOf = Callable[[Hashable], int]
+SeedFunction = Callable[[Hashable], int]
 
-# A strategy, its settings bound (`partial(parallel, n=8)`)
-SearchStrategy = Callable[[SeedOf], Search]
+# A strategy with its settings bound, e.g. `partial(parallel, n=8)`
+SearchStrategy = Callable[[SeedFunction], Search]
 
 
-def in_view(attempts: Iterable[Sequence[int]], again: Sequence[int]) -> tuple[int, ...]:
-    """Token lists of whole attempts -> the tokens that show them in a prompt.
-
-    Each loses its stop token; `again` follows it, the tokens that part attempts.
-    """
+def shown_in_prompt(attempts: Iterable[Sequence[int]], separator: Sequence[int]) -> list[int]:
+    """Return the tokens that show finished attempts in a prompt: each without its stop token, then the separator."""
     shown: list[int] = []
     for tokens in attempts:
-        shown += tokens[:-1]
-        shown += again
-    return tuple(shown)
+        shown += [*tokens[:-1], *separator]
+    return shown
 
 
-# ---------------------------------------------------------------- what it costs
+# ---------------------------------------------------------------- the answer
 
 
-class Sizes(NamedTuple):
-    """Weights that a token (of the verifier: a step) is multiplied with."""
+def score(attempt: Attempt, aggregate: str = "last") -> float:
+    """Return an attempt's score, made from those of its steps; 0 if it has none. aggregate: last, min or product."""
+    if not attempt.scores:
+        return 0.0
+    if aggregate == "last":
+        return attempt.scores[-1]
+    return min(attempt.scores) if aggregate == "min" else math.prod(attempt.scores)
+
+
+def vote(answers: Sequence[str | None], weights: Sequence[float]) -> tuple[str | None, float]:
+    """Return (the answer with the largest sum of weights, that sum). The first one given wins ties; None counts as no
+    answer, and (None, 0) is returned if there is no other.
+    """
+    totals: dict[str, float] = defaultdict(float)
+    for answer, weight in zip(answers, weights):
+        if answer is not None:
+            totals[answer] += weight
+    winner = max(totals, key=totals.__getitem__, default=None)
+    return winner, totals.get(winner, 0.0)
+
+
+def pick(attempts: Sequence[Attempt], how: str, aggregate: str = "last") -> str | None:
+    """Return the answer to a question, from all attempts at it. how: max, outcome, weighted, majority or chains."""
+    answers = [attempt.answer for attempt in attempts]
+    scores = [score(attempt, aggregate) for attempt in attempts]
+    if how in ("max", "outcome"):
+        values = scores if how == "max" else [attempt.outcome for attempt in attempts]
+        answering = [i for i, answer in enumerate(answers) if answer is not None]
+        return answers[max(answering, key=values.__getitem__)] if answering else None
+    if how == "chains":
+        votes = []
+        for chain in sorted({attempt.tree for attempt in attempts}):
+            members = [i for i, attempt in enumerate(attempts) if attempt.tree == chain]
+            votes.append(vote([answers[i] for i in members], [scores[i] for i in members]))
+        answers, scores = zip(*votes)
+    return vote(answers, [1.0] * len(attempts) if how == "majority" else scores)[0]
+
+
+# ---------------------------------------------------------------- costs
+
+
+class ModelSizes(NamedTuple):
+    """The number of weights that a token (of the verifier: a step) is multiplied with."""
 
     policy: int
     drafter: int
@@ -80,36 +112,29 @@ class Sizes(NamedTuple):
 
 @dataclass
 class Ledger:
-    """What a question has cost, in tokens (verifier: in steps) and seconds."""
+    """What a question has cost."""
 
-    prefill: int = 0
-    decode: int = 0  # emitted
-    rejected: int = 0  # policy tokens spent on drafts that were wrong
-    drafter: int = 0
-    verifier: int = 0
+    prefill: int = 0  # policy tokens
+    decode: int = 0  # policy tokens emitted
+    rejected: int = 0  # policy tokens spent on rejected draft tokens
+    drafter: int = 0  # drafter tokens
+    verifier: int = 0  # steps
     seconds: float = 0.0
 
     def charge(self, response: Response, steps: int) -> None:
-        """Enter a response and the steps of it that were verified. Its prefill is shared, and entered by group."""
+        """Add a response, and the steps of it that were verified. Prefill is shared, and added by group."""
         self.decode += len(response.tokens)
-        self.rejected += response.rounds + response.drafts - len(response.tokens)
-        if response.drafts:
-            true_tokens = len(response.prompt) + len(response.tokens)  # that the drafter caught up with
-            self.drafter += response.drafts + true_tokens
+        self.rejected += response.rounds + response.draft_tokens - len(response.tokens)
+        if response.draft_tokens:
+            caught_up = len(response.prompt) + len(response.tokens)  # tokens for which the drafter computed entries
+            self.drafter += response.draft_tokens + caught_up
         self.verifier += steps
 
-    def flops(self, sizes: Sizes) -> float:
-        """2 x weights x tokens."""
+    def flops(self, sizes: ModelSizes) -> float:
+        """Return 2 x weights x tokens."""
         policy_tokens = self.prefill + self.decode + self.rejected
         return 2.0 * (sizes.policy * policy_tokens + sizes.drafter * self.drafter + sizes.verifier * self.verifier)
 
-    def plus(self, other: "Ledger") -> "Ledger":
-        """The costs of both."""
-        return Ledger(
-            prefill=self.prefill + other.prefill,
-            decode=self.decode + other.decode,
-            rejected=self.rejected + other.rejected,
-            drafter=self.drafter + other.drafter,
-            verifier=self.verifier + other.verifier,
-            seconds=self.seconds + other.seconds,
-        )
+    def __add__(self, other: "Ledger") -> "Ledger":
+        """Return the costs of both."""
+        return Ledger(*[mine + theirs for mine, theirs in zip(astuple(self), astuple(other))])

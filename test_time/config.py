@@ -1,48 +1,46 @@
-"""The settings, each a command-line flag."""
+"""The settings of `python -m test_time`, each a command-line flag."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from parts.cli import UserError, flag
+from test_time.strategies import SEARCHES
 
-STRATEGIES = ["auto", "greedy", "majority", "parallel", "beam", "lookahead", "dvts", "revise"]
+COMMANDS = ["answer", "learn", "sweep", "speed", "report"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """In brackets: the commands that a setting is for."""
+    """The settings. In brackets: the commands that read them."""
 
-    command: str = flag(
-        "answer", "what to do", choices=["answer", "learn", "sweep", "report", "speed"], positional=True
-    )
-    model: str = flag("base/chain", "folder of the policy; verifiers, drafter and revise/ lie in it")
+    command: str = flag("answer", "what to do", choices=COMMANDS, positional=True)
+    model: str = flag("base/chain", "folder of the policy, which also holds its verifiers, drafter and revise/")
     task: str = flag("chain", "chain or gsm8k")
-    data: str = flag("", "folder of the task's data, if it wants one")
-    seed: int = flag(0, "of all sampling")
+    data: str = flag("", "folder of the task's data, if it needs any")
+    seed: int = flag(0, "seed of all sampling")
     prompt: str = flag("", "(answer) the question")
-    strategy: str = flag("auto", "(answer) how to search; auto: by predicted difficulty", choices=STRATEGIES)
-    n: int = flag(16, "(answer) N, unless auto")
-    budget: int = flag(1000, "(answer) tokens, for auto; hard questions may get more, easy ones less")
+    strategy: str = flag("auto", "(answer) search strategy; auto: by predicted difficulty", choices=["auto", *SEARCHES])
+    n: int = flag(16, "(answer) number of attempts N, unless --strategy is auto")
+    budget: int = flag(1000, "(answer) mean tokens per question for auto; hard questions may get more")
     questions: int = flag(8000, "(learn) training questions")
-    continuations: int = flag(2, "(learn) from the end of each step")
-    epochs: int = flag(12, "(learn) of tuning for revisions")
+    continuations: int = flag(2, "(learn) samples from the end of each step, which label it")
+    epochs: int = flag(12, "(learn) epochs of tuning the revision policy")
     drafter_seconds: float = flag(60.0, "(learn) training time of each drafter")
     count: int = flag(1000, "(sweep, speed) held-out questions")
     seeds: int = flag(1, "(sweep) repetitions with other samples")
-    chunk: int = flag(100, "(sweep) questions in a part")
+    chunk: int = flag(100, "(sweep) questions in one part of the work")
     workers: int = flag(2, "(sweep) processes")
     aggregate: str = flag(
-        "last", "(sweep, answer) an attempt's score from those of its steps", choices=["last", "min", "product"]
+        "last", "(sweep, answer) how an attempt's score comes from its steps' scores", choices=["last", "min", "product"]
     )
     verifier_noise: float = flag(0.2, "(sweep) share of the scores that are inverted for the noisy strategies")
     large: str = flag("", "(sweep) folder of a larger model to compare with")
-    json: str = flag("runs/test-time.jsonl", "(sweep, report) the rows; (speed) its own go beside them")
+    json: str = flag("runs/test-time.jsonl", "(sweep, report) file of the rows; speed writes its own beside it")
 
 
 def writable_folder(model: str) -> Path:
-    """--model as a folder to write into: a policy's, exactly where the user says, not one beside the scripts.
-
-    Raises UserError.
+    """Return --model as a folder to write into. It must be the policy's folder exactly as given: unlike folders that
+    are only read, it is not looked for beside the scripts. Raises UserError.
     """
     folder = Path(model).expanduser()
     if not (folder / "config.json").exists():

@@ -1,17 +1,14 @@
 """The pictures of `python -m test_time report`: one function each, which draws on the axis that it is given.
 
     tokens, flops    right against cost, all strategies
-    speed            right against seconds, plain and with the drafter   (rows of `speed`, if they are there)
     noise            by difficulty, with a good and a noisy verifier
     best             the best strategy by difficulty and budget
+    speed            right against seconds, plain and with the drafter   (if `speed` has written its rows)
     revisions        16 revisions: sequential against parallel           (with a revision policy)
     large            the small model with search against a larger one    (with a larger one)
-
-`draw` writes each into a file of its own.
 """
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +17,7 @@ import numpy as np
 from parts.running.pictures import pyplot
 from test_time.optimal import BINS, best_within
 from test_time.results import GREEDY, LARGE, Key, Results
-from test_time.trials import RATIOS
+from test_time.sweep import CHAIN_LENGTHS
 
 # name in the legend -> search, pick
 LINES = {
@@ -33,27 +30,27 @@ LINES = {
 }
 
 
-def draw(results: Results, path: Path, speed_rows: Path) -> list[Path]:
-    """Each picture into STEM-NAME.png beside the file `path` -> the pictures. speed_rows: the file that `speed` wrote,
-    or would have written.
-    """
-    panels: dict[str, Callable] = {
-        "tokens": partial(accuracy_panel, results=results, unit="tokens"),
-        "flops": partial(accuracy_panel, results=results, unit="flops"),
-        "noise": partial(noise_panel, results=results),
-        "best": partial(best_panel, results=results),
+def draw(results: Results, path: Path) -> list[Path]:
+    """Write each picture to STEM-NAME.png beside the file of the rows -> the pictures."""
+    panels = {
+        "tokens": partial(draw_accuracy, unit="tokens"),
+        "flops": partial(draw_accuracy, unit="flops"),
+        "noise": draw_noise,
+        "best": draw_best,
     }
-    timed = read_speed(speed_rows)
-    if timed:
-        panels["speed"] = partial(speed_panel, results=results, rows=timed)
-    if Key("revise 1", 16, "chains") in results.right:
-        panels["revisions"] = partial(revision_panel, results=results)
-    if LARGE.search in results.weights:
-        panels["large"] = partial(large_panel, results=results)
+    speed_rows = path.with_suffix(".speed.jsonl")
+    if speed_rows.exists():
+        panels["speed"] = partial(draw_speed, rows=[json.loads(line) for line in speed_rows.read_text().splitlines()])
+    if results.has_revisions:
+        panels["revisions"] = draw_revisions
+    if results.times_larger:
+        panels["large"] = draw_large
     written = []
     for name, panel in panels.items():
         figure, axis = pyplot().subplots(figsize=(8, 5))
-        panel(axis)
+        panel(axis, results)
+        if axis.get_legend_handles_labels()[0] and not axis.get_legend():
+            axis.legend()
         figure.tight_layout()
         written.append(path.with_name(f"{path.stem}-{name}.png"))
         figure.savefig(written[-1], dpi=100)
@@ -61,50 +58,31 @@ def draw(results: Results, path: Path, speed_rows: Path) -> list[Path]:
     return written
 
 
-def read_speed(path: Path) -> list[dict]:
-    """The rows of `speed`; none if it has not run."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def label_difficulty(axis, title: str) -> None:
-    """The x axis shows fifths of the questions."""
-    axis.set(
-        title=title,
-        xlabel="difficulty (fifths; 5: hardest)",
-        xticks=range(BINS),
-        xticklabels=range(1, BINS + 1),
-    )
-
-
 # ---------------------------------------------------------------- right against cost
 
 
-def accuracy_panel(axis, results: Results, unit: str) -> None:
-    """All strategies, the ceiling, and compute-optimal choice. unit: tokens or flops."""
+def draw_accuracy(axis, results: Results, unit: str) -> None:
+    """Draw all strategies, the ceiling, and the compute-optimal choice. unit: tokens or flops."""
     cost = results.cost[unit]
-    for name, (search, pick) in LINES.items():
-        keys = [key for key in results.right if (key.search, key.pick) == (search, pick)]
+    for name, line in LINES.items():
+        keys = [key for key in results.right if (key.search, key.pick) == line]
         points = sorted((cost[key].mean(), results.right[key].mean()) for key in keys)
         axis.plot(*zip(*points), "o-", ms=3, label=name)
-    keys = [key for key in results.right if (key.search, key.pick) == ("parallel", "majority")]
+    keys = [key for key in results.right if (key.search, key.pick) == LINES["majority"]]
     points = sorted((cost[key].mean(), results.attempts[key].max(1).mean()) for key in keys)
     axis.plot(*zip(*points), ":", color="0.6", label="any of N right (ceiling)")
     axis.plot(cost[GREEDY].mean(), results.right[GREEDY].mean(), "k*", label="greedy")
     for difficulty, style in (("predicted", "k-"), ("known", "k:")):
-        choices = [results.optimal(unit, budget, difficulty) for budget in results.budgets(unit, 12)]
-        bought = [choice for choice in choices if choice]
-        costs = [choice.cost.mean() for choice in bought]
-        rights = [choice.right.mean() for choice in bought]
-        axis.plot(costs, rights, style, label=f"compute-optimal, {difficulty} difficulty")
+        choices = [results.optimal(unit, budget, difficulty) for budget in results.budgets(unit)]
+        points = [(choice.cost.mean(), choice.right.mean()) for choice in choices if choice]
+        axis.plot(*zip(*points), style, label=f"compute-optimal, {difficulty} difficulty")
     names = {"tokens": "tokens emitted for a question", "flops": "FLOPs for a question"}
     axis.set(xscale="log", xlabel=names[unit], ylabel="right")
     axis.legend(fontsize=9)
 
 
-def speed_panel(axis, results: Results, rows: list[dict]) -> None:
-    """Seconds for a question: plain (white) and with the drafter."""
+def draw_speed(axis, results: Results, rows: list[dict]) -> None:
+    """Draw seconds per question, plain (white) and with the drafter."""
     for row in rows:
         keys = [Key(row["search"], row["n"], pick) for pick in ("chains", "weighted", "majority")]
         right = next(results.right[key].mean() for key in keys if key in results.right)
@@ -112,19 +90,21 @@ def speed_panel(axis, results: Results, rows: list[dict]) -> None:
         color = line.get_color()
         axis.plot(row["plain"], right, "o", mfc="w", color=color)
         axis.plot(row["speculative"], right, "o", color=color, label=f"{row['search']}, N = {row['n']}")
-    axis.set(
-        title="one question at a time: plain (white), with the drafter",
-        xlabel="seconds for a question",
-        ylabel="right",
-    )
-    axis.legend()
+    title = "one question at a time: plain (white), with the drafter"
+    axis.set(title=title, xlabel="seconds for a question", ylabel="right")
 
 
 # ---------------------------------------------------------------- by difficulty
 
 
-def noise_panel(axis, results: Results) -> None:
-    """N = 16: what noise on the verifier's scores does."""
+def label_difficulty(axis, title: str) -> None:
+    """Label the x axis with fifths of the questions."""
+    label = "difficulty (fifths; 5: hardest)"
+    axis.set(title=title, xlabel=label, xticks=range(BINS), xticklabels=range(1, BINS + 1))
+
+
+def draw_noise(axis, results: Results) -> None:
+    """Draw the effect of noise on the verifier's scores, at N = 16."""
     for name, search, style in (
         ("weighted", "parallel", "o-"),
         ("beam", "beam", "o-"),
@@ -133,58 +113,43 @@ def noise_panel(axis, results: Results) -> None:
     ):
         axis.plot(results.by_bin(results.right[Key(search, 16, "weighted")]), style, label=name)
     label_difficulty(axis, f"N = 16; noise inverts {results.settings['noise']:.0%} of the scores")
-    axis.legend()
 
 
-def best_panel(axis, results: Results, budgets_shown: int = 6) -> None:
-    """The best strategy for each difficulty and budget."""
+def draw_best(axis, results: Results) -> None:
+    """Draw the best strategy for each difficulty and budget."""
     right, cost = results.choices("tokens")
-    budgets = results.budgets("tokens", budgets_shown)
-    grid = []  # difficulty, budget -> Key or None
+    budgets = results.budgets("tokens", 6)
+    cells = {}  # (difficulty, index of the budget) -> Key
     for b in range(BINS):
-        here = results.bins["known"] == b
-        grid.append([best_within(right, cost, here, budget) for budget in budgets])
-    names = sorted({key.search + key.pick for line in grid for key in line if key})
-    colours = np.full((BINS, len(budgets)), np.nan)
-    for b, line in enumerate(grid):
-        for x, key in enumerate(line):
+        for x, budget in enumerate(budgets):
+            key = best_within(right, cost, results.bins["known"] == b, budget)
             if key:
-                colours[b, x] = names.index(key.search + key.pick)
-            text = f"{key.search}\n{key.pick}\n{key.n}" if key else ""
-            axis.text(x, b, text, ha="center", va="center", fontsize=9)
+                cells[b, x] = key
+                axis.text(x, b, f"{key.search}\n{key.pick}\n{key.n}", ha="center", va="center", fontsize=9)
+    names = sorted({key.search + key.pick for key in cells.values()})
+    colours = np.full((BINS, len(budgets)), np.nan)
+    for place, key in cells.items():
+        colours[place] = names.index(key.search + key.pick)
     axis.imshow(colours, aspect="auto", cmap="Pastel1")
-    axis.set(
-        title="best strategy",
-        xlabel="tokens",
-        xticks=range(len(budgets)),
-        xticklabels=[f"{budget:.0f}" for budget in budgets],
-        yticks=range(BINS),
-        yticklabels=range(1, BINS + 1),
-        ylabel="difficulty",
-    )
+    axis.set(title="best strategy", xlabel="tokens", ylabel="difficulty")
+    axis.set(xticks=range(len(budgets)), xticklabels=[f"{budget:.0f}" for budget in budgets])
+    axis.set(yticks=range(BINS), yticklabels=range(1, BINS + 1))
 
 
-def revision_panel(axis, results: Results) -> None:
-    """16 attempts of the revision policy, from 16 chains of one to one chain of 16."""
-    by_length = [results.by_bin(results.right[Key(f"revise {length}", 16, "chains")]) for length in RATIOS]
-    for b in range(BINS):
-        axis.plot(RATIOS, [rights[b] for rights in by_length], "o-", label=f"difficulty {b + 1}")
-    axis.set(
-        xscale="log",
-        xticks=RATIOS,
-        xticklabels=[f"{length}:{16 // length}" for length in RATIOS],
-        xlabel="sequential : parallel",
-        title="16 attempts of the revision policy",
-    )
-    axis.legend()
+def draw_revisions(axis, results: Results) -> None:
+    """Draw 16 attempts of the revision policy, from 16 chains of one to one chain of 16."""
+    by_length = [results.by_bin(results.right[Key(f"revise {length}", 16, "chains")]) for length in CHAIN_LENGTHS]
+    for b, rights in enumerate(zip(*by_length)):
+        axis.plot(CHAIN_LENGTHS, rights, "o-", label=f"difficulty {b + 1}")
+    ticks = [f"{length}:{16 // length}" for length in CHAIN_LENGTHS]
+    axis.set(xscale="log", xticks=CHAIN_LENGTHS, xticklabels=ticks, xlabel="sequential : parallel")
+    axis.set(title="16 attempts of the revision policy")
 
 
-def large_panel(axis, results: Results) -> None:
-    """A large model, greedy, and the small one with search at equal FLOPs."""
+def draw_large(axis, results: Results) -> None:
+    """Draw a large model, greedy, and the small one with search at equal FLOPs."""
     axis.plot(results.by_bin(results.right[LARGE]), "k*-", label="large model, greedy")
     for version, ratio, samples, right in results.matched():
         style = "o-" if version == "v1" else "o:"
-        label = f"small, {version}, R = {ratio} ({samples:.0f} samples)"
-        axis.plot(results.by_bin(right), style, label=label)
+        axis.plot(results.by_bin(right), style, label=f"small, {version}, R = {ratio} ({samples:.0f} samples)")
     label_difficulty(axis, "small model with search, FLOPs-matched")
-    axis.legend()

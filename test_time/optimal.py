@@ -1,14 +1,14 @@
-"""The statistics behind "compute-optimal": which strategy is best for which difficulty and budget, and is it really?
+"""The statistics of "compute-optimal": which strategy is best for which difficulty and budget, and is it really better?
 
 Data: for each strategy an array over Q questions of right (0 or 1), and one of cost (tokens or FLOPs).
 
     in each bin of difficulty the best of    mean right - price * mean cost       (a Lagrange multiplier)
     at the lowest price that keeps           sum over bins of share * mean cost <= budget
 
-So hard questions may cost more than easy ones: the budget holds on average.
+So hard questions may cost more than easy ones: the budget is kept on average.
 
-Two halves (folds): the choice is made on one, and reported on the other. Else the best of many strategies would look
-better than it is.
+The choice is made on one half of the questions (a fold) and reported on the other. Otherwise the best of many
+strategies would look better than it is.
 """
 
 from collections.abc import Hashable, Mapping
@@ -23,7 +23,7 @@ PerStrategy = Mapping[Hashable, np.ndarray]
 
 
 class Optimal(NamedTuple):
-    """What compute-optimal choice comes to."""
+    """The result of the compute-optimal choice."""
 
     right: np.ndarray  # (Q,)
     cost: np.ndarray  # (Q,)
@@ -31,31 +31,30 @@ class Optimal(NamedTuple):
 
 
 def quintiles(easiness) -> np.ndarray:
-    """0 (easiest) to 4 (hardest), of equal size; ties in the order of the questions. easiness (Q,) -> (Q,) int."""
+    """Return the fifth that each question is in: easiness (Q,) -> (Q,) int, 0 (easiest) to 4 (hardest), of equal size;
+    ties in the order of the questions.
+    """
     rank = np.empty(len(easiness), int)
     rank[np.argsort(-np.asarray(easiness), kind="stable")] = np.arange(len(easiness))
     return rank * BINS // len(easiness)
 
 
 def best_within(right: PerStrategy, cost: PerStrategy, questions: np.ndarray, budget: float) -> Hashable | None:
-    """The strategy that is right most often, the cheaper one of equals, of those whose mean cost is within the budget.
+    """Return the strategy that is right most often, of equal ones the cheapest, of those whose mean cost is within the
+    budget.
 
-    questions (Q,) bool: those that count. None: all strategies are too dear, or no question counts.
+    questions (Q,) bool: those that count. None: all strategies are too expensive, or no question counts.
     """
     if not questions.any():
         return None
-    affordable = [k for k in right if cost[k][questions].mean() <= budget]
-
-    def merit(k) -> tuple[float, float]:
-        return right[k][questions].mean(), -cost[k][questions].mean()
-
-    return max(affordable, key=merit, default=None)
+    merit = {k: (right[k][questions].mean(), -cost[k][questions].mean()) for k in right}
+    return max((k for k in right if -merit[k][1] <= budget), key=merit.__getitem__, default=None)
 
 
 def allocate(
     right: PerStrategy, cost: PerStrategy, questions: np.ndarray, bins: np.ndarray, budget: float
 ) -> dict[int, Hashable] | None:
-    """{bin: strategy}: right most often at a mean cost within the budget, see above.
+    """Return {bin: strategy}, right most often at a mean cost within the budget, see above.
 
     questions (Q,) bool: those that count; bins (Q,) int. None: not even the cheapest strategies are within the budget,
     or a bin is empty.
@@ -65,8 +64,8 @@ def allocate(
     members = [questions & (bins == b) for b in labels]
     if not all(some.any() for some in members):
         return None
-    r = np.array([mean_of(right, names, some) for some in members])  # (bins, strategies)
-    c = np.array([mean_of(cost, names, some) for some in members])
+    r = np.array([[right[k][some].mean() for k in names] for some in members])  # (bins, strategies)
+    c = np.array([[cost[k][some].mean() for k in names] for some in members])
     share = np.array([some.sum() for some in members]) / questions.sum()
     for price in np.geomspace(1e-6, 1e3, 500) / budget:
         best = (r - price * c).argmax(1)  # (bins,)
@@ -75,46 +74,40 @@ def allocate(
     return None
 
 
-def mean_of(values: PerStrategy, names: list, members: np.ndarray) -> list[float]:
-    """The mean over these questions, of each strategy."""
-    return [values[k][members].mean() for k in names]
-
-
 def compute_optimal(
     right: PerStrategy,
     cost: PerStrategy,
     bins: np.ndarray,
     folds: np.ndarray,
     budget: float,
-    look: float | np.ndarray = 0.0,
+    probe_cost: float | np.ndarray = 0.0,
     question: np.ndarray | None = None,
 ) -> Optimal | None:
-    """Allot strategies to bins on one fold, report them on the other. None where the budget buys nothing.
+    """Choose strategies for bins on one fold, and report them on the other. None where the budget buys nothing.
 
-    bins, folds (Q,) int. look: what it costs to see the bin, a number or (Q,), paid where the bins are used. question
-    (Q,): whose rows they are, see `interval`; each its own if None.
+    bins, folds (Q,) int. probe_cost: what it costs to predict the bin, a number or (Q,), paid where the bins are used.
+    question (Q,): the question of each row, see `interval`; None: each row is a question.
 
-    The bins are used if, on the first fold, they beat the best strategy for all (which does not look) by three standard
-    errors: they are the best of many, so they look better than they are.
+    The bins are used if, on the first fold, they beat the best single strategy (which needs no prediction) by three
+    standard errors: they are the best of many choices, so they look better than they are.
     """
     if question is None:
         question = np.arange(len(bins))
-    cost_with_look = {k: c + look for k, c in cost.items()}
+    cost_with_probe = {k: c + probe_cost for k, c in cost.items()}
     outcome = np.zeros(len(bins))
     paid = np.zeros(len(bins))
     chosen = {}
     for fold in (0, 1):
         known = folds != fold
-        for_all = best_within(right, cost, known, budget)
-        if for_all is None:
+        single = best_within(right, cost, known, budget)
+        if single is None:
             return None
-        by_bin = allocate(right, cost_with_look, known, bins, budget)
-        if by_bin and beats(by_bin, for_all, right, bins, known, question):
+        used = dict.fromkeys(set(bins), single)
+        price = cost
+        by_bin = allocate(right, cost_with_probe, known, bins, budget)
+        if by_bin and beats(by_bin, single, right, bins, known, question):
             used = by_bin
-            price = cost_with_look
-        else:
-            used = dict.fromkeys(set(bins), for_all)
-            price = cost
+            price = cost_with_probe
         for b, k in used.items():
             here = (bins == b) & (folds == fold)
             outcome[here] = right[k][here]
@@ -123,27 +116,20 @@ def compute_optimal(
     return Optimal(outcome, paid, chosen)
 
 
-def beats(
-    by_bin: dict[int, Hashable],
-    for_all: Hashable,
-    right: PerStrategy,
-    bins: np.ndarray,
-    known: np.ndarray,
-    question: np.ndarray,
-) -> bool:
-    """Whether strategies by bin beat one for all by three standard errors, on the questions `known` (Q,) bool."""
+def beats(by_bin: dict, single: Hashable, right: PerStrategy, bins, known, question) -> bool:
+    """Return whether strategies by bin beat a single one by three standard errors, on the rows `known` (Q,) bool."""
     gain = np.zeros(len(bins))
     for b, k in by_bin.items():
-        gain = gain + (right[k] - right[for_all]) * (bins == b)
-    rows_of = np.unique(question[known], return_inverse=True)[1]
-    gain = np.bincount(rows_of, gain[known])  # by question
+        gain = gain + (right[k] - right[single]) * (bins == b)
+    number = np.unique(question[known], return_inverse=True)[1]
+    gain = np.bincount(number, gain[known])  # by question
     return bool(gain.sum() > 3 * gain.std() * len(gain) ** 0.5)
 
 
 def interval(x: np.ndarray, question: np.ndarray, draws: int = 1000) -> float:
-    """Half the width of the 95 % bootstrap interval of a mean over rows x (R,). Of a difference: paired.
+    """Return half the width of the 95 % bootstrap interval of a mean over rows x (R,). Of a difference: paired.
 
-    question (R,) int from 0: whose rows they are. All rows of a question are drawn together, since they are not
+    question (R,) int from 0: the question of each row. All rows of a question are drawn together, since they are not
     independent.
     """
     rng = np.random.default_rng(0)
@@ -154,7 +140,8 @@ def interval(x: np.ndarray, question: np.ndarray, draws: int = 1000) -> float:
 
 
 def matched_samples(m: float, r: float, backward: float = 3.0) -> float:
-    """How many samples of a small model cost, training included, what one sample of an m times larger model costs.
+    """Return how many samples of a small model cost as much, training included, as one sample of an m times larger
+    model.
 
     r: tokens inferred per token of training. backward: 3 as in the paper's first version (6 N D for training against
     2 N D), 1.5 as in the conference version.

@@ -1,4 +1,6 @@
-"""The rows of a sweep as arrays over the questions, always in the same order."""
+"""The rows of a sweep as arrays over the questions, always in the same order; and choice.json, which strategy is best
+for which budget and predicted difficulty: `report` writes it, --strategy auto reads it.
+"""
 
 import json
 import zlib
@@ -10,7 +12,17 @@ from typing import NamedTuple
 import numpy as np
 
 from parts.cli import UserError
-from test_time.optimal import BINS, Optimal, PerStrategy, compute_optimal, interval, matched_samples, quintiles
+from parts.files import write_atomically
+from test_time.optimal import (
+    BINS,
+    Optimal,
+    PerStrategy,
+    allocate,
+    compute_optimal,
+    interval,
+    matched_samples,
+    quintiles,
+)
 
 
 class Key(NamedTuple):
@@ -26,48 +38,43 @@ PROBE = Key("probe", 1, "weighted")
 ORACLE = Key("oracle", 16, "weighted")
 LARGE = Key("large greedy", 1, "majority")
 
-# what a question's own strategy may be chosen from; the others are controls
-CHOICES = ("greedy", "parallel", "beam", "lookahead", "dvts")
-# attempts at a question: in these searches their number may differ from question to question
+# the strategies to choose from; the others are controls
+CANDIDATES = ("greedy", "parallel", "beam", "lookahead", "dvts")
+# searches whose number of attempts may differ from question to question
 UNEVEN = ("beam", "lookahead", "dvts", "noisy beam")
 
 
 class Matched(NamedTuple):
     """The small model with as many FLOPs as the large one."""
 
-    version: str  # of the multiplier, see optimal.matched_samples
+    version: str  # of the formula, see optimal.matched_samples
     ratio: float  # tokens inferred per token of training
     samples: float
     right: np.ndarray  # (Q,)
 
 
 def read_rows(path) -> list[dict]:
-    """The rows, sorted by question. Raises UserError."""
+    """Return the rows, sorted by question. Raises UserError."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError as error:
         raise UserError(f"--json {path}: {error.strerror}; `python -m test_time sweep` writes it") from error
     rows = [json.loads(line) for line in lines]
     if not rows:
-        raise UserError(f"--json {path}: holds no rows")
+        raise UserError(f"--json {path}: no rows in this file")
     return sorted(rows, key=lambda row: (row["prompt"], row["seed"]))
 
 
-def mean_of_some(x: np.ndarray, where: np.ndarray) -> float:
-    """The mean of x (Q,) where `where` (Q,) is true."""
-    return x[where].mean()
-
-
 class Results:
-    """Arrays over Q rows of each strategy: a question with one seed.
+    """Arrays over Q rows of each strategy; a row is a question with one seed.
 
     right[key] (Q,)            0 or 1
-    attempts[key] (Q, N)       each attempt's own right; not of the UNEVEN searches
+    attempts[key] (Q, N)       1 for each attempt that is right; not of the UNEVEN searches
     cost[unit][key] (Q,)       unit: tokens or flops
     bins[difficulty] (Q,)      0 (easy) to 4: by predicted and by known difficulty
-    easiness (Q,)              what the prediction is made from
-    folds (Q,)                 0 or 1; all that is known of a question is in one fold
-    question (Q,)              number of the question: seeds are further rows of it
+    easiness (Q,)              the score that the prediction is made from
+    folds (Q,)                 0 or 1; all rows of a question are in one fold
+    question (Q,)              index of the question: other seeds are further rows of it
     """
 
     def __init__(self, path):
@@ -76,7 +83,6 @@ class Results:
         for row in rows:
             columns[Key(row["search"], row["n"], row["pick"])].append(row)
         self.settings = rows[0]
-        self.weights: dict[str, int] = {row["search"]: row["weights"] for row in rows}
         self.right: dict[Key, np.ndarray] = {}
         self.attempts: dict[Key, np.ndarray] = {}
         self.cost: dict[str, dict[Key, np.ndarray]] = {"tokens": {}, "flops": {}}
@@ -86,10 +92,13 @@ class Results:
                 self.attempts[key] = np.array([row["attempts"] for row in column], float)
             self.cost["tokens"][key] = np.array([row["ledger"]["decode"] for row in column], float)
             self.cost["flops"][key] = np.array([row["flops"] for row in column], float)
-        self.candidates = [key for key in columns if key.search in CHOICES and key.pick != "outcome"]
-        probes = columns[PROBE]
-        prompts = [row["prompt"] for row in probes]
-        self.easiness = np.array([row["score"] for row in probes])
+        self.candidates = [key for key in columns if key.search in CANDIDATES and key.pick != "outcome"]
+        self.has_revisions = Key("revise 1", 16, "chains") in columns
+        self.times_larger = 0.0  # how many times more weights the large model has; 0: there is none
+        if LARGE in columns:
+            self.times_larger = columns[LARGE][0]["weights"] / columns[PROBE][0]["weights"]
+        prompts = [row["prompt"] for row in columns[PROBE]]
+        self.easiness = np.array([row["score"] for row in columns[PROBE]])
         self.bins = {
             "predicted": quintiles(self.easiness),
             "known": quintiles(self.attempts[ORACLE].mean(1)),
@@ -98,40 +107,86 @@ class Results:
         self.question = np.unique(prompts, return_inverse=True)[1]
 
     def interval(self, x: np.ndarray, where=slice(None)) -> float:
-        """Half the 95 % interval of a mean over (some of) the rows, by question."""
+        """Return half the 95 % interval of a mean over (some of) the rows, by question."""
         return interval(x[where], np.unique(self.question[where], return_inverse=True)[1])
 
-    def by_bin(self, x: np.ndarray, of: Callable = mean_of_some) -> list[float]:
-        """The mean of x (Q,), or another `of(x, where)`, in each fifth of known difficulty."""
+    def by_bin(self, x: np.ndarray, of: Callable = lambda x, where: x[where].mean()) -> list[float]:
+        """Return the mean of x (Q,), or another `of(x, where)`, in each fifth of known difficulty."""
         return [of(x, self.bins["known"] == b) for b in range(BINS)]
 
     def choices(self, unit: str) -> tuple[PerStrategy, PerStrategy]:
-        """(right, cost) of what may be chosen from."""
+        """Return (right, cost) of the strategies to choose from."""
         right = {key: self.right[key] for key in self.candidates}
         return right, {key: self.cost[unit][key] for key in self.candidates}
 
-    def budgets(self, unit: str, count: int) -> np.ndarray:
-        """From the cheapest strategy to the dearest, evenly on a logarithmic scale."""
+    def budgets(self, unit: str, count: int = 12) -> np.ndarray:
+        """Return budgets from the cheapest to the most expensive strategy, evenly spaced on a logarithmic scale."""
         cost = self.cost[unit]
         highest = max(cost[key].mean() for key in self.candidates)
         return np.geomspace(cost[GREEDY].mean() * 1.01, highest * 1.01, count)
 
     def optimal(self, unit: str, budget: float, difficulty: str | None) -> Optimal | None:
-        """compute_optimal by known or predicted difficulty; None: one strategy for all. What prediction costs is
-        charged.
+        """Return the compute-optimal choice by known or predicted difficulty; None: one strategy for all questions.
+        The prediction is paid for.
         """
         right, cost = self.choices(unit)
         bins = self.bins[difficulty] if difficulty else np.zeros(len(self.folds), int)
-        look = self.cost[unit][PROBE] if difficulty == "predicted" else 0.0
-        return compute_optimal(right, cost, bins, self.folds, budget, look, self.question)
+        probe_cost = self.cost[unit][PROBE] if difficulty == "predicted" else 0.0
+        return compute_optimal(right, cost, bins, self.folds, budget, probe_cost, self.question)
 
     def matched(self) -> Iterator[Matched]:
-        """The small model, compute-optimal by predicted difficulty, at the FLOPs of one sample of the large model."""
-        times_larger = self.weights[LARGE.search] / self.weights["parallel"]
+        """Yield the small model, compute-optimal by predicted difficulty, at the FLOPs of one sample of the large
+        one.
+        """
         one_sample = self.cost["flops"][Key("parallel", 1, "majority")].mean()
         for version, backward in (("v1", 3.0), ("ICLR", 1.5)):
             for ratio in (0.16, 0.79, 22.0):
-                samples = matched_samples(times_larger, ratio, backward)
+                samples = matched_samples(self.times_larger, ratio, backward)
                 small = self.optimal("flops", samples * one_sample, "predicted")
                 if small:
                     yield Matched(version, ratio, samples, small.right)
+
+
+# ---------------------------------------------------------------- choice.json
+
+CHOICE_FILE = "choice.json"
+
+
+class Choices(NamedTuple):
+    """The contents of choice.json."""
+
+    aggregate: str  # how an attempt's score came from its steps' scores, in the sweep
+    edges: list[float]  # 4: an attempt's score below edge b means that the question is harder than the b-th fifth
+    choices: dict[str, list[Key]]  # budget in tokens -> a Key for each fifth
+
+    def difficulty(self, easiness: float) -> int:
+        """Return 0 (easiest) to 4, for a question whose probe attempt has that score."""
+        return sum(easiness < edge for edge in self.edges)
+
+    def best(self, difficulty: int, budget: float) -> Key:
+        """Return the choice for the largest budget in the file that is not above this one; else for the smallest."""
+        budgets = [float(b) for b in self.choices]
+        affordable = [b for b in budgets if b <= budget]
+        return Key(*self.choices[str(max(affordable, default=min(budgets)))][difficulty])
+
+
+def write_choices(results: Results, folder: Path) -> None:
+    """Write choice.json, made from all rows of a sweep. Raises UserError."""
+    right, cost = results.choices("tokens")
+    bins = results.bins["predicted"]
+    all_rows = np.ones(len(bins), bool)
+    choices = {}
+    for budget in results.budgets("tokens"):
+        by_bin = allocate(right, cost, all_rows, bins, budget) or {}
+        choices[str(float(budget))] = [by_bin.get(b, GREEDY) for b in range(BINS)]
+    edges = [float(results.easiness[bins == b].min()) for b in range(BINS - 1)]
+    contents = Choices(results.settings["aggregate"], edges, choices)
+    write_atomically(folder / CHOICE_FILE, json.dumps(contents._asdict()))
+
+
+def read_choices(folder: Path) -> Choices:
+    """Return the contents of choice.json. Raises UserError if there is none."""
+    path = folder / CHOICE_FILE
+    if not path.exists():
+        raise UserError(f"--strategy auto: there is no {path}; `python -m test_time sweep`, then `report` write it")
+    return Choices(**json.loads(path.read_text()))

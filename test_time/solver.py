@@ -1,16 +1,18 @@
-"""The engine behind the searches: a policy with its verifiers and its drafter, and the bookkeeping.
+"""The engine behind the searches: a policy with its verifiers and its drafter, all problems searched at once.
 
-    solve(problems, search)                 all problems at once:
-        each Dialogue yields Wants          what its search wishes to have written
-        all Wants of a kind                 are one rollout: a Want is a Group, since its attempts share a prefix
-        judge                               scores what was written, and adds it to the attempts
-        each Dialogue is sent its replies   until its search returns
+    solve(problems, search)     all problems at once:
+        RunningSearch           one problem's search; it yields Requests
+        run_requests            all Requests of a kind are one rollout; a Request is a Group, since its attempts share a
+                                prefix
+        extended                adds what was generated to the attempts, with scores
+        RunningSearch.send      sends the search its results, until it returns
 
-Two kinds of rollout: whole attempts end at a stop token; steps end at a step's end, too. Steps are decoded plainly:
-they are shorter than what the drafter would have to read before its first guess (0.6 times the speed with it).
+Two kinds of rollout: whole attempts end at a stop token, steps also end at the token that ends a step. Steps are
+decoded plainly: they are shorter than what the drafter would have to read before its first draft token (0.6 times the
+speed with it).
 
---verifier-noise: a share of the verifier's scores is inverted, s -> 1 - s. Which ones depends on the attempt's seed and
-the step's number only.
+--verifier-noise inverts a share of the verifier's scores, s -> 1 - s. Which ones depends only on the attempt's seed and
+the step's number.
 """
 
 import time
@@ -32,67 +34,57 @@ from parts.files import find_folder
 from rollout import Engine
 from strategy import Goodput, plans_for
 from tasks import Problem, Task, encode_prompt
-from test_time.attempts import Attempt, Ledger, Search, SearchStrategy, SeedOf, Sizes, Want
+from test_time.attempts import (
+    Attempt,
+    Ledger,
+    ModelSizes,
+    Request,
+    Search,
+    SearchStrategy,
+    SeedFunction,
+    shown_in_prompt,
+)
 from test_time.verifier import Verifier, step_features
 
-# ---------------------------------------------------------------- a search and the engine, in dialogue
+VERIFIERS = ("process", "outcome")
 
 
 @dataclass
-class Order:
-    """A Want, whose it is, and what has been written for it so far."""
-
-    dialogue: "Dialogue"
-    want: Want
-    reply: list[Attempt | None]
-
-
-@dataclass
-class Dialogue:
-    """What passes between one question's search and the engine."""
+class RunningSearch:
+    """One problem's search, with its open requests."""
 
     prompt: list[int]
     search: Search
     ledger: Ledger = field(default_factory=Ledger)
-    orders: list[Order] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    results: list[list[Attempt | None]] | None = None  # one list per request; None: the search has not begun
     attempts: list[Attempt] | None = None  # once the search has returned
 
-    def begin(self) -> None:
-        """Note what the search wants first."""
-        self.send(None)
-
-    def reply(self) -> None:
-        """Send the search what it wanted, and note what it wants next."""
-        self.send([order.reply for order in self.orders])
-
-    def send(self, replies: list[list[Attempt]] | None) -> None:
-        """One turn of the search."""
+    def send(self) -> None:
+        """Send the search its results, and store its next requests or the attempts that it returns."""
         try:
-            wants = self.search.send(replies)
+            self.requests = self.search.send(self.results)
         except StopIteration as end:
             self.attempts = end.value
             return
-        self.orders = [Order(self, want, [None] * len(want.attempts)) for want in wants]
+        self.results = [[None] * len(request.attempts) for request in self.requests]
 
 
 class Solution(NamedTuple):
-    """What a search has come to."""
+    """What a search has returned, and what it has cost."""
 
     attempts: list[Attempt]
     ledger: Ledger
 
 
-# ---------------------------------------------------------------- the solver
-
-
 def weights_of(module: torch.nn.Module | None) -> int:
-    """How many weights a module has."""
+    """Return the number of a module's weights."""
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 
 def matrix_weights(policy) -> int:
-    """Weights of a policy that a token is multiplied with: not the embedding, which is looked up, unless it is the
-    head, too.
+    """Return the number of weights of a policy that a token is multiplied with: without the embedding, which is only
+    looked up, unless it is also the head.
     """
     embedding = policy.get_input_embeddings().weight
     tied = embedding is policy.get_output_embeddings().weight
@@ -100,10 +92,10 @@ def matrix_weights(policy) -> int:
 
 
 class Solver:
-    """A policy, its verifiers (process, outcome) and its drafter, all from one folder, as far as they are there.
+    """A policy, its verifiers and its drafter, as far as they are in its folder.
 
-    speculate, verify: whether to use drafter and verifiers. slots: rows that run at once. noise: share of the
-    verifier's scores that are inverted. Raises UserError.
+    speculate, verify: whether to use the drafter and the verifiers. slots: sequences that run at once. noise: share of
+    the verifier's scores that are inverted. Raises UserError.
     """
 
     def __init__(
@@ -111,114 +103,108 @@ class Solver:
     ):
         if not task.step_end:
             name = type(task).__name__.lower()
-            raise UserError(
-                f"--task {name}: search needs a task that tells steps and final answers (see tasks.py): chain or gsm8k"
-            )
+            raise UserError(f"--task {name}: search needs a task with steps and final answers: chain or gsm8k")
         self.task = task
         self.noise = noise
         self.max_new = task.longest
         self.folder = Path(find_folder(str(folder)))
         self.policy, self.tokenizer = load_model(str(self.folder), pick_device())
         self.stops = stop_tokens(self.policy, self.tokenizer)
-        self.ends = self.stops | {self.step_end_token()}
-        self.again = tuple(self.tokenizer.encode(task.again, add_special_tokens=False))
-        self.verifiers = self.load_verifiers() if verify else {}
-        drafter = self.load_drafter() if speculate else None
-        drafters = {"eagle": EagleProposer(drafter)} if drafter else {}
-        self.strategy = Goodput(plans_for(["eagle"])) if drafter else None  # how far to draft, in whole attempts
-        self.engine = Engine(self.policy, self.stops, slots, keep_hidden=True, proposers=drafters, frozen=True)
-        verifier = self.verifiers.get("process")
-        self.sizes = Sizes(matrix_weights(self.policy), weights_of(drafter), weights_of(verifier))
-
-    def step_end_token(self) -> int:
-        """The token that ends a step. Raises UserError if the tokenizer needs several."""
-        ids = self.tokenizer.encode(self.task.step_end, add_special_tokens=False)
-        if len(ids) != 1:
-            raise UserError(
-                f"{self.folder}: its tokenizer has no single token for the end of a step, {self.task.step_end!r}"
-            )
-        return ids[0]
-
-    def load_verifiers(self) -> dict[str, Verifier]:
-        """Those that are in the folder, by name."""
+        step_end = self.tokenizer.encode(task.step_end, add_special_tokens=False)
+        if len(step_end) != 1:
+            raise UserError(f"{self.folder}: its tokenizer has no single token for {task.step_end!r}, the end of a step")
+        self.ends = self.stops | set(step_end)
+        self.separator = self.tokenizer.encode(task.again, add_special_tokens=False)  # between two attempts
         width = self.policy.config.hidden_size
-        names = [name for name in ("process", "outcome") if (self.folder / name).exists()]
-        return {name: Verifier.load(self.folder / name, width) for name in names}
-
-    def load_drafter(self) -> Drafter | None:
-        """The one in the folder, if there is one."""
-        folder = self.folder / "drafter"
-        if not folder.exists():
-            return None
-        drafter = Drafter(self.policy)
-        drafter.load(folder)
-        return drafter
+        names = [name for name in VERIFIERS if verify and (self.folder / name).exists()]
+        self.verifiers = {name: Verifier.load(self.folder / name, width) for name in names}
+        drafter = None
+        if speculate and (self.folder / "drafter").exists():
+            drafter = Drafter(self.policy)
+            drafter.load(self.folder / "drafter")
+        proposers = {"eagle": EagleProposer(drafter)} if drafter else {}
+        self.strategy = Goodput(plans_for(["eagle"])) if drafter else None  # how far to draft in whole attempts
+        self.engine = Engine(self.policy, self.stops, slots, keep_hidden=True, proposers=proposers, frozen=True)
+        self.sizes = ModelSizes(
+            matrix_weights(self.policy), weights_of(drafter), weights_of(self.verifiers.get("process"))
+        )
 
     def encode(self, problem: Problem) -> list[int]:
-        """The prompt's tokens."""
+        """Return the token ids of a problem's prompt."""
         return encode_prompt(problem, self.tokenizer)
 
     def grade(self, problem: Problem, tokens: list[int]) -> bool:
-        """Whether an attempt is right."""
+        """Return whether an attempt is right."""
         return self.task.grade(problem, self.tokenizer.decode(tokens)).strict
+
+    # ---------------------------------------------------------------- rollouts
+
+    def prepare(self, groups: list[Group], step: bool = False) -> None:
+        """Make the engine ready for these groups. step: responses also end at the end of a step."""
+        self.engine.set_stop_tokens(self.ends if step else self.stops)
+        self.engine.reserve(max(len(group.prompt) - group.response_prefix_len for group in groups) + self.max_new)
 
     def generate(
         self, groups: list[Group], title: str = "", step: bool = False, greedy: bool = False
     ) -> Iterator[Response]:
-        """Responses as they end. title: of the progress bar, "" for none; step: only to the next step's end."""
-        self.engine.set_stop_tokens(self.ends if step else self.stops)
-        self.engine.reserve(max(len(group.prompt) - group.response_prefix_len for group in groups) + self.max_new)
+        """Return an iterator of responses, in the order in which they are finished. title: of a progress bar, "" for
+        none; step: only to the end of the next step.
+        """
+        self.prepare(groups, step)
         sampling = Sampling(0.0 if greedy else 1.0, max_new=self.max_new)
         responses = self.engine.generate(groups, sampling, None if step else self.strategy)
         total = sum(len(group.seeds) for group in groups)
         return tqdm(responses, total=total, desc=title, disable=not title, mininterval=1)
 
     def solve(self, problems: list[Problem], search: SearchStrategy, *seed) -> list[Solution]:
-        """Search all problems at once -> for each its attempts, and its ledger.
+        """Search all problems at once -> for each its attempts and its ledger.
 
         search: one of strategies.py, its settings bound, e.g. partial(parallel, n=8). seed: numbers and strings.
         """
         started = time.time()
-        dialogues = []
+        searches = []
         for problem in problems:
             prompt = self.encode(problem)
-            dialogues.append(Dialogue(prompt, search(seeds_for(seed, prompt))))
-        for dialogue in dialogues:
-            dialogue.begin()
-        running = dialogues
+            searches.append(RunningSearch(prompt, search(seed_function(seed, prompt))))
+        running = searches
         while running:
-            self.write([order for dialogue in running for order in dialogue.orders])
-            for dialogue in running:
-                dialogue.reply()
-            running = [dialogue for dialogue in running if dialogue.attempts is None]
+            for one in running:
+                one.send()
+            running = [one for one in running if one.attempts is None]
+            self.run_requests(running)
         seconds = (time.time() - started) / len(problems)
-        for dialogue in dialogues:
-            dialogue.ledger.seconds = seconds
-        return [Solution(dialogue.attempts, dialogue.ledger) for dialogue in dialogues]
+        for one in searches:
+            one.ledger.seconds = seconds
+        return [Solution(one.attempts, one.ledger) for one in searches]
 
-    def write(self, orders: list[Order]) -> None:
-        """Write what was ordered, and fill in the replies: all orders of a kind in one rollout."""
-        kinds = {(order.want.step, order.want.greedy) for order in orders}
-        for step, greedy in sorted(kinds):
-            alike = [order for order in orders if (order.want.step, order.want.greedy) == (step, greedy)]
-            groups = [self.enter_group(key, order) for key, order in enumerate(alike)]
+    def run_requests(self, searches: list[RunningSearch]) -> None:
+        """Run all open requests, those of a kind in one rollout, and store their results and costs."""
+        by_kind: dict[tuple[bool, bool], list[tuple[RunningSearch, int]]] = {}
+        for search in searches:
+            for i, request in enumerate(search.requests):
+                by_kind.setdefault((request.step, request.greedy), []).append((search, i))
+        for (step, greedy), members in sorted(by_kind.items(), key=lambda item: item[0]):
+            groups = [self.group_of(key, search, search.requests[i]) for key, (search, i) in enumerate(members)]
             responses = list(self.generate(groups, step=step, greedy=greedy))
-            attempts = [alike[r.group].want.attempts[r.sample] for r in responses]
-            for r, old, new in zip(responses, attempts, self.judge(responses, attempts)):
-                order = alike[r.group]
-                order.reply[r.sample] = new
-                order.dialogue.ledger.charge(r, steps=len(new.scores) - len(old.scores))
+            attempts = []
+            for r in responses:
+                search, i = members[r.group]
+                attempts.append(search.requests[i].attempts[r.sample])
+            for r, old, new in zip(responses, attempts, self.extended(attempts, responses)):
+                search, i = members[r.group]
+                search.results[i][r.sample] = new
+                search.ledger.charge(r, steps=len(new.scores) - len(old.scores))
 
-    def enter_group(self, key: int, order: Order) -> Group:
-        """The engine's Group of an order. Its prefill is entered in the ledger: once for all its attempts."""
-        first = order.want.attempts[0]
-        prompt = order.dialogue.prompt + list(first.before + first.tokens)
-        order.dialogue.ledger.prefill += len(prompt) - 1
-        seeds = [attempt.seed for attempt in order.want.attempts]
+    def group_of(self, key: int, search: RunningSearch, request: Request) -> Group:
+        """Return the engine's Group of a request. Its prefill is charged once for all its attempts."""
+        first = request.attempts[0]
+        prompt = search.prompt + shown_in_prompt(first.earlier, self.separator) + list(first.tokens)
+        search.ledger.prefill += len(prompt) - 1
+        seeds = [attempt.seed for attempt in request.attempts]
         return Group(key, prompt, seeds, response_prefix_len=len(first.tokens))
 
-    def judge(self, responses: list[Response], attempts: list[Attempt]) -> Iterator[Attempt]:
-        """The attempts with what was written for them, scored."""
+    def extended(self, attempts: list[Attempt], responses: list[Response]) -> Iterator[Attempt]:
+        """Yield the attempts with what was generated for them, scored."""
         starts = [len(r.prompt) - len(attempt.tokens) for r, attempt in zip(responses, attempts)]
         scores = self.step_scores(responses, starts)
         for r, attempt, process, outcome in zip(responses, attempts, scores["process"], scores["outcome"]):
@@ -235,11 +221,11 @@ class Solver:
             )
 
     def step_scores(self, responses: list[Response], starts: list[int]) -> dict[str, list[list[float]]]:
-        """By each verifier (process, outcome): for each response the scores of its steps; none without the verifier.
+        """Return, by verifier, the scores of each response's steps; no scores where the verifier is missing.
 
         starts: where in prompt + tokens each attempt begins.
         """
-        scores: dict[str, list[list[float]]] = {name: [[]] * len(responses) for name in ("process", "outcome")}
+        scores: dict[str, list[list[float]]] = {name: [[]] * len(responses) for name in VERIFIERS}
         if self.verifiers and responses:
             features, counts = step_features(self.policy, responses, starts, self.ends)
             for name, verifier in self.verifiers.items():
@@ -247,21 +233,14 @@ class Solver:
         return scores
 
     def with_noise(self, attempt: Attempt, new_scores: list[float]) -> list[float]:
-        """Scores of an attempt's new steps, a share of them inverted."""
-        if not self.noise:
-            return new_scores
+        """Return the scores of an attempt's new steps, a share of them inverted."""
         noisy = []
         for number, value in enumerate(new_scores, len(attempt.scores)):
-            inverted = sequence_seed("noise", attempt.seed, number) < self.noise * 2**63
+            inverted = self.noise and sequence_seed("noise", attempt.seed, number) < self.noise * 2**63
             noisy.append(1 - value if inverted else value)
         return noisy
 
 
-def seeds_for(seed: tuple, prompt: list[int]) -> SeedOf:
-    """The function k -> seed of attempt k at this question. It does not depend on the other questions."""
-    name = tuple(prompt)
-
-    def seed_of(k) -> int:
-        return sequence_seed(*seed, name, k)
-
-    return seed_of
+def seed_function(seed: tuple, prompt: list[int]) -> SeedFunction:
+    """Return the function k -> seed of attempt k at this question. It does not depend on the other questions."""
+    return lambda k: sequence_seed(*seed, tuple(prompt), k)

@@ -1,36 +1,36 @@
-"""The process reward model (PRM): how likely is it that this beginning of a solution leads to the right answer?
+"""The process reward model (PRM): how likely is it that this partial solution leads to the right answer?
 
-    label of a step   share of right answers among c samples that go on from its end      (labels.py)
+    label of a step   share of right answers among c samples that continue from its end   (learn.py)
     features x_k      [h; h*; min log p(x_t); max (log p(best) - log p(x_t))]             over the tokens t of step k
                       h and h* are hidden states of the policy: h predicts the end of the step, h* its least likely
                       token
-    score             s_k = right(x_1) ... right(x_k) hope(x_k)                           right, hope: sigmoids of the
-                                                                                          two outputs of one MLP
+    score             s_k = correct(x_1) ... correct(x_k) success(x_k)                    correct, success: sigmoids of
+                                                                                          the two outputs of one MLP
     loss              binary cross-entropy against the SOFT label: 0.3 stays 0.3, since rounding it would teach that
                       the step is wrong
 
 Monte-Carlo labels are those of Wang et al. (2312.08935) and Snell et al. (2408.03314).
 
-Why a product? It says what a chain of reasoning is: all steps so far are right, and the rest will go well. It is
-needed, because the policy stays frozen and does not know of its own mistakes: after a slip it goes on as confidently as
-before. So a score of step k alone cannot see the slip (within-question AUC 0.60).
+Why a product? It is the structure of a chain of reasoning: all steps so far are correct, and the rest will succeed. It
+is needed because the policy is frozen and does not notice its own mistakes: after a slip it continues as confidently as
+before, so a score of step k alone cannot see the slip (within-question AUC 0.60).
 
-Why these features? The rollout has computed all of them anyway, so the verifier costs one small MLP a step. The
-log-probabilities matter: a hidden state knows what should come next, not whether what then came was a slip (`python -m
-test_time learn` prints both, and the log-probabilities alone). And h* knows what the policy was uncertain about, so the
-head can learn where the policy is wrong with confidence: within-question AUC 0.89 without h*, 0.97 with it.
+Why these features? The rollout has computed all of them anyway, so the verifier costs one small MLP per step. The
+log-probabilities matter: a hidden state encodes which token should come next, not whether the token that was sampled is
+a slip (`python -m test_time learn` prints the AUC with and without them, and of log-probabilities alone). And h*
+encodes what the policy was uncertain about, so the MLP can learn where the policy is confidently wrong: within-question
+AUC 0.89 without h*, 0.97 with it.
 
-Many questions with few continuations teach more than few questions with many.
+Many questions with few continuations each teach more than few questions with many.
 
-How good is it? Over all questions together an AUC flatters: easy questions have good steps. What search needs is to
-tell good from bad within a question: `auc` with a `place` compares steps of the same number of attempts at the same
-question.
+How good is it? The AUC over the steps of all questions together is too favourable: easy questions have good steps.
+Search needs to tell good steps from bad ones within a question: `auc` with a `place` compares only steps with the same
+number in attempts at the same question.
 
 Legend: R responses, N tokens of all responses, S steps of all responses, D model width.
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -40,14 +40,13 @@ from parts.engine.interfaces import Response
 from parts.files import load_weights, save_weights
 
 FILE = "verifier.safetensors"
-PIECE = 8192  # tokens whose logits are in memory at once
+CHUNK = 8192  # tokens whose logits are in memory at once
 
 
 class Verifier(torch.nn.Module):
-    """A score for each step of each attempt."""
+    """A model that scores each step of each attempt. width: D of the policy; hidden: width of the MLP."""
 
     def __init__(self, width: int, hidden: int = 128):
-        """width: D of the policy; hidden: width of the MLP."""
         super().__init__()
         inputs = 2 * width + 2
         self.register_buffer("mean", torch.zeros(inputs))
@@ -61,82 +60,69 @@ class Verifier(torch.nn.Module):
         )
 
     def forward(self, features: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """features (S, 2 D + 2) of the steps of several attempts, one after the other, and how many steps each attempt
-        has -> scores (S,).
+        """Return the scores (S,) of steps. features (S, 2 D + 2): of several attempts, one after the other; counts:
+        steps of each attempt.
         """
-        right, hope = F.logsigmoid(self.mlp((features - self.mean) / self.scale)).unbind(1)
-        so_far = torch.cat([part.cumsum(0) for part in right.split(counts)])
-        return (so_far + hope).exp()
+        correct, success = F.logsigmoid(self.mlp((features - self.mean) / self.scale)).unbind(1)
+        so_far = torch.cat([part.cumsum(0) for part in correct.split(counts)])
+        return (so_far + success).exp()
 
     def save(self, folder) -> None:
-        """Write it into the folder. Raises UserError."""
+        """Write the weights into the folder. Raises UserError."""
         save_weights(self.state_dict(), folder, FILE)
 
     @classmethod
     def load(cls, folder, width: int) -> "Verifier":
-        """From a folder; width: D of the policy. Raises UserError."""
+        """Return the verifier from a folder. width: D of the policy. Raises UserError."""
         verifier = cls(width)
         load_weights(verifier, Path(folder) / FILE, "a verifier (`python -m test_time learn`)")
         return verifier
 
 
-# ---------------------------------------------------------------- what it reads
-
-
-class StepFeatures(NamedTuple):
-    """What the verifier reads."""
-
-    features: torch.Tensor  # (S, 2 D + 2)
-    counts: list[int]  # steps of each response
+# ---------------------------------------------------------------- features
 
 
 @torch.no_grad()
-def step_features(policy, responses: list[Response], starts: list[int], ends: set[int]) -> StepFeatures:
-    """What the verifier reads at the end of each step.
+def step_features(
+    policy, responses: list[Response], starts: list[int], ends: set[int]
+) -> tuple[torch.Tensor, list[int]]:
+    """Return the features (S, 2 D + 2) of all steps, and the number of steps of each response.
 
-    responses: with their hidden states. starts: for each, where in prompt + tokens the attempt begins (its earlier
-    steps may stand in the prompt). ends: ids of the tokens that end a step.
+    responses: with their hidden states. starts: for each, where in prompt + tokens the attempt begins (its first steps
+    may be in the prompt). ends: ids of the tokens that end a step.
     """
     hidden = torch.cat([r.hidden[start - 1 :] for r, start in zip(responses, starts)]).float()
     # (N, D): the row of token t holds h_{t-1}, which predicts it
-    attempts = [(r.prompt + r.tokens)[start:] for r, start in zip(responses, starts)]
+    attempts = [torch.tensor((r.prompt + r.tokens)[start:]) for r, start in zip(responses, starts)]
     lengths = [len(attempt) for attempt in attempts]
-    tokens = torch.cat([torch.tensor(attempt) for attempt in attempts])  # (N,)
+    tokens = torch.cat(attempts)  # (N,)
     is_end = torch.isin(tokens, torch.tensor(sorted(ends)))
-    step_of = number_steps(is_end, lengths)  # (N,)
-    logp, gap = surprise(policy, hidden, tokens)
+    # the step that each token is in, numbered over all responses; what follows a response's last end is a step, too
+    closes = is_end.clone()
+    closes[torch.tensor(lengths).cumsum(0) - 1] = True
+    step_of = closes.long().cumsum(0) - closes.long()  # (N,)
+    logp, gap = token_logprobs(policy, hidden, tokens)
     count = int(step_of[-1]) + 1
     # both start from 0, which changes nothing: log p <= 0, gap >= 0
     lowest = torch.zeros(count).scatter_reduce(0, step_of, logp, "amin")
     widest = torch.zeros(count).scatter_reduce(0, step_of, gap, "amax")
-    # the last of a step's least likely tokens
+    # index of each step's least likely token, of equal ones the last
     candidates = torch.where(logp == lowest[step_of], torch.arange(len(tokens)), 0)
-    riskiest = torch.zeros(count, dtype=torch.long).scatter_reduce(0, step_of, candidates, "amax")
-    steps = step_of[is_end]  # (S,): what follows a response's last end is thrown away here
-    features = [hidden[is_end], hidden[riskiest[steps]], lowest[steps, None], widest[steps, None]]
-    return StepFeatures(torch.cat(features, 1), [int(part.sum()) for part in is_end.split(lengths)])
+    least_likely = torch.zeros(count, dtype=torch.long).scatter_reduce(0, step_of, candidates, "amax")
+    steps = step_of[is_end]  # (S,): tokens behind a response's last end are dropped here
+    features = [hidden[is_end], hidden[least_likely[steps]], lowest[steps, None], widest[steps, None]]
+    return torch.cat(features, 1), [int(part.sum()) for part in is_end.split(lengths)]
 
 
-def number_steps(is_end: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Number of the step that each token is in, counted over all responses, (N,).
-
-    is_end (N,) bool; lengths: tokens of each response. What follows a response's last end is a step, too.
-    """
-    is_last = torch.zeros(len(is_end), dtype=torch.bool)
-    is_last[torch.tensor(lengths).cumsum(0) - 1] = True
-    closes = (is_end | is_last).long()
-    return closes.cumsum(0) - closes
-
-
-def surprise(policy, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p of each token, and how far that is below the likeliest token's, both (N,).
+def token_logprobs(policy, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log p of each token, and how far that is below the likeliest token's, both (N,).
 
     hidden (N, D) predicts tokens (N,).
     """
     head = head_of(policy)
     logps = []
     gaps = []
-    for h, t in zip(hidden.split(PIECE), tokens.split(PIECE)):
+    for h, t in zip(hidden.split(CHUNK), tokens.split(CHUNK)):
         logits = head(h.to(policy.device, policy.dtype)).float().log_softmax(-1).cpu()
         logp = logits.gather(1, t[:, None])[:, 0]
         logps.append(logp)
@@ -144,7 +130,7 @@ def surprise(policy, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.
     return torch.cat(logps), torch.cat(gaps)
 
 
-# ---------------------------------------------------------------- how it is trained, and how good it is
+# ---------------------------------------------------------------- training and quality
 
 
 def fit_verifier(
@@ -156,9 +142,8 @@ def fit_verifier(
     batch: int = 64,
     seed: int = 0,
 ) -> Verifier:
-    """Train a verifier on steps: features (S, 2 D + 2), labels (S,) soft. counts: steps of each attempt.
-
-    steps: of the optimizer; batch: attempts in each of them.
+    """Return a verifier trained on features (S, 2 D + 2) and soft labels (S,) of steps. counts: steps of each attempt;
+    steps: optimizer steps; batch: attempts in each of them.
     """
     torch.manual_seed(seed)
     verifier = Verifier(features.shape[1] // 2 - 1)
@@ -179,10 +164,10 @@ def fit_verifier(
 
 
 def auc(scores: torch.Tensor, labels: torch.Tensor, place: torch.Tensor | None = None, margin: float = 0.5) -> float:
-    """Chance that of two steps whose labels differ by at least `margin` the better one has the higher score; ties
-    count half. nan if there is no such pair.
+    """Return the chance that of two steps whose labels differ by at least `margin` the better one has the higher score;
+    ties count half. nan if there is no such pair.
 
-    scores, labels (S,). place (S, 2): compare only steps of the same question and number; None: all with all.
+    scores, labels (S,). place (S, 2): compare only steps with the same question and step number; None: all with all.
     """
     if place is None:
         place = torch.zeros(len(scores), 1)
@@ -190,12 +175,9 @@ def auc(scores: torch.Tensor, labels: torch.Tensor, place: torch.Tensor | None =
     right = 0.0
     pairs = 0.0
     for members in which.argsort(stable=True).split(counts.tolist()):
-        s = scores[members]
-        y = labels[members]
-        for first in range(0, len(members), 512):  # (512, n) at a time
-            some = slice(first, first + 512)
-            better = y[some, None] - y >= margin
-            lead = s[some, None] - s
+        for some in members.split(512):  # (512, n) at a time
+            better = labels[some, None] - labels[members] >= margin
+            lead = scores[some, None] - scores[members]
             right += ((lead > 0) & better).sum().item() + 0.5 * ((lead == 0) & better).sum().item()
             pairs += better.sum().item()
     return right / pairs if pairs else float("nan")

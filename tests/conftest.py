@@ -19,7 +19,6 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-import bench.__main__
 import tlt
 from base.pretrain import make_tokenizer
 from parts.files import ROOT
@@ -162,6 +161,8 @@ def fake_gpus(monkeypatch, count: int) -> None:
 @pytest.fixture
 def run_bench(monkeypatch, tmp_path):
     """A function that runs a bench table in this process, in another working directory -> what --json wrote."""
+    import bench.__main__  # not above: most tests need no bench
+
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
 

@@ -1,5 +1,5 @@
-"""What several test files need: model families, groups of prompts, engines with drafters, and the check that speculation
-changes no token.
+"""What several test files need: model families, groups of prompts, engines with drafters, and the check that
+speculation changes no token.
 """
 
 import functools
@@ -157,8 +157,8 @@ def check_identity(
     slots: int = 10,
     stop=(1,),
 ) -> None:
-    """An engine decodes plainly, then speculatively. With refilled slots, moved sequences and prompts of all lengths, all
-    responses are equal.
+    """An engine decodes plainly, then speculatively. With refilled slots, moved sequences and prompts of all lengths,
+    all responses are equal.
     """
     engine = make_engine(model or tiny(), drafter, slots, rule=rule)
     engine.set_stop_tokens(stop)

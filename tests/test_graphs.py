@@ -1,8 +1,9 @@
-"""Rounds in few shapes, and their recordings: the same tokens, keys that are complete, recordings that end in time.
+"""Rounds in few shapes, and their recordings: the tokens stay the same, shapes hold all that a round depends on, and
+recordings are dropped when a tensor that they read has moved.
 
-There is no GPU here. A recording is played by `Tape`: it calls the recorded function again while the engine's rows are
-out of sight, so whatever a round takes from the host beside its shape is missed, and it remembers where all tensors
-lay, so whatever has moved is seen.
+There is no GPU here. `FakeRecorder` stands for CUDA graphs: to replay a round it calls the recorded function again
+while the engine's list of running sequences is hidden, so a round fails that reads anything of the host beside its
+shape; and it compares the addresses of all tensors with those at the recording.
 """
 
 import random
@@ -14,7 +15,7 @@ from conftest import cases, caught, tiny
 from helpers import (
     FAMILIES,
     SAMPLINGS,
-    Changing,
+    RandomPlans,
     by_name,
     check_equal,
     fixed,
@@ -28,11 +29,10 @@ from helpers import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from parts.engine import cuda_graphs as graphs_module
-from parts.engine import kv_cache as modeling
+from parts.engine import cuda_graphs
 from parts.engine.acceptance import Tree
 from parts.engine.cuda_graphs import GraphPool, RoundShape, bucketed_shape
-from parts.engine.fused_layers import Linear, fuse_model, refilled
+from parts.engine.fused_layers import JoinedLinear, fuse
 from parts.engine.interfaces import DraftPlan
 from parts.engine.sampling import Sampling, sequence_seed
 from rollout import Engine
@@ -109,7 +109,7 @@ def check_bucketed(strategy, sampling, model, groups=None, slots: int = 10, **se
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_rounded_rounds_make_the_same_tokens(strategy, sampling, monkeypatch):
-    monkeypatch.setattr(graphs_module, "STEP", 16)  # so that views differ
+    monkeypatch.setattr(cuda_graphs, "STEP", 16)  # so that views differ
     tape = check_bucketed(STRATEGIES[strategy], sampling, tiny())
     assert tape.plays > 10 or strategy in ("ngram", "changing")
 
@@ -129,12 +129,12 @@ def test_trees_in_rounded_rounds():
 def test_random_shapes_of_rounded_rounds(seed, slots, longest, step):
     rng = random.Random(seed)
     groups = groups_of(rng.randint(1, 20), rng, longest, min(4, slots))
-    before = graphs_module.STEP
-    graphs_module.STEP = (8, 16, 32, 128)[step]
+    before = cuda_graphs.STEP
+    cuda_graphs.STEP = (8, 16, 32, 128)[step]
     try:
         check_bucketed(partial(Changing, seed), SAMPLINGS[0], tiny(), groups, slots)
     finally:
-        graphs_module.STEP = before
+        cuda_graphs.STEP = before
 
 
 def test_columns_in_pieces_do_not_drop_rows_in_rounded_rounds(monkeypatch):
@@ -166,7 +166,7 @@ def without(field: str):
 @pytest.mark.parametrize("field", ["rows", "view", "gap", "draft"])
 def test_a_key_that_lacks_something_is_caught(field, monkeypatch):
     """Rows shrink, views grow, gaps follow the draft length: whatever is left out, some round is not as it should."""
-    monkeypatch.setattr(graphs_module, "STEP", 16)
+    monkeypatch.setattr(cuda_graphs, "STEP", 16)
     check = partial(check_bucketed, partial(Changing, 3), SAMPLINGS[0], tiny(), groups_of(30, random.Random(2)))
     check()
     monkeypatch.setattr("rollout.rounded", without(field))
@@ -215,7 +215,7 @@ def test_what_stands_in_free_slots_and_beyond_ends_changes_nothing(monkeypatch):
 
 def test_free_slots_stay_where_they_are(monkeypatch):
     """They take part in rounds, and their lengths must not grow with them."""
-    monkeypatch.setattr(graphs_module, "STEP", 16)
+    monkeypatch.setattr(cuda_graphs, "STEP", 16)
 
     @torch.inference_mode()
     def check() -> None:
@@ -423,7 +423,7 @@ def test_few_shapes_in_a_rollout():
 
 
 def test_the_recording_that_was_not_used_for_longest_makes_room(monkeypatch):
-    monkeypatch.setattr(graphs_module, "MOST", 2)
+    monkeypatch.setattr(cuda_graphs, "MOST", 2)
     graphs = GraphPool(lambda shape: shape, lambda function: function)
     shapes = [RoundShape(1, view, 0, DraftPlan(), Sampling()) for view in (1, 2, 3)]
     for shape in (*shapes, shapes[0], shapes[1], shapes[0], shapes[2]):

@@ -1,4 +1,7 @@
-"""GRPO's sums: masks, denominators, advantages, losses, micro-batches, the update. The loop is in test_loop.py."""
+"""The mathematics of GRPO: masks, denominators, advantages, losses, and the update.
+
+Micro-batches are in test_micro_batches.py, the losses' formulas in test_losses.py, the training loop in test_loop.py.
+"""
 
 import math
 import random
@@ -6,25 +9,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import cases, caught, tiny
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import caught, tiny
 
 import train_grpo
-from parts.engine.interfaces import Group, Response
+from parts.engine.interfaces import Group
 from parts.engine.sampling import Sampling, sequence_seed
-from parts.training import micro_batches as batches
-from parts.training.layouts import trainable_parameters
-from parts.training.micro_batches import TrainingSample, micro_batches
+from parts.training.layouts import ReplicatedLayout, trainable_parameters
+from parts.training.logprobs import token_logprobs, token_scores
+from parts.training.micro_batches import TrainingSample
 from rollout import Engine
 from tasks import Grade
-from train_grpo import Config, Worker, advantages, policy_loss, token_logprobs, token_scores, token_weights, update
+from train_grpo import Config, Worker, advantages, mini_batches, policy_loss, token_weights, update
 
 CONFIG = Config(prompts=4, samples=6, max_new=30, micro_tokens=200, device="cpu")
 
 
 def make_responses(model, temperature=1.0, prompts=4, samples=6):
-    """Graded at random."""
+    """Return responses of the model to random prompts, graded at random."""
     rng = random.Random(0)
     groups = []
     for i in range(prompts):
@@ -45,13 +46,13 @@ def advantage_of(responses, loss="grpo") -> list[float]:
     return advantages(rewards_of(responses), loss).flatten().tolist()
 
 
-class Rank(Worker):
-    """One of several workers; keeps the gradients that it would add to the others'."""
+class SimulatedWorker(Worker):
+    """One of several workers that are simulated one after the other. It keeps the gradients that it would send."""
 
-    def __init__(self, config, rank, size):
-        super().__init__(config)
+    def __init__(self, config, rank, world_size):
         self.rank = rank
-        self.size = size
+        self.world_size = world_size
+        super().__init__(config)
         self.gradients = []
 
     def all_reduce(self, tensors):
@@ -62,8 +63,8 @@ def norm_of(tensors) -> float:
     return math.sqrt(sum(t.square().sum().item() for t in tensors))
 
 
-class Frozen:
-    """An optimizer that only notes the norms of the gradients that it gets."""
+class NormRecorder:
+    """An optimizer that changes no weight, and records the norms of the gradients that it gets."""
 
     param_groups = [{}]
 
@@ -78,23 +79,27 @@ class Frozen:
         self.model.zero_grad()
 
 
-def gradient(model, responses, config=CONFIG, size=1, reference=None):
-    """The gradient that `update` hands to the optimizer, with `size` workers played one after the other."""
+def gradient(model, responses, config=CONFIG, workers=1, reference=None):
+    """Return the gradient that `update` hands to the optimizer, and the last worker's figures. Several workers are
+    simulated one after the other.
+    """
     total = None
-    for rank in range(size):
-        worker = Rank(config, rank, size)
+    for rank in range(workers):
+        worker = SimulatedWorker(config, rank, workers)
         advantage = advantage_of(responses, config.loss)
-        stats = update(model, reference, Frozen(model), responses, advantage, 0, config, worker)
+        stats = update(model, reference, NormRecorder(model), responses, advantage, 0, config, worker)
         total = worker.gradients if total is None else [a + b for a, b in zip(total, worker.gradients)]
     return total, stats
 
 
 def close(a, b, tolerance=1e-5) -> bool:
+    """Return whether two gradients agree up to this share of the first one's largest number."""
     scale = max(x.abs().max() for x in a)
     return all(torch.allclose(x, y, atol=tolerance * scale) for x, y in zip(a, b))
 
 
 def equal(a, b) -> bool:
+    """Return whether two lists of tensors are equal bit by bit."""
     return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
@@ -124,7 +129,9 @@ def test_rollout_logprobs_equal_recomputed_ones():
 
 
 def check_stop_token_learns(model, scorer):
-    """d/dbias of sum log softmax = counts - sum of probabilities: only right if every stop token is in."""
+    """The gradient of sum log softmax by a bias of the logits is the tokens' counts less the sum of the probabilities.
+    That holds only if every stop token is counted.
+    """
     responses = [r for r in make_responses(model) if r.stopped][:2]
     bias = torch.zeros(118, requires_grad=True)
     hook = model.lm_head.register_forward_hook(lambda module, args, out: out + bias)
@@ -138,11 +145,11 @@ def check_stop_token_learns(model, scorer):
     assert torch.allclose(bias.grad, wanted, atol=1e-3)
 
 
-def test_the_stop_token_gets_its_gradient():
+def test_the_stop_token_gets_a_gradient():
     model = tiny()
     check_stop_token_learns(model, token_logprobs)
 
-    def masked_by_pad(model, responses, temperature):  # what `ids != pad` does when pad and stop token are the same
+    def masked_by_pad(model, responses, temperature):  # what `ids != pad` does where the stop token is the pad token
         without_stop = []
         for r in responses:
             without_stop.append(replace(r, tokens=[t for t in r.tokens if t != 1]))
@@ -159,35 +166,36 @@ def check_partition_invariance(loss):
     config = replace(CONFIG, loss=loss)
     responses = make_responses(model)
     whole, _ = gradient(model, responses, replace(config, micro_tokens=10_000))
-    for size, tokens in ((1, 60), (2, 200), (3, 90)):
-        parts, _ = gradient(model, responses, replace(config, micro_tokens=tokens), size)
+    for workers, tokens in ((1, 60), (2, 200), (3, 90)):
+        parts, _ = gradient(model, responses, replace(config, micro_tokens=tokens), workers)
         assert close(whole, parts)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
-def test_gradient_does_not_depend_on_micro_batches_or_workers(loss, monkeypatch):
+def test_the_gradient_does_not_depend_on_micro_batches_or_workers(loss, monkeypatch):
     check_partition_invariance(loss)
-    right = train_grpo.accumulate
+    right = train_grpo.add_gradient
 
-    def local(model, reference, batches, *rest):  # denominators of the micro-batch instead of the whole
-        for batch in batches:
-            for x, weight in zip(batch, token_weights([len(x.response.tokens) for x in batch], loss, 30)):
-                x.weight = weight
-        return right(model, reference, batches, *rest)
+    def with_denominators_of_the_micro_batch(model, reference, batch, *rest):
+        for x, weight in zip(batch, token_weights([len(x.response.tokens) for x in batch], loss, 30)):
+            x.weight = weight
+        return right(model, reference, batch, *rest)
 
-    monkeypatch.setattr(train_grpo, "accumulate", local)
+    monkeypatch.setattr(train_grpo, "add_gradient", with_denominators_of_the_micro_batch)
     caught(check_partition_invariance, loss)
 
 
 def logprobs_by_hand(model, r, temperature) -> torch.Tensor:
-    """Of one response's tokens, (N,): alone, without padding."""
+    """Return the log-probabilities of one response's tokens, (N,), computed without other responses or padding."""
     ids = torch.tensor([r.prompt + r.tokens])
     logits = model(input_ids=ids[:, :-1]).logits[0, len(r.prompt) - 1 :] / temperature
     return logits.log_softmax(-1).gather(1, ids[0, len(r.prompt) :, None])[:, 0]
 
 
 def gradient_by_hand(model, reference, responses, config) -> list[torch.Tensor]:
-    """One response after the other, those without an advantage too. Where rho = 1 its gradient is that of log p."""
+    """Return the gradient computed one response after the other, also of those without an advantage. Where rho = 1, its
+    gradient is that of log p.
+    """
     tokens = sum(len(r.tokens) for r in responses)
     total = torch.zeros(())
     for r, advantage in zip(responses, advantage_of(responses, config.loss)):
@@ -215,7 +223,7 @@ def check_gradient_by_hand(loss, kl):
     config = replace(CONFIG, loss=loss, kl=kl, temperature=0.7)
     responses = make_responses(model, config.temperature)
     for r in responses[:6]:
-        r.grade = Grade(True, True)  # a group without advantages: it counts in the denominators
+        r.grade = Grade(True, True)  # a zero-variance group, which counts in the denominators
     gradients, stats = gradient(model, responses, config, reference=reference if kl else None)
     assert close(gradients, gradient_by_hand(model, reference, responses, config), 1e-4)
     assert stats["gap_max"] < 1e-4
@@ -223,154 +231,170 @@ def check_gradient_by_hand(loss, kl):
 
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
-def test_gradient_equals_one_by_hand(loss, kl, monkeypatch):
+def test_the_gradient_equals_one_by_hand(loss, kl, monkeypatch):
     check_gradient_by_hand(loss, kl)
 
-    def at_temperature_one(model, responses, temperature, *rest):
-        return token_scores(model, responses, 1.0, *rest)
+    def at_temperature_one(self, model, responses, temperature):
+        return token_scores(model, responses, 1.0)
 
-    monkeypatch.setattr(train_grpo, "token_scores", at_temperature_one)
+    monkeypatch.setattr(ReplicatedLayout, "token_scores", at_temperature_one)
     caught(check_gradient_by_hand, loss, kl)
 
 
-def test_what_has_no_advantage_counts_in_the_denominators(monkeypatch):
+def test_samples_without_an_advantage_count_in_the_denominators(monkeypatch):
     check_gradient_by_hand("grpo", 0.0)
-    right = train_grpo.gradients
 
-    def of_the_useful_alone(model, reference, optimizer, examples, *rest):
-        for x, weight in zip(examples, token_weights([len(x.response.tokens) for x in examples], "grpo", 30)):
-            x.weight = weight
-        return right(model, reference, optimizer, examples, *rest)
+    def without_them(samples, config):
+        minibatches = mini_batches(samples, config)
+        for minibatch in minibatches:
+            weights = token_weights([len(x.response.tokens) for x in minibatch], "grpo", 30)
+            for x, weight in zip(minibatch, weights):
+                x.weight = weight
+        return minibatches
 
-    monkeypatch.setattr(train_grpo, "gradients", of_the_useful_alone)
+    monkeypatch.setattr(train_grpo, "mini_batches", without_them)
     caught(check_gradient_by_hand, "grpo", 0.0)
 
 
-def names(examples) -> list[tuple]:
-    """Which responses they are."""
-    return [(x.response.group, x.response.sample) for x in examples]
+def names(samples) -> list[tuple]:
+    """Return (group, sample) of each training sample's response."""
+    return [(x.response.group, x.response.sample) for x in samples]
 
 
-def contents(shares) -> list[tuple]:
-    """(worker, names) of every micro-batch."""
-    return [(rank, names(batch)) for rank, share in enumerate(shares) for batch in share]
-
-
-def check_content_order(cut):
-    examples = [TrainingSample(r, 1.0) for r in make_responses(tiny())]
-    shuffled = random.Random(3).sample(examples, len(examples))
-    shares = cut(examples, 150, 2)
-    assert contents(shares) == contents(cut(shuffled, 150, 2))
-    every_batch = [batch for share in shares for batch in share]
-    everything = [x for batch in every_batch for x in batch]
-    assert sorted(names(everything)) == names(examples)
-    for batch in every_batch:
-        assert len(batch) == 1 or len(batch) * max(x.length for x in batch) <= 150
-
-
-def test_micro_batches_are_cut_by_content():
-    check_content_order(micro_batches)
-
-    def by_arrival(examples, tokens, workers):
-        singles = [[x] for x in examples]
-        return [singles[rank::workers] for rank in range(workers)]
-
-    caught(check_content_order, by_arrival)
-    assert micro_batches([], 100, 3) == [[], [], []]
-
-
-def partitions(items: list):
-    """All ways to cut a list into neighbours."""
-    if not items:
-        yield []
-    for n in range(1, len(items) + 1):
-        for rest in partitions(items[n:]):
-            yield [items[:n], *rest]
-
-
-def check_least_cost(cut, examples: list[TrainingSample], tokens: int):
-    """No other way to cut them costs less."""
-
-    def fits(batch) -> bool:
-        return len(batch) == 1 or len(batch) * batch[0].length <= tokens
-
-    def price(way) -> int:
-        return sum(batches.cost(len(batch), batch[0].length, tokens) for batch in way)
-
-    found = cut(examples, tokens)
-    assert [x for batch in found for x in batch] == examples
-    assert all(map(fits, found))
-    assert price(found) == min(price(way) for way in partitions(examples) if all(map(fits, way)))
-
-
-def as_full_as_can_be(examples: list[TrainingSample], tokens: int) -> list[list[TrainingSample]]:
-    found = []
-    for x in examples:
-        if found and (len(found[-1]) + 1) * found[-1][0].length <= tokens:
-            found[-1].append(x)
-        else:
-            found.append([x])
-    return found
-
-
-def of_lengths(lengths: list[int]) -> list[TrainingSample]:
-    return [
-        TrainingSample(Response(("train", 0), i, [7] * n, [], torch.zeros(0), True), 1.0) for i, n in enumerate(lengths)
-    ]
-
-
-@cases(60)
-@given(st.lists(st.integers(1, 60), max_size=9), st.integers(1, 400))
-def test_micro_batches_cost_least(lengths, tokens):
-    check_least_cost(batches.cut, of_lengths(sorted(lengths, reverse=True)), tokens)
-
-
-def test_full_micro_batches_are_not_the_cheapest():
-    caught(check_least_cost, as_full_as_can_be, of_lengths([90, 60, 20, 20, 20, 20]), 400)
-
-
-def test_every_mini_batch_holds_samples_of_every_group(monkeypatch):
+def check_every_group_in_every_mini_batch(cut):
     responses = make_responses(tiny())
+    samples = [TrainingSample(r, 1.0) for r in responses]
+    minibatches = cut(samples, replace(CONFIG, minibatches=3))
+    assert len(minibatches) == 3
+    everything = [x for minibatch in minibatches for x in minibatch]
+    assert sorted(names(everything)) == [(r.group, r.sample) for r in responses]
+    for minibatch in minibatches:
+        assert {x.response.group for x in minibatch} == {r.group for r in responses}
+
+
+def test_every_mini_batch_holds_samples_of_every_group():
+    check_every_group_in_every_mini_batch(mini_batches)
+
+    def one_after_the_other(samples, config):
+        size = len(samples) // config.minibatches
+        return [samples[i * size : (i + 1) * size] for i in range(config.minibatches)]
+
+    caught(check_every_group_in_every_mini_batch, one_after_the_other)
+
+
+def test_with_a_kl_penalty_no_sample_is_left_out():
+    samples = [TrainingSample(r, 0.0) for r in make_responses(tiny())]
+    assert mini_batches(samples, CONFIG) == [[]]
+    assert len(mini_batches(samples, replace(CONFIG, kl=0.1))[0]) == len(samples)
+
+
+# ---------------------------------------------------------------- which policy is the old one
+
+
+def old_policies(config, monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """Make an update of several mini-batches, with a noisy rollout and a learning rate that moves the weights.
+
+    Return for each micro-batch, in order, log-probabilities (N,): the old ones that the loss got, those of the rollout,
+    of the trainer now, and of the trainer before the first update.
+    """
+    model = tiny()
+    responses = make_responses(model)
+    rng = torch.Generator().manual_seed(1)
+    for r in responses:
+        r.logprobs = r.logprobs - 0.5 * torch.randn(len(r.tokens), generator=rng)
+    before = tiny()
     seen = []
 
-    def look(model, reference, optimizer, examples, *rest):
-        seen.append(examples)
-        return train_grpo.UpdateStats()
+    def add_gradient(model, reference, batch, *rest):
+        with torch.no_grad():
+            start = token_logprobs(before, [x.response for x in batch], config.temperature)
+        seen.append({"rollout": torch.cat([x.response.logprobs for x in batch]), "start": start})
+        right_add_gradient(model, reference, batch, *rest)
 
-    monkeypatch.setattr(train_grpo, "gradients", look)
-    gradient(tiny(), responses, replace(CONFIG, minibatches=3, kl=0.1))  # with KL no group is left out
-    assert len(seen) == 3
-    everything = [x for batch in seen for x in batch]
-    assert sorted(names(everything)) == [(r.group, r.sample) for r in responses]
-    for batch in seen:
-        assert {x.response.group for x in batch} == {r.group for r in responses}
+    def loss(logp, old, *rest):
+        seen[-1].update(old=old, now=logp.detach())
+        return right_loss(logp, old, *rest)
+
+    right_add_gradient = train_grpo.add_gradient
+    right_loss = train_grpo.policy_loss
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo, "add_gradient", add_gradient)
+        patch.setattr(train_grpo, "policy_loss", loss)
+        update(model, None, optimizer, responses, advantage_of(responses), 0, config, Worker(config))
+    return seen
+
+
+OLD_POLICIES = {"rollout", "start", "now"}
+
+
+def check_old_policy(first_update: bool, cap: float, wanted: str, monkeypatch) -> None:
+    """One cell of the table in `old_logprobs`: the old policy is `wanted`, and no other one."""
+    config = replace(CONFIG, lr=1e-2, warmup=1, minibatches=2, tis_cap=cap, micro_tokens=10_000)
+    first, later = old_policies(config, monkeypatch)
+    seen = first if first_update else later
+    others = OLD_POLICIES - {wanted}
+    if first_update:
+        others -= {"start", "now"}  # these are equal in the first update
+    assert torch.allclose(seen["old"], seen[wanted], atol=1e-4)
+    for other in others:
+        assert (seen["old"] - seen[other]).abs().mean() > 0.01
+
+
+CELLS = {
+    "first update, no correction": (True, 0.0, "now"),
+    "first update, corrected": (True, 2.0, "now"),
+    "later updates, no correction": (False, 0.0, "rollout"),
+    "later updates, corrected": (False, 2.0, "start"),
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_old_policy_is_that_of_the_table(cell, monkeypatch):
+    first_update, cap, wanted = CELLS[cell]
+    check_old_policy(first_update, cap, wanted, monkeypatch)
+    right = train_grpo.old_logprobs
+
+    def of_the_rollout(batch, present, rollout, first):
+        return rollout if first == first_update else right(batch, present, rollout, first)
+
+    def of_the_present(batch, present, rollout, first):
+        return present if first == first_update else right(batch, present, rollout, first)
+
+    broken = of_the_present if wanted == "rollout" else of_the_rollout
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo, "old_logprobs", broken)
+        caught(check_old_policy, first_update, cap, wanted, patch)
+    if wanted == "start":
+        monkeypatch.setattr(train_grpo, "old_logprobs", of_the_present)
+        caught(check_old_policy, first_update, cap, wanted, monkeypatch)
 
 
 # ---------------------------------------------------------------- advantages and losses
 
 
-def check_flat_groups(function):
+def check_zero_variance_groups(function):
     rewards = torch.tensor([[0.1] * 7, [1.0] * 7, [0.0] * 7, [0, 1, 0, 0, 1, 0, 0]])
     a = function(rewards, "grpo")
     assert (a[:3] == 0).all()
     assert (a[3] != 0).all()
 
 
-def test_groups_without_variance_contribute_exactly_zero():
-    check_flat_groups(advantages)
+def test_zero_variance_groups_contribute_exactly_zero():
+    check_zero_variance_groups(advantages)
 
     def by_formula_alone(rewards, loss):
         return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-6)
 
-    caught(check_flat_groups, by_formula_alone)
+    caught(check_zero_variance_groups, by_formula_alone)
     model = tiny()
     responses = make_responses(model)
     for r in responses[:6]:
         r.grade = Grade(True, True)
-    with_flat, _ = gradient(model, responses)
+    before, _ = gradient(model, responses)
     for r in responses[:6]:
-        r.tokens = r.tokens[::-1]  # other tokens, same lengths: a flat group must not matter
-    assert equal(with_flat, gradient(model, responses)[0])
+        r.tokens = r.tokens[::-1]  # other tokens of the same lengths: zero-variance groups must not matter
+    assert equal(before, gradient(model, responses)[0])
 
 
 def check_first_update(loss_function, monkeypatch):
@@ -383,7 +407,7 @@ def check_first_update(loss_function, monkeypatch):
     assert max(g.abs().max() for g in grads) > 1e-4
 
 
-def test_first_update_has_loss_zero_and_a_gradient(monkeypatch):
+def test_the_first_update_has_loss_zero_and_a_gradient(monkeypatch):
     check_first_update(policy_loss, monkeypatch)
 
     def ratio_without_gradient(logp, old, *rest):
@@ -396,7 +420,7 @@ def test_first_update_has_loss_zero_and_a_gradient(monkeypatch):
     caught(check_first_update, ratio_not_one, monkeypatch)
 
 
-def test_weights_and_advantages_of_the_variants():
+def test_weights_and_advantages_of_the_losses_by_hand():
     assert token_weights([2, 8], "grpo", 30) == [1 / 4, 1 / 16]
     assert token_weights([2, 8], "dr_grpo", 30) == [1 / 60, 1 / 60]
     assert token_weights([2, 8], "dapo", 30) == [1 / 10, 1 / 10]
@@ -429,7 +453,7 @@ def test_k3_is_an_unbiased_positive_estimate_of_the_kl():
     assert torch.isclose(expected, (p * (p / q).log()).sum(), atol=1e-6)
 
 
-def test_truncated_responses_are_maskable():
+def test_truncated_responses_can_be_masked():
     model = tiny()
     responses = make_responses(model)
     truncated = [r for r in responses if not r.stopped]
@@ -455,7 +479,7 @@ def test_truncated_responses_are_maskable():
         {"loss": "cispo", "epochs": 2, "clip_low": 1.0, "clip_high": 4.0},
     ],
 )
-def test_update_improves_the_likelihood_of_what_was_right(changes):
+def test_an_update_makes_rewarded_responses_more_likely(changes):
     model = tiny()
     config = replace(CONFIG, lr=3e-4, warmup=1, **changes)
     responses = make_responses(model)
@@ -471,11 +495,11 @@ def test_update_improves_the_likelihood_of_what_was_right(changes):
     assert score() > before
     assert math.isfinite(stats["grad_norm"])
     if not config.bf16:
-        assert stats["gap_max"] < 1e-4  # of the first update alone: in later ones the policy is another
+        assert stats["gap_max"] < 1e-4  # of the first update alone: later ones have another policy
 
 
 def check_clip_statistics():
-    """In the second epoch: the share of tokens whose ratio to the rollout's probability left the range."""
+    """`clipped` is the share of tokens whose ratio left the range; here that happens in the second epoch."""
     model = tiny()
     config = replace(CONFIG, lr=3e-3, warmup=1, epochs=2, clip_low=0.1, clip_high=0.4)
     responses = make_responses(model)
@@ -492,11 +516,11 @@ def check_clip_statistics():
     above = (ratio > 1.4).sum().item()
     assert min(below, above) > 10
     stats = update(model, None, optimizer, responses, advantage, 0, config, Worker(config))
-    # two epochs, the first unclipped; a ratio at the very edge may fall on either side
+    # of two epochs the first clips nothing; a ratio at the edge of the range may fall on either side
     assert stats["clipped"] * 2 * len(ratio) == pytest.approx(below + above, abs=1)
 
 
-def test_clip_statistics_by_hand(monkeypatch):
+def test_the_share_of_clipped_tokens_by_hand(monkeypatch):
     check_clip_statistics()
 
     def symmetric(logp, old, config):

@@ -1,4 +1,4 @@
-"""Around GRPO's sums: memory that runs out, gradients too large or not finite, what the loop asks of a rollout."""
+"""The training loop: gradients that are too large or not finite, and what the loop asks of a rollout."""
 
 import math
 from dataclasses import replace
@@ -8,116 +8,20 @@ import pytest
 import torch
 from conftest import caught, rows_of, tiny
 from safetensors.torch import load_file
-from test_grpo import CONFIG, Frozen, advantage_of, close, gradient, make_responses, norm_of
+from test_grpo import CONFIG, NormRecorder, advantage_of, gradient, make_responses, norm_of
 
 import train_grpo
 from parts.cli import UserError, run
-from parts.engine import model_loading as loading
-from parts.training.micro_batches import retry_with_less_memory
+from parts.engine.model_loading import cast_weights
 from tasks import Countdown, Grade
-from train_grpo import Worker, policy_loss, token_scores, update
-
-# ---------------------------------------------------------------- memory
-
-
-def on_a_small_machine(limit: int, tried: list[int]):
-    """A token_scores for which whatever exceeds `limit` tokens does not fit; `tried` gets the sizes."""
-
-    def small(model, responses, *rest):
-        tried.append(len(responses) * max(len(r.prompt) + len(r.tokens) for r in responses))
-        if tried[-1] > limit:
-            raise torch.OutOfMemoryError("no room")
-        return token_scores(model, responses, *rest)
-
-    return small
-
-
-def check_out_of_memory(limit, monkeypatch):
-    """The gradient is that of a machine with room."""
-    model = tiny()
-    responses = make_responses(model)
-    wanted, stats = gradient(model, responses)
-    tried = []
-    monkeypatch.setattr(train_grpo, "token_scores", on_a_small_machine(limit, tried))
-    again, stats_again = gradient(model, responses)
-    assert close(wanted, again)
-    assert abs(stats["gap_max"] - stats_again["gap_max"]) < 1e-6
-    assert max(tried) > limit
-    monkeypatch.undo()
-
-
-def test_what_does_not_fit_memory_is_cut_finer_and_done_again(monkeypatch, capsys):
-    check_out_of_memory(100, monkeypatch)
-    assert "--micro-tokens 100" in capsys.readouterr().out
-    with pytest.raises(UserError, match="single response"):
-        check_out_of_memory(5, monkeypatch)
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.nn.Module, "zero_grad", lambda self: None)  # nothing that was summed up goes
-    caught(check_out_of_memory, 100, monkeypatch)
-
-
-def check_late_out_of_memory(monkeypatch):
-    """The third micro-batch does not fit: two are summed up by then."""
-    model = tiny()
-    responses = make_responses(model)
-    wanted, _ = gradient(model, responses)
-    tries = []
-
-    def third_fails(*args):
-        tries.append(len(tries))
-        if len(tries) == 3:
-            raise torch.OutOfMemoryError("no room")
-        return token_scores(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_grpo, "token_scores", third_fails)
-        again, _ = gradient(model, responses)
-    assert len(tries) > 6
-    assert close(wanted, again)
-
-
-def test_what_a_failed_try_has_summed_up_goes(monkeypatch):
-    check_late_out_of_memory(monkeypatch)
-
-    def nothing_cleared(accumulate, share, clear, worker):
-        return retry_with_less_memory(accumulate, share, lambda: None, worker)
-
-    monkeypatch.setattr(train_grpo, "retry_with_less_memory", nothing_cleared)
-    caught(check_late_out_of_memory, monkeypatch)
-
-
-def check_next_update_fits(monkeypatch):
-    model = tiny()
-    responses = make_responses(model)
-    worker = Worker(CONFIG)
-    largest = []
-    for _ in range(2):
-        tried = []
-        monkeypatch.setattr(train_grpo, "token_scores", on_a_small_machine(100, tried))
-        update(model, None, Frozen(model), responses, advantage_of(responses), 0, CONFIG, worker)
-        largest.append(max(tried))
-    first, second = largest
-    assert first > 100
-    assert second <= 100
-
-
-def test_the_next_update_begins_with_what_fits(monkeypatch):
-    check_next_update_fits(monkeypatch)
-
-    def forgets(accumulate, share, clear, worker):
-        worker.micro_tokens = CONFIG.micro_tokens
-        return retry_with_less_memory(accumulate, share, clear, worker)
-
-    monkeypatch.setattr(train_grpo, "retry_with_less_memory", forgets)
-    caught(check_next_update_fits, monkeypatch)
-
+from train_grpo import Worker, policy_loss, update
 
 # ---------------------------------------------------------------- the rollout's copy
 
 
-def check_rotary(cast):
-    """The rollout's bfloat16 copy turns by the policy's own angles: rounded to 8 bits they would be others, the further
-    on the worse.
+def check_rotary_angles(cast):
+    """The copy that generates uses the policy's own rotary angles. Rounded to 8 bits they would differ, the more the
+    further from the start.
     """
     positions = torch.arange(200)[None]
     own, _ = tiny().get_decoder().rotary_emb(torch.zeros(1), positions)
@@ -126,9 +30,9 @@ def check_rotary(cast):
 
 
 def test_the_bfloat16_copy_keeps_its_rotary_angles():
-    check_rotary(lambda model: loading.cast_weights(model, torch.bfloat16))
-    assert {p.dtype for p in loading.cast_weights(tiny(), torch.bfloat16).parameters()} == {torch.bfloat16}
-    caught(check_rotary, lambda model: model.bfloat16())
+    check_rotary_angles(lambda model: cast_weights(model, torch.bfloat16))
+    assert {p.dtype for p in cast_weights(tiny(), torch.bfloat16).parameters()} == {torch.bfloat16}
+    caught(check_rotary_angles, lambda model: model.bfloat16())
 
 
 # ---------------------------------------------------------------- runs
@@ -139,7 +43,7 @@ SMALL = (
 
 
 class Parity(Countdown):
-    """Rewards that vary even for a random policy: the parity of the text's length."""
+    """Rewards that vary even for a random policy: 1 where the text's length is even."""
 
     def grade(self, problem, text):
         return Grade(len(text) % 2 == 0, True)
@@ -151,6 +55,7 @@ def parity(monkeypatch):
 
 
 def run_main(monkeypatch, *argv):
+    """Run train_grpo.py in this process."""
     monkeypatch.setattr("sys.argv", ["train_grpo.py", *map(str, argv)])
     run(train_grpo.main)
 
@@ -158,27 +63,27 @@ def run_main(monkeypatch, *argv):
 # ---------------------------------------------------------------- gradients that are too large or not finite
 
 
-def test_the_gradient_is_cut_to_the_largest_norm():
+def test_the_gradient_is_clipped_to_the_largest_norm():
     model = tiny()
     config = replace(CONFIG, grad_clip=0.01)
     responses = make_responses(model)
     whole, _ = gradient(model, responses, config)
-    optimizer = Frozen(model)
+    optimizer = NormRecorder(model)
     stats = update(model, None, optimizer, responses, advantage_of(responses), 0, config, Worker(config))
     assert stats["grad_norm"] == pytest.approx(norm_of(whole))
     assert norm_of(whole) > 0.1
     assert optimizer.norms == [pytest.approx(0.01, rel=1e-3)]
 
 
-def poisoned_run(model_folder, out, bad_steps, steps, monkeypatch):
-    """A run whose loss is nan in some steps (from 1) -> its exit status; None: it went on to the end."""
+def run_with_nan(model_folder, out, bad_steps, steps, monkeypatch):
+    """Make a run whose loss is nan in some steps (from 1) -> its exit status; None: it made all its steps."""
     calls = []
 
-    def poisoned(*args):
+    def loss(*args):
         calls.append(len(calls) + 1)
         return policy_loss(*args) * (float("nan") if calls[-1] in bad_steps else 1.0)
 
-    monkeypatch.setattr(train_grpo, "policy_loss", poisoned)
+    monkeypatch.setattr(train_grpo, "policy_loss", loss)
     try:
         run_main(monkeypatch, "--model", model_folder, "--out", out, *SMALL, "--steps", steps)
     except SystemExit as end:
@@ -186,49 +91,49 @@ def poisoned_run(model_folder, out, bad_steps, steps, monkeypatch):
     return None
 
 
-def check_poison(model_folder, out, monkeypatch):
+def check_three_bad_steps(model_folder, out, monkeypatch):
     """The policy stays that of step 1, and the run stops."""
-    assert poisoned_run(model_folder, out, (2, 3, 4), 9, monkeypatch) == 2
+    assert run_with_nan(model_folder, out, (2, 3, 4), 9, monkeypatch) == 2
     assert [row["skipped"] for row in rows_of(out)] == [0, 1, 1, 1]
     weights = load_file(out / "checkpoint-000003/model.safetensors")
     assert all(w.isfinite().all() for w in weights.values())
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_three_stop_the_run(
+def test_an_update_that_is_not_finite_is_skipped_and_three_steps_stop_the_run(
     parity, model_folder, tmp_path, monkeypatch, capsys
 ):
-    check_poison(model_folder, tmp_path / "good", monkeypatch)
+    check_three_bad_steps(model_folder, tmp_path / "good", monkeypatch)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "three steps in a row" in error
     assert "checkpoint-000003" in error
     always = SimpleNamespace(**{**vars(math), "isfinite": lambda x: True})
     monkeypatch.setattr(train_grpo, "math", always)
-    caught(check_poison, model_folder, tmp_path / "broken", monkeypatch)
+    caught(check_three_bad_steps, model_folder, tmp_path / "broken", monkeypatch)
 
 
-def check_poison_with_a_pause(model_folder, out, monkeypatch):
-    """Three steps, but not in a row."""
-    assert poisoned_run(model_folder, out, (1, 2, 4), 4, monkeypatch) is None
+def check_bad_steps_not_in_a_row(model_folder, out, monkeypatch):
+    """Three bad steps that are not in a row do not stop the run."""
+    assert run_with_nan(model_folder, out, (1, 2, 4), 4, monkeypatch) is None
     assert [row["skipped"] for row in rows_of(out)] == [1, 1, 0, 1]
 
 
-def test_a_finite_gradient_between_them_lets_the_run_go_on(parity, model_folder, tmp_path, monkeypatch):
-    check_poison_with_a_pause(model_folder, tmp_path / "good", monkeypatch)
+def test_a_finite_gradient_in_between_lets_the_run_continue(parity, model_folder, tmp_path, monkeypatch):
+    check_bad_steps_not_in_a_row(model_folder, tmp_path / "good", monkeypatch)
 
-    def never_forgets(self, row):
+    def counting_all_steps(self, row):
         self.bad_steps += row["skipped"]
         if self.bad_steps == 3:
             raise UserError("three bad steps")
 
-    monkeypatch.setattr(train_grpo.Training, "watch", never_forgets)
-    caught(check_poison_with_a_pause, model_folder, tmp_path / "broken", monkeypatch)
+    monkeypatch.setattr(train_grpo.Training, "check_gradient", counting_all_steps)
+    caught(check_bad_steps_not_in_a_row, model_folder, tmp_path / "broken", monkeypatch)
 
 
-# ---------------------------------------------------------------- what a rollout is asked
+# ---------------------------------------------------------------- what the loop asks of a rollout
 
 
 def check_problems(model_folder, out, monkeypatch):
-    """One of each split in the check, then three new ones in each of two steps."""
+    """One problem of each split is made by `check`, then three new ones in each of two steps."""
     problems = []
 
     def problem(self, split, index):
@@ -252,7 +157,7 @@ def test_the_problem_of_a_prompt_is_made_once(parity, model_folder, tmp_path, mo
     caught(check_problems, model_folder, tmp_path / "broken", monkeypatch)
 
 
-def test_held_out_rollouts_teach_nothing_and_are_the_same_each_time(parity, model_folder, tmp_path, monkeypatch):
+def test_held_out_rollouts_teach_nothing_and_have_the_same_seeds_each_time(parity, model_folder, tmp_path, monkeypatch):
     learns = []
     seeds = {"train": [], "test": []}
     right = Worker.rollout

@@ -1,4 +1,6 @@
-"""LoRA: what generates is what learns, checkpoints hold adapters, and the same tokens through every door."""
+"""LoRA: the actor has the weights of the policy that learns, checkpoints hold adapters, and every way to run makes the
+same tokens.
+"""
 
 import json
 import random
@@ -6,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LEARN, caught, finish, here, launch, rows_of, tiny
+from conftest import LEARN, caught, finish, launch, rows_of, run_in_process, tiny
 from helpers import SAMPLINGS, by_name, check_equal, groups_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import tlt
 import train_grpo
 from parts.cli import UserError, run
-from parts.training import lora as adapters
+from parts.training import lora
 from parts.training.layouts import LoRALayout
 from rollout import Engine
 from train_grpo import Config
@@ -24,19 +26,19 @@ LORA = ("--lora-rank", 4, "--lr", "1e-3", "--steps", 2, "--eval-every", 0)
 
 
 def placed(**changes):
-    """(what learns, what generates), the adapters having learned something."""
+    """Return the policy that learns, with adapters that have changed, and the actor that generates."""
     model, actor = LoRALayout(Config(device="cpu", lora_rank=4, **changes)).place(tiny(LlamaConfig), "cpu")
     torch.manual_seed(3)
     with torch.no_grad():
-        for p in adapters.adapter_weights(model).values():
+        for p in lora.adapter_weights(model).values():
             p.add_(torch.randn_like(p) * 0.1)
     return model, actor
 
 
 def check_merged(merge) -> None:
-    """What generates computes what learns, and its weights are those that would be saved."""
+    """The actor computes what the policy computes, and its weights are those that would be saved."""
     model, actor = placed()
-    before = adapters.merged_weights(model)
+    before = lora.merged_weights(model)
     merge(actor, model)
     ids = torch.arange(2, 30)[None]
     with torch.no_grad():
@@ -46,29 +48,29 @@ def check_merged(merge) -> None:
 
 
 def weights_of_the_base(actor, model) -> None:
-    """The trap: x.weight of an adapted layer is its base's."""
-    for name, layer in adapters.layers_of(model).items():
+    """Copy x.weight of adapted layers, which is that of their base."""
+    for name, layer in lora.layers_of(model).items():
         actor.get_submodule(name).weight.data.copy_(layer.weight)
 
 
-def test_what_generates_is_what_learns():
-    check_merged(adapters.merge_into)
+def test_the_actor_has_the_merged_weights():
+    check_merged(lora.merge_into)
     caught(check_merged, weights_of_the_base)
 
 
 def check_fused(model, actor, read) -> None:
-    """An engine that was there before the adapters moved generates with them."""
+    """An engine made before the adapters changed generates with them."""
     groups = groups_of(6, random.Random(1))
     engine = Engine(actor, {1}, 10, 100, keep_hidden=True)
     engine.read_weights = read(engine)
     list(engine.generate(groups, SAMPLINGS[0]))
-    adapters.merge_into(actor, model)
+    lora.merge_into(actor, model)
     fresh = Engine(actor, {1}, 10, 100, keep_hidden=True)
     wanted = by_name(fresh.generate(groups, SAMPLINGS[0]))
     check_equal(by_name(engine.generate(groups, SAMPLINGS[0])), wanted)
 
 
-def test_fused_layers_see_merged_weights():
+def test_fused_layers_have_the_merged_weights():
     check_fused(*placed(), lambda engine: engine.read_weights)
     caught(check_fused, *placed(), lambda engine: lambda: None)
 
@@ -81,14 +83,14 @@ def test_only_adapters_learn_and_all_of_them():
     assert len(names) == 2 * 7 * layers  # A and B of four projections of attention and three of the MLP
 
 
-def test_adapters_begin_as_nothing_and_alike_everywhere():
+def test_new_adapters_change_nothing_and_are_equal_on_all_workers():
     first, actor = LoRALayout(Config(device="cpu", lora_rank=4, seed=7)).place(tiny(LlamaConfig), "cpu")
     torch.randn(5)
     second, _ = LoRALayout(Config(device="cpu", lora_rank=4, seed=7)).place(tiny(LlamaConfig), "cpu")
     ids = torch.arange(2, 30)[None]
     with torch.no_grad():
         assert torch.allclose(first(input_ids=ids).logits, actor(input_ids=ids).logits, atol=1e-5)
-    pairs = zip(adapters.adapter_weights(first).values(), adapters.adapter_weights(second).values())
+    pairs = zip(lora.adapter_weights(first).values(), lora.adapter_weights(second).values())
     assert all(a.equal(b) for a, b in pairs)
 
 
@@ -100,52 +102,52 @@ def digests(out) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def lora_run(able, tmp_path_factory):
-    """A finished run of one process."""
+def lora_run(chain_policy, tmp_path_factory):
+    """The folder of a finished run of one process."""
     out = tmp_path_factory.mktemp("lora") / "alone"
-    here(train_grpo.main, able, out, *LEARN, *LORA)
+    run_in_process(train_grpo.main, chain_policy, out, *LEARN, *LORA)
     return out
 
 
-def test_the_same_tokens_with_workers_with_tlt_and_resumed(able, lora_run, tmp_path):
+def test_two_workers_and_a_resumed_run_make_the_same_tokens(chain_policy, lora_run, tmp_path):
     wanted = digests(lora_run)
     assert len(set(wanted)) == 2
-    finish(launch(able, tmp_path / "two", *LEARN, *LORA, "--workers", 2))
+    finish(launch(chain_policy, tmp_path / "two", *LEARN, *LORA, "--workers", 2))
     assert digests(tmp_path / "two") == wanted
-    here(tlt.main, able, tmp_path / "parts", *LEARN, *LORA, "--steps", 1, "--workers", 1)
-    here(tlt.main, able, tmp_path / "parts", *LEARN, *LORA, "--workers", 1, "--resume")
+    run_in_process(tlt.main, chain_policy, tmp_path / "parts", *LEARN, *LORA, "--steps", 1, "--workers", 1)
+    run_in_process(tlt.main, chain_policy, tmp_path / "parts", *LEARN, *LORA, "--workers", 1, "--resume")
     assert digests(tmp_path / "parts") == wanted
     weights = "policy/model.safetensors"
     resumed, whole = load_file(tmp_path / "parts" / weights), load_file(lora_run / weights)
     assert all(torch.allclose(w, whole[name], atol=1e-6) for name, w in resumed.items())
 
 
-def test_a_checkpoint_holds_the_adapter_and_the_policy_is_merged(able, lora_run):
+def test_a_checkpoint_holds_the_adapter_and_the_policy_is_merged(chain_policy, lora_run):
     checkpoint = lora_run / "checkpoint-000002"
     assert {path.name for path in checkpoint.iterdir()} & {"model.safetensors", "config.json"} == set()
     merged = AutoModelForCausalLM.from_pretrained(lora_run / "policy", dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(able, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(chain_policy, dtype=torch.float32)
     ids = torch.arange(2, 30)[None]
     with torch.no_grad():
         wanted = merged(input_ids=ids).logits
         assert not torch.allclose(base(input_ids=ids).logits, wanted, atol=1e-4)
         for folder in (checkpoint, lora_run / "policy/adapter"):
-            base = AutoModelForCausalLM.from_pretrained(able, dtype=torch.float32)
-            again = peft.PeftModel.from_pretrained(base, folder)  # as anybody would
+            base = AutoModelForCausalLM.from_pretrained(chain_policy, dtype=torch.float32)
+            again = peft.PeftModel.from_pretrained(base, folder)  # the ordinary way
             assert torch.allclose(again(input_ids=ids).logits, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--lora-rank", 8, "--resume", "--steps", 3), "goes on with --lora-rank 4 only"),
-        (("--lora-rank", 0, "--resume", "--steps", 3), "goes on with --lora-rank 4 only"),
+        (("--lora-rank", 8, "--resume", "--steps", 3), "with --lora-rank 4 only"),
+        (("--lora-rank", 0, "--resume", "--steps", 3), "with --lora-rank 4 only"),
         (("--lora-rank", -1), "--lora-rank -1"),
     ],
 )
-def test_mistakes_are_named(able, lora_run, argv, message, capsys):
+def test_a_wrong_rank_is_one_line(chain_policy, lora_run, argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        run(lambda: here(train_grpo.main, able, lora_run, *LEARN, *LORA, *argv))
+        run(lambda: run_in_process(train_grpo.main, chain_policy, lora_run, *LEARN, *LORA, *argv))
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert json.loads((lora_run / "config.json").read_text())["lora_rank"] == 4
@@ -154,7 +156,7 @@ def test_mistakes_are_named(able, lora_run, argv, message, capsys):
 def test_adapters_of_another_policy_are_refused(lora_run):
     model, _ = placed()
     with pytest.raises(UserError, match="cannot load an adapter for this policy"):
-        adapters.load(lora_run / "policy/adapter", model)
+        lora.load(lora_run / "policy/adapter", model)
 
 
 def test_sharded_adapters_are_refused():
@@ -162,7 +164,7 @@ def test_sharded_adapters_are_refused():
         tlt.TLTConfig(device="cpu", shard=True, lora_rank=4)
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_the_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     train_grpo.check(Config(device="cpu"))
     with pytest.raises(UserError, match="pip install peft"):

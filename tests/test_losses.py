@@ -1,5 +1,6 @@
-"""The losses token by token against their papers' formulas and against TRL's numbers; the correction of rollouts, the
-penalty for length, schedules. Whole updates are in test_grpo.py, the choice of groups in test_dynamic.py.
+"""The losses, token by token, against the formulas of their papers and the numbers of TRL; truncated importance
+sampling, the penalty for overlong responses, learning rate schedules. Whole updates are in test_grpo.py, the selection
+of groups in test_dynamic.py.
 """
 
 import math
@@ -9,14 +10,16 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from conftest import caught, tiny
-from test_grpo import CONFIG, Frozen, Rank, advantage_of, close, equal, gradient, make_responses
+from test_grpo import CONFIG, NormRecorder, advantage_of, close, equal, gradient, make_responses
+from test_micro_batches import GatheringWorker
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 import train_grpo
 from parts.engine.interfaces import Response
+from parts.training.layouts import ReplicatedLayout
 from parts.training.losses import lr_factor, overlong_penalty, set_lr
 from parts.training.micro_batches import TrainingSample
-from parts.training.update_stats import UpdateStats
+from parts.training.update_stats import UpdateStats, summarise_update
 from train_grpo import Config, Worker, token_weights, update
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
@@ -26,7 +29,7 @@ LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 
 @dataclass
 class Case:
-    """Log-probabilities of some responses' tokens, a list of vectors each, and the responses' advantages."""
+    """Log-probabilities of the tokens of some responses, a vector for each response, and the responses' advantages."""
 
     logp: list[torch.Tensor]
     old: list[torch.Tensor]
@@ -52,25 +55,26 @@ def random_case(seed: int) -> Case:
     return Case(logp, old, near(old, 0.6), near(logp, 0.3), advantage)
 
 
-def of_the_project(case: Case, config: Config, monkeypatch) -> tuple[float, torch.Tensor, UpdateStats]:
-    """Loss, its gradient for each token (N,), and statistics, of train_grpo.accumulate in a later update."""
+def by_the_code(case: Case, config: Config, monkeypatch) -> tuple[float, torch.Tensor, UpdateStats]:
+    """Return loss, its gradient for each token (N,), and figures, of train_grpo.add_gradient in a later update."""
     weights = token_weights(case.lengths, config.loss, config.max_new)
-    examples = []
+    batch = []
     for i, n in enumerate(case.lengths):
         response = Response(0, i, [1], [2] * n, case.rollout[i], True)
         old = case.old[i] if config.tis_cap > 0 else None
-        examples.append(TrainingSample(response, case.advantage[i], weights[i], old))
+        batch.append(TrainingSample(response, case.advantage[i], weights[i], old))
     leaf = torch.cat(case.logp).requires_grad_()
-    worker = Worker(config)
+    reference = "a reference" if config.kl else None
+    stats = UpdateStats()
     with monkeypatch.context() as patch:
-        patch.setattr(train_grpo, "token_scores", lambda *args: (leaf, torch.ones(len(leaf))))
+        patch.setattr(ReplicatedLayout, "token_scores", lambda *args: (leaf, torch.ones(len(leaf))))
         patch.setattr(train_grpo, "token_logprobs", lambda *args: torch.cat(case.reference))
-        stats = train_grpo.accumulate(None, "a reference" if config.kl else None, [examples], False, config, worker)
+        train_grpo.add_gradient(None, reference, batch, False, config, Worker(config), stats)
     return stats.loss, leaf.grad, stats
 
 
 def by_formula(case: Case, config: Config) -> tuple[float, torch.Tensor]:
-    """As the papers write them, one response after the other."""
+    """Return loss and gradient by the papers' formulas, one response after the other."""
     leaves = [x.clone().requires_grad_() for x in case.logp]
     low, high = 1 - config.clip_low, 1 + config.clip_high
     n = len(leaves)
@@ -79,10 +83,10 @@ def by_formula(case: Case, config: Config) -> tuple[float, torch.Tensor]:
         old = case.old[i] if config.tis_cap > 0 else case.rollout[i]
         a = case.advantage[i]
         ratio = torch.exp(logp - old)
-        if config.loss == "gspo":  # equations 5 and 7: one ratio, and its gradient reaches the tokens through the mean
+        if config.loss == "gspo":  # equations 5 and 7: one ratio, whose gradient reaches the tokens through the mean
             s = torch.exp((logp - old).sum() / len(logp))
             s = s.expand(len(logp))
-            if config.tis_cap > 0:  # each token has a weight of its own: equation 14, GSPO-token
+            if config.tis_cap > 0:  # each token has its own weight: equation 14, GSPO-token
                 s = s.detach() * torch.exp(logp) / torch.exp(logp).detach()
             objective = torch.minimum(s * a, s.clamp(low, high) * a)
         elif config.loss == "cispo":  # equations 4 and 5
@@ -106,19 +110,19 @@ def by_formula(case: Case, config: Config) -> tuple[float, torch.Tensor]:
 def check_formula(config: Config, monkeypatch):
     for seed in range(20):
         case = random_case(seed)
-        loss, grads, _ = of_the_project(case, config, monkeypatch)
+        loss, grads, _ = by_the_code(case, config, monkeypatch)
         wanted, wanted_grads = by_formula(case, config)
         assert loss == pytest.approx(wanted, abs=1e-5)
         assert torch.allclose(grads, wanted_grads, atol=1e-5)
 
 
 def broken_sum(logp, old, lengths):
-    """Not divided by the length."""
+    """A sum over the response, not divided by its length."""
     return logp - torch.cat([part.sum().expand(len(part)) for part in (logp - old).split(lengths)])
 
 
 def broken_mean(logp, old, lengths):
-    """Over the micro-batch instead of the response."""
+    """A mean over the micro-batch instead of the response."""
     return logp - (logp - old).mean()
 
 
@@ -127,8 +131,8 @@ def clip_with_gradient(logp, old, reference, advantage, weight, config):
     return -(weight * clipped * advantage * logp).sum()
 
 
-def clip_that_stops(logp, old, reference, advantage, weight, config):
-    """What is beyond the clip learns nothing, as in grpo."""
+def clip_without_gradient(logp, old, reference, advantage, weight, config):
+    """Clipped tokens get no gradient, as in grpo."""
     ratio, clipped = train_grpo.clip_ratio(logp, old, config)
     return -(weight * clipped.detach() * (ratio == clipped) * advantage * logp).sum()
 
@@ -141,7 +145,7 @@ def test_losses_and_gradients_are_those_of_the_papers(loss, cap, kl, monkeypatch
     check_formula(config, monkeypatch)
     broken = {
         "gspo": [("sequence_old_logprobs", broken_sum), ("sequence_old_logprobs", broken_mean)],
-        "cispo": [("policy_loss", clip_with_gradient), ("policy_loss", clip_that_stops)],
+        "cispo": [("policy_loss", clip_with_gradient), ("policy_loss", clip_without_gradient)],
     }.get(loss, [])
     if cap:
         broken.append(("truncated_importance", lambda gap, cap: gap.exp()))
@@ -157,7 +161,7 @@ def test_losses_and_gradients_are_those_of_the_papers(loss, cap, kl, monkeypatch
 
 
 def table_case() -> Case:
-    """Numbers without a generator, so that other libraries can be given the same ones."""
+    """Return a case made without a random generator, so that other libraries can be given the same numbers."""
     lengths = [3, 7, 5, 1]
 
     def shifts(a: int, b: int, size: float) -> list[torch.Tensor]:
@@ -189,7 +193,7 @@ def check_trl(name: str, monkeypatch):
     config = replace(CONFIG, loss=name.partition(",")[0], **changes)
     if not config.tis_cap > 0:
         case.rollout = case.old
-    loss, grads, _ = of_the_project(case, config, monkeypatch)
+    loss, grads, _ = by_the_code(case, config, monkeypatch)
     moment = sum(i * x for i, x in enumerate(grads.tolist()))
     assert (loss, grads.norm().item(), moment) == pytest.approx(wanted, abs=1e-5)
 
@@ -206,11 +210,11 @@ def test_losses_and_gradients_are_those_of_trl(name, monkeypatch):
     caught(check_trl, name, monkeypatch)
 
 
-# ---------------------------------------------------------------- when the new losses differ
+# ---------------------------------------------------------------- when the losses differ
 
 
 def check_first_updates_agree(loss, other):
-    """With one update per rollout."""
+    """With one update per rollout, the two losses have the same gradient."""
     model = tiny()
     responses = make_responses(model)
     ours, _ = gradient(model, responses, replace(CONFIG, loss=loss))
@@ -225,19 +229,19 @@ def test_with_one_update_per_rollout_gspo_is_grpo_and_cispo_is_dapo():
     caught(check_first_updates_agree, "cispo", "grpo")
 
 
-def test_in_later_updates_they_differ(monkeypatch):
+def test_gspo_and_cispo_differ_from_grpo_and_dapo_in_later_updates(monkeypatch):
     case = random_case(3)
     for loss, other in (("gspo", "grpo"), ("cispo", "dapo")):
         config = replace(CONFIG, loss=loss)
-        grads = [of_the_project(case, c, monkeypatch)[1] for c in (config, replace(config, loss=other))]
+        grads = [by_the_code(case, c, monkeypatch)[1] for c in (config, replace(config, loss=other))]
         assert not close(grads[:1], grads[1:], 1e-2)
 
 
-# ---------------------------------------------------------------- the correction of rollouts
+# ---------------------------------------------------------------- truncated importance sampling
 
 
-def noisy(responses, size: float = 0.5) -> torch.Tensor:
-    """A rollout that rounds: noise on its log-probabilities -> the noise, of all tokens."""
+def add_noise(responses, size: float = 0.5) -> torch.Tensor:
+    """Add noise to the rollout's log-probabilities, as rounding does -> the noise of all tokens, (N,)."""
     rng = torch.Generator().manual_seed(1)
     noise = []
     for r in responses:
@@ -246,24 +250,21 @@ def noisy(responses, size: float = 0.5) -> torch.Tensor:
     return torch.cat(noise)
 
 
-def check_old_policy(size: int, cap: float = 1.5):
-    """The weights stay, so p / p_old is 1 in all updates, whatever the rollout says; each worker scores its share."""
+def check_old_policy(workers: int, cap: float = 1.5):
+    """The weights do not change, so p / p_old is 1 in all updates, whatever the rollout says. Each worker scores its
+    own share.
+    """
     model = tiny()
     responses = make_responses(model)
     useful = [r for r, a in zip(responses, advantage_of(responses)) if a]
-    noise = noisy(useful)
+    noise = add_noise(useful)
     config = replace(CONFIG, epochs=2, minibatches=3, tis_cap=cap, micro_tokens=90)
-    stats = []
-
-    class Gathering(Rank):
-        def gather(self, totals):
-            stats.extend(totals)
-            return [totals]
-
-    for rank in range(size):
-        worker = Gathering(config, rank, size)
-        update(model, None, Frozen(model), responses, advantage_of(responses), 0, config, worker)
-    row = summarise_update(stats)
+    figures = []
+    for rank in range(workers):
+        worker = GatheringWorker(config, rank, workers)
+        update(model, None, NormRecorder(model), responses, advantage_of(responses), 0, config, worker)
+        figures += worker.figures
+    row = summarise_update(figures)
     assert row["ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-4)
     assert row["gap_mean"] == pytest.approx(noise.abs().mean().item(), abs=1e-5)
@@ -271,85 +272,81 @@ def check_old_policy(size: int, cap: float = 1.5):
     assert row["capped"] == pytest.approx((noise > math.log(cap)).float().mean().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_with_the_correction_the_old_policy_is_the_trainers_in_all_updates(size, monkeypatch):
-    check_old_policy(size)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_grpo, "score", lambda *args: None)  # then it is the rollout's from the second on
-        caught(check_old_policy, size)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_with_the_correction_the_old_policy_is_the_trainers_in_all_updates(workers, monkeypatch):
+    check_old_policy(workers)
+    right = train_grpo.score_old_policy
+    with monkeypatch.context() as patch:  # without scores, it is the rollout's from the second update on
+        patch.setattr(train_grpo, "score_old_policy", lambda *args: None)
+        caught(check_old_policy, workers)
 
-    def first_part_alone(model, examples, worker, right=train_grpo.score_batch):
-        if (0, 0) in [(x.response.group[1], x.response.sample) for x in examples]:
-            right(model, examples, worker)
+    def first_mini_batch_only(model, minibatches, *rest):
+        right(model, minibatches[:1], *rest)
 
-    monkeypatch.setattr(train_grpo, "score", first_part_alone)
-    caught(check_old_policy, size)
+    monkeypatch.setattr(train_grpo, "score_old_policy", first_mini_batch_only)
+    caught(check_old_policy, workers)
 
 
-def test_without_the_correction_nothing_is_scored_twice(monkeypatch):
-    monkeypatch.setattr(train_grpo, "score", lambda *args: pytest.fail("scored"))
+def test_responses_are_scored_only_where_that_is_needed(monkeypatch):
+    monkeypatch.setattr(train_grpo, "score_batch", lambda *args: pytest.fail("scored"))
     model = tiny()
     responses = make_responses(model)
     gradient(model, responses, replace(CONFIG, epochs=2, minibatches=2))
-    gradient(model, responses, replace(CONFIG, tis_cap=2.0))  # one update: its own forward knows
+    gradient(model, responses, replace(CONFIG, tis_cap=2.0))  # with one update, its own forward gives the old policy
 
 
 def check_corrected_gradient():
-    """The gradient of a corrected update is that of the samples' weights."""
+    """The weights of truncated importance sampling scale the gradient."""
     model = tiny()
     responses = make_responses(model)
-    corrected = replace(CONFIG, tis_cap=1e9)
-    plain, _ = gradient(model, responses, corrected)
+    plain, _ = gradient(model, responses, replace(CONFIG, tis_cap=1e9))
     for r in responses:
         r.logprobs = r.logprobs - math.log(3)  # the rollout found each token a third as likely
-    thrice, stats = gradient(model, responses, corrected)
-    assert close(thrice, [3 * g for g in plain])
+    weighted, _ = gradient(model, responses, replace(CONFIG, tis_cap=1e9))
+    assert close(weighted, [3 * g for g in plain])
     capped, stats = gradient(model, responses, replace(CONFIG, tis_cap=2.0))
     assert close(capped, [2 * g for g in plain])
     assert stats["capped"] == 1.0
 
 
-def test_corrected_gradients_are_weighted(monkeypatch):
+def test_corrected_gradients_are_weighted_up_to_the_cap(monkeypatch):
     check_corrected_gradient()
     monkeypatch.setattr(train_grpo, "truncated_importance", lambda gap, cap: gap.exp())
     caught(check_corrected_gradient)
 
 
-def cap_of(model_folder, out, **changes) -> float:
-    """Of a run's update."""
-    config = Config(model=str(model_folder), out=str(out), device="cpu", **changes)
-    return train_grpo.Training(config, Worker(config)).worker.tis_cap
+def check_default_cap():
+    """Rollouts in bfloat16 are corrected unless that is switched off, others only where it is asked for."""
+
+    def cap(**changes) -> float:
+        return Worker(Config(device="cpu", **changes)).tis_cap
+
+    assert cap() == 0.0
+    assert cap(tis_cap=3.0) == 3.0
+    assert cap(actor_dtype="bfloat16") == 2.0
+    assert cap(actor_dtype="bfloat16", tis_cap=0.0) == 0.0
+    assert cap(actor_dtype="bfloat16", tis_cap=3.0) == 3.0
 
 
-def check_default_cap(model_folder, out):
-    """Rollouts in bfloat16 are corrected unless it is switched off; others only where that is asked for."""
-    bucketed_shape = {"actor_dtype": "bfloat16"}
-    assert cap_of(model_folder, out) == 0.0
-    assert cap_of(model_folder, out, tis_cap=3.0) == 3.0
-    assert cap_of(model_folder, out, **bucketed_shape) == 2.0
-    assert cap_of(model_folder, out, tis_cap=0.0, **bucketed_shape) == 0.0
-    assert cap_of(model_folder, out, tis_cap=3.0, **bucketed_shape) == 3.0
-
-
-def test_bfloat16_rollouts_are_corrected_by_default(model_folder, tmp_path, monkeypatch):
-    check_default_cap(model_folder, tmp_path)
+def test_bfloat16_rollouts_are_corrected_by_default(monkeypatch):
+    check_default_cap()
     right = Config.__init__
 
     def never(self, *args, **kwargs):
         right(self, *args, **{"tis_cap": 0.0, **kwargs})
 
     monkeypatch.setattr(Config, "__init__", never)
-    caught(check_default_cap, model_folder, tmp_path)
+    caught(check_default_cap)
 
 
 # ---------------------------------------------------------------- figures
 
 
 def check_figures(monkeypatch):
-    """Of two micro-batches together, against all tokens at once."""
+    """The figures of two micro-batches together equal those of all their tokens at once."""
     config = replace(CONFIG, clip_low=0.1, clip_high=0.2)
     cases = [random_case(1), random_case(2)]
-    parts = [of_the_project(case, config, monkeypatch)[2] for case in cases]
+    parts = [by_the_code(case, config, monkeypatch)[2] for case in cases]
     ratio = torch.cat([torch.cat(case.logp) - torch.cat(case.rollout) for case in cases]).exp()
     row = summarise_update(parts)
     assert row["ratio_mean"] == pytest.approx(ratio.mean().item(), rel=1e-5)
@@ -362,21 +359,21 @@ def test_ratios_and_clipped_tokens_by_hand(monkeypatch):
     check_figures(monkeypatch)
     right = UpdateStats.add
 
-    def means(self, loss, entropy, ratio, *rest):
+    def with_means(self, loss, entropy, ratio, *rest):
         right(self, loss, entropy, ratio.mean().expand(len(ratio)), *rest)
 
-    monkeypatch.setattr(UpdateStats, "add", means)
+    monkeypatch.setattr(UpdateStats, "add", with_means)
     caught(check_figures, monkeypatch)
 
 
-def test_without_tokens_there_is_no_entropy():
+def test_without_tokens_there_are_no_entropy_and_ratio():
     row = summarise_update([UpdateStats(), UpdateStats()])
     assert row["entropy"] is None
     assert row["ratio_mean"] is None
     assert row["loss"] == row["gap_mean"] == 0.0
 
 
-# ---------------------------------------------------------------- the penalty for length
+# ---------------------------------------------------------------- the penalty for overlong responses
 
 
 def check_penalty(function):
@@ -410,7 +407,7 @@ MAKERS = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedu
 
 
 def check_schedule(factor, name: str):
-    """After the warm-up, against transformers' own."""
+    """After the warm-up, the factor is that of transformers' own schedule."""
     for warmup, total in ((0, 10), (3, 20), (1, 2), (5, 6)):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         schedule = MAKERS[name](optimizer, warmup, total)
@@ -432,19 +429,19 @@ def test_schedules_are_those_of_transformers(name):
     caught(check_schedule, lambda name, *rest: lr_factor("constant", *rest), name)
 
 
-def test_the_constant_schedule_is_what_it_was():
+def test_the_constant_schedule_rises_over_the_warm_up_and_stays():
     for warmup in (0, 1, 3):
         assert [lr_factor("constant", done, warmup, 5) for done in range(1, 9)] == [
             min(1.0, done / max(1, warmup)) for done in range(1, 9)
         ]
 
 
-def test_the_optimizer_gets_rate_and_decay():
+def test_the_optimizer_gets_learning_rate_and_weight_decay():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=9.0, weight_decay=9.0)
     config = replace(CONFIG, lr=0.5, warmup=2, steps=5, epochs=2, schedule="linear", weight_decay=0.1)
-    rates = []
+    lrs = []
     for done in range(1, 11):
         set_lr(optimizer, done, config)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.25, 0.5] + [0.5 * (8 - i) / 8 for i in range(8)])
+        lrs.append(optimizer.param_groups[0]["lr"])
+    assert lrs == pytest.approx([0.25, 0.5] + [0.5 * (8 - i) / 8 for i in range(8)])
     assert optimizer.param_groups[0]["weight_decay"] == 0.1

@@ -1,5 +1,5 @@
-"""Strategies on simulated machines: the time they need, against the best that anyone could have done, and what the
-engine tells them.
+"""Strategies on simulated machines: the time that they need, against the least time that is possible; and what the
+engine reports to them.
 """
 
 import random
@@ -17,115 +17,122 @@ from parts.engine.sampling import Sampling, sequence_seed
 from rollout import Engine
 from strategy import BegMab, Goodput, batch_bucket, make_strategy, plans_for
 
-KINDS = ["eagle", "ngram"]
+METHODS = ["eagle", "ngram"]
 
 
-class FakeRow:
-    """All that strategies look at."""
+class FakeSequence:
+    """What strategies read of a running sequence."""
 
     length = 100
 
 
 class Machine:
-    """Rounds that take start + row B + guess k + both B k milliseconds (each with 3 % noise), and drafters that are
-    right with a chance for each kind.
+    """A simulated machine. A round takes start + per_sequence B + per_draft k + per_verified B k milliseconds, with 3 %
+    noise; draft tokens of a method are accepted with a fixed chance.
     """
 
-    def __init__(self, start: float, row: float, guess: float, both: float, right: dict[str, float], seed: int = 0):
+    def __init__(self, start, per_sequence, per_draft, per_verified, chance: dict[str, float], seed: int = 0):
         self.start = start
-        self.row = row
-        self.guess = guess
-        self.both = both
-        self.right = right
+        self.per_sequence = per_sequence
+        self.per_draft = per_draft
+        self.per_verified = per_verified
+        self.chance = chance
         self.rng = random.Random(seed)
 
-    def seconds(self, rows: int, k: int) -> float:
-        return (self.start + self.row * rows + self.guess * k + self.both * rows * k) / 1e3
+    def seconds(self, batch_size: int, k: int) -> float:
+        """Return the mean time of a round."""
+        drafting = self.per_draft * k + self.per_verified * batch_size * k
+        return (self.start + self.per_sequence * batch_size + drafting) / 1e3
 
-    def expected(self, arm: DraftPlan) -> float:
-        """Tokens per row and round."""
-        c = self.right.get(arm.kind, 0.0)
-        return sum(c**j for j in range(arm.k + 1))
+    def expected(self, plan: DraftPlan) -> float:
+        """Return the mean number of tokens per sequence and round."""
+        c = self.chance.get(plan.method, 0.0)
+        return sum(c**j for j in range(plan.k + 1))
 
-    def best(self, rows: int) -> float:
-        """Seconds per token and row of the best arm: nobody can do better."""
-        return min(self.seconds(rows, arm.k) / self.expected(arm) for arm in plans_for(KINDS))
+    def best(self, batch_size: int) -> float:
+        """Return the seconds per token and sequence of the best plan, which no strategy can beat."""
+        return min(self.seconds(batch_size, plan.k) / self.expected(plan) for plan in plans_for(METHODS))
 
-    def guesses(self, arm: DraftPlan) -> int:
-        """How many guesses of a row are right."""
+    def accepted(self, plan: DraftPlan) -> int:
+        """Return how many draft tokens of a sequence are accepted in one round."""
         n = 0
-        while n < arm.k and self.rng.random() < self.right.get(arm.kind, 0.0):
+        while n < plan.k and self.rng.random() < self.chance.get(plan.method, 0.0):
             n += 1
         return n
 
-    def tell(self, strategy: Strategy, report: RoundReport) -> None:
-        """What came of a round."""
+    def report(self, strategy: Strategy, report: RoundReport) -> None:
+        """Give the strategy the report of a round."""
         strategy.observe(report)
 
-    def play(self, strategy: Strategy, sizes: list[int]) -> tuple[float, float, float]:
-        """-> (seconds needed, seconds that the best arm, or plain decoding, would have needed for the same tokens)."""
+    def play(self, strategy: Strategy, batch_sizes: list[int]) -> tuple[float, float, float]:
+        """Run rounds of these batch sizes -> the seconds that they took, and the seconds that the best plan and plain
+        decoding would have taken for the same tokens.
+        """
         spent = ideal = plain = 0.0
-        for rows in sizes:
-            arm = strategy.choose([FakeRow()] * rows)
-            lengths = [self.guesses(arm) for _ in range(rows)]
-            reached = [sum(n >= depth for n in lengths) for depth in range(arm.k + 1)]
-            seconds = self.seconds(rows, arm.k) * self.rng.uniform(0.97, 1.03)
-            self.tell(strategy, RoundReport(rows, arm, seconds, reached[:-1], reached[1:]))
-            tokens = (rows + sum(lengths)) / rows
+        for batch_size in batch_sizes:
+            plan = strategy.choose([FakeSequence()] * batch_size)
+            lengths = [self.accepted(plan) for _ in range(batch_size)]
+            reached = [sum(n >= depth for n in lengths) for depth in range(plan.k + 1)]
+            seconds = self.seconds(batch_size, plan.k) * self.rng.uniform(0.97, 1.03)
+            self.report(strategy, RoundReport(batch_size, plan, seconds, reached[:-1], reached[1:]))
+            tokens = (batch_size + sum(lengths)) / batch_size
             spent += seconds
-            ideal += tokens * self.best(rows)
-            plain += tokens * self.seconds(rows, 0)
+            ideal += tokens * self.best(batch_size)
+            plain += tokens * self.seconds(batch_size, 0)
         return spent, ideal, plain
 
 
-SHRINKING = [rows for rows in range(64, 0, -1) for _ in range(12)]
-SIZES = [64] * 400 + SHRINKING + [1] * 600
-LIKE_OURS = Machine(1.3, 0.17, 0.2, 0.09, {"eagle": 0.87, "ngram": 0.3})
+SHRINKING = [batch_size for batch_size in range(64, 0, -1) for _ in range(12)]
+BATCH_SIZES = [64] * 400 + SHRINKING + [1] * 600
+LIKE_BASE = Machine(1.3, 0.17, 0.2, 0.09, {"eagle": 0.87, "ngram": 0.3})
 
 
 def check_near_the_best(strategy: Strategy, machine: Machine, limit: float):
-    spent, ideal, _ = machine.play(strategy, SIZES)
+    """The strategy takes at most `limit` times the least possible time."""
+    spent, ideal, _ = machine.play(strategy, BATCH_SIZES)
     assert spent < ideal * limit
 
 
-def test_goodput_is_near_the_best_and_poor_lengths_are_not():
-    check_near_the_best(Goodput(plans_for(KINDS)), LIKE_OURS, 1.05)
+def test_goodput_is_near_the_best_and_fixed_plans_are_not():
+    check_near_the_best(Goodput(plans_for(METHODS)), LIKE_BASE, 1.05)
     for name in ("off", "1", "8"):
-        caught(check_near_the_best, make_strategy(name, ["eagle"]), LIKE_OURS, 1.05)
+        caught(check_near_the_best, make_strategy(name, ["eagle"]), LIKE_BASE, 1.05)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.floats(0.5, 5), st.floats(0.01, 0.4), st.floats(0.02, 0.5), st.floats(0.0, 1.0), st.floats(0.3, 0.97))
-def test_goodput_is_near_the_best_on_any_machine(start, row, guess, share, right):
-    """share: what verifying one more token of a row costs, as a share of what the row itself costs."""
-    machine = Machine(start, row, guess, row * share, {"eagle": right, "ngram": 0.2})
-    check_near_the_best(Goodput(plans_for(KINDS)), machine, 1.06)
+def test_goodput_is_near_the_best_on_any_machine(start, per_sequence, per_draft, share, chance):
+    """share: the cost of verifying one more token of a sequence, as a share of the cost of the sequence itself."""
+    machine = Machine(start, per_sequence, per_draft, per_sequence * share, {"eagle": chance, "ngram": 0.2})
+    check_near_the_best(Goodput(plans_for(METHODS)), machine, 1.06)
 
 
 def check_no_slower_than_plain(strategy: Strategy):
+    """In the second rollout with a useless drafter the strategy loses less than two percent to plain decoding."""
     machine = Machine(1.0, 0.2, 0.3, 0.2, {"eagle": 0.02})
-    machine.play(strategy, SIZES)  # the first rollout finds out
-    strategy.begin(["eagle"])
-    spent, _, plain = machine.play(strategy, SIZES)
+    machine.play(strategy, BATCH_SIZES)  # in the first rollout it learns that
+    strategy.drafters_changed(["eagle"])
+    spent, _, plain = machine.play(strategy, BATCH_SIZES)
     assert spent < plain * 1.02
 
 
 def test_a_useless_drafter_costs_less_than_two_percent():
-    check_no_slower_than_plain(Goodput(plans_for(KINDS)))
-    caught(check_no_slower_than_plain, BegMab(plans_for(KINDS)))
+    check_no_slower_than_plain(Goodput(plans_for(METHODS)))
+    caught(check_no_slower_than_plain, BegMab(plans_for(METHODS)))
 
 
 def check_notices_a_better_drafter(strategy: Strategy):
+    """After the drafter has become good, the strategy is near the best again."""
     machine = Machine(1.3, 0.17, 0.2, 0.09, {"eagle": 0.02})
     machine.play(strategy, [32] * 500)
-    machine.right["eagle"] = 0.87
-    strategy.begin(["eagle"])
+    machine.chance["eagle"] = 0.87
+    strategy.drafters_changed(["eagle"])
     spent, ideal, _ = machine.play(strategy, [32] * 300)
     assert spent < ideal * 1.1
 
 
-class Deaf(Goodput):
-    """Keeps what it knew, and never tries again."""
+class NeverLearnsAgain(Goodput):
+    """Keeps its estimates when the drafter changes, and never probes."""
 
     PROBES = 0.0
 
@@ -133,70 +140,70 @@ class Deaf(Goodput):
         pass
 
 
-def test_goodput_notices_that_the_drafter_has_learned():
+def test_goodput_notices_that_the_drafter_is_better():
     check_notices_a_better_drafter(Goodput(plans_for(["eagle"])))
-    caught(check_notices_a_better_drafter, Deaf(plans_for(["eagle"])))
+    caught(check_notices_a_better_drafter, NeverLearnsAgain(plans_for(["eagle"])))
 
 
-def test_the_bandit_knows_its_buckets():
+def test_the_bandit_chooses_for_each_bucket_of_batch_sizes():
     bandit = BegMab(plans_for(["eagle"]), epsilon=0.0)
     machine = Machine(1.0, 0.1, 0.05, 0.2, {"eagle": 0.8})
     machine.play(bandit, [1] * 100 + [64] * 100)
-    assert bandit.choose([FakeRow()]).k > bandit.choose([FakeRow()] * 64).k
+    assert bandit.choose([FakeSequence()]).k > bandit.choose([FakeSequence()] * 64).k
 
 
-class Recording(Machine):
-    """Rounds are recorded: the first two of a kind take 20 and 60 ms more. `play` does not count these."""
+class RecordingMachine(Machine):
+    """Records CUDA graphs: the first two rounds of a shape take 20 and 60 ms more. `play` does not count these."""
 
-    says_so = True
-
-    def __init__(self, *args):
+    def __init__(self, *args, reports_warmup: bool):
         super().__init__(*args)
+        self.reports_warmup = reports_warmup
         self.seen: dict[tuple, int] = defaultdict(int)
         self.rounds = 0
 
-    def tell(self, strategy, report):
+    def report(self, strategy, report):
         self.rounds += 1
-        shape = (report.plan, batch_bucket(report.batch_size), self.rounds // 60)  # what is looked at grows
-        more = (0.02, 0.06)[self.seen[shape]] if self.seen[shape] < 2 else 0.0
+        shape = (report.plan, batch_bucket(report.batch_size), self.rounds // 60)  # kv_len grows
+        extra = (0.02, 0.06)[self.seen[shape]] if self.seen[shape] < 2 else 0.0
         self.seen[shape] += 1
-        strategy.observe(report._replace(seconds=report.seconds + more, first=self.says_so and more > 0))
+        strategy.observe(report._replace(seconds=report.seconds + extra, warmup=self.reports_warmup and extra > 0))
 
 
-def check_learns_from_usual_rounds(strategy: Strategy, times: tuple, right: float, says_so: bool):
-    machine = Recording(*times, {"eagle": right, "ngram": 0.3})
-    machine.says_so = says_so
+def check_ignores_warmup_rounds(strategy: Strategy, times: tuple, chance: float, reports_warmup: bool):
+    """On a machine whose first rounds of a shape are slow, the strategy is near the best."""
+    machine = RecordingMachine(*times, {"eagle": chance, "ngram": 0.3}, reports_warmup=reports_warmup)
     check_near_the_best(strategy, machine, 1.1)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "times", "right"),
+    ("strategy", "times", "chance"),
     [(Goodput, (1.0, 0.2, 0.3, 0.2), 0.3), (BegMab, (1.3, 0.17, 0.2, 0.09), 0.87)],
 )
-def test_nobody_learns_from_first_rounds(strategy, times, right):
-    check_learns_from_usual_rounds(strategy(plans_for(KINDS)), times, right, True)
-    caught(check_learns_from_usual_rounds, strategy(plans_for(KINDS)), times, right, False)
+def test_strategies_do_not_learn_from_the_times_of_warmup_rounds(strategy, times, chance):
+    check_ignores_warmup_rounds(strategy(plans_for(METHODS)), times, chance, True)
+    caught(check_ignores_warmup_rounds, strategy(plans_for(METHODS)), times, chance, False)
 
 
-class Listening(Strategy):
-    """Drafts 0 to 3 tokens in turn and checks what it is told."""
+class ReportChecker(Strategy):
+    """Drafts 0 to 3 tokens in turn, and checks the reports."""
 
     def __init__(self):
         super().__init__()
-        self.heard: list[tuple[int, int]] = []  # (rows, right guesses) of each round
+        self.rounds: list[tuple[int, int]] = []  # (batch size, accepted draft tokens) of each
 
     def choose(self, running):
-        return DraftPlan("eagle", len(self.heard) % 4)
+        return DraftPlan("eagle", len(self.rounds) % 4)
 
     def observe(self, report):
         assert len(report.drafted) == len(report.accepted) == report.plan.k
         assert report.seconds > 0
-        assert all(report.batch_size >= tried >= right for tried, right in zip(report.drafted, report.accepted))
+        by_depth = zip(report.drafted, report.accepted)
+        assert all(report.batch_size >= drafted >= accepted for drafted, accepted in by_depth)
         assert report.drafted[:1] in ([], [report.batch_size])
-        self.heard.append((report.batch_size, sum(report.accepted)))
+        self.rounds.append((report.batch_size, sum(report.accepted)))
 
 
-def test_the_engine_tells_what_happened():
+def test_reports_agree_with_the_responses():
     rng = random.Random(1)
     groups = []
     for i in range(12):
@@ -204,20 +211,20 @@ def test_the_engine_tells_what_happened():
         groups.append(Group(i, prompt, [sequence_seed(0, i, k) for k in range(rng.randint(1, 4))]))
     model = tiny()
     engine = Engine(model, {1}, 10, 100, proposers={"eagle": EagleProposer(Drafter(model))})
-    strategy = Listening()
+    strategy = ReportChecker()
     responses = list(engine.generate(groups, Sampling(max_new=30), strategy))
-    sampled = sum(rows + right for rows, right in strategy.heard)  # some stand behind a stop token
+    sampled = sum(batch_size + accepted for batch_size, accepted in strategy.rounds)  # some behind a stop token
     tokens = sum(len(r.tokens) for r in responses)
-    assert engine.stats.rounds == len(strategy.heard)
+    assert engine.stats.rounds == len(strategy.rounds)
     assert tokens <= sampled <= 1.3 * tokens
-    assert sum(engine.stats.accepted) == sum(right for _, right in strategy.heard)
+    assert sum(engine.stats.accepted) == sum(accepted for _, accepted in strategy.rounds)
 
 
-def test_names():
+def test_strategies_are_made_by_name():
     assert make_strategy("0", ["eagle"]).choose([1]) == make_strategy("off", []).choose([1]) == DraftPlan()
-    assert make_strategy("goodput", []).choose([1]) == DraftPlan()  # nobody can draft
-    assert make_strategy("3", KINDS).choose([1]) == DraftPlan("eagle", 3)
-    assert make_strategy("3", ["ngram"]).choose([1]).kind == "ngram"
+    assert make_strategy("goodput", []).choose([1]) == DraftPlan()  # there is no drafter
+    assert make_strategy("3", METHODS).choose([1]) == DraftPlan("eagle", 3)
+    assert make_strategy("3", ["ngram"]).choose([1]).method == "ngram"
     for wrong in ("best", "-1", "1.5", "", "17"):
         with pytest.raises(UserError, match="goodput, beg-mab"):
             make_strategy(wrong, [])

@@ -1,4 +1,7 @@
-"""The workers: mistakes, spare time, the queue, sharding. Whole runs: test_runs.py; what dies: test_harm.py."""
+"""The workers: their mistakes, drafter training while they are idle, the work queue, sharding.
+
+Whole runs are in test_runs.py, workers that die or hang in test_harm.py.
+"""
 
 import os
 import threading
@@ -7,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LEARN, caught, finish, here, launch, tiny
+from conftest import LEARN, caught, finish, launch, run_in_process, tiny
 
 import bench.scale
 import spot
@@ -18,13 +21,13 @@ from parts.cli import UserError
 from parts.engine.interfaces import DraftPlan, Group, RoundReport, Stats, Strategy
 from parts.engine.sampling import Sampling
 from parts.running import checkpoints
-from parts.running import launcher as supervise
-from parts.running.launcher import free_port
+from parts.running.launcher import Heartbeat, free_port
 from parts.running.timers import STATES, WorkerTimer
 from parts.training import logprobs
 from parts.training.logprobs import checkpoint_layers
 from rollout import Engine
 from spot import SpotTrainer, train_until
+from strategy import CountingStrategy
 from tlt import Board, TLTConfig
 from train_grpo import Worker
 
@@ -40,100 +43,101 @@ def test_a_mistake_is_one_line_before_any_worker_starts(model_folder, tmp_path, 
         (["--resume"], "no checkpoint"),
     ):
         with pytest.raises(UserError, match=words):
-            here(tlt.main, model_folder, tmp_path / "run", "--workers", 2, *flags)
+            run_in_process(tlt.main, model_folder, tmp_path / "run", "--workers", 2, *flags)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_in_a_worker_is_one_line_and_status_2(able, tmp_path):
-    """One that the parent cannot see: the drafter to start from is of another policy."""
+def test_a_mistake_in_a_worker_is_one_line_and_status_2(chain_policy, tmp_path):
+    """The parent cannot see that the drafter to start from is of another policy."""
     Drafter(tiny()).save(tmp_path / "drafter")
     flags = ("--workers", 2, "--drafter-from", tmp_path / "drafter", "--steps", 1)
-    text = finish(launch(able, tmp_path / "run", *LEARN, *flags), 2)
+    text = finish(launch(chain_policy, tmp_path / "run", *LEARN, *flags), 2)
     assert len(text.strip().splitlines()) == 1
     assert "size mismatch" in text
 
 
-def test_who_counts_as_hung():
-    pulse = supervise.Heartbeat(3)
+def test_which_workers_are_overdue():
+    heartbeat = Heartbeat(3)
     for rank, state in enumerate(("idle", "checkpoint", "rollout")):
-        pulse.tell(rank, state)
-        pulse.heard[rank] -= 100 * (rank < 2)
-    assert pulse.silent(10) == []  # 0 waits, because writing a checkpoint takes long
-    pulse.state[1] = pulse.NAMES.index("update")
-    assert pulse.silent(10) == [0, 1]
-    assert pulse.silent(1000) == []
+        heartbeat.beat(rank, state)
+        heartbeat.times[rank] -= 100 * (rank < 2)
+    assert heartbeat.overdue(10) == []  # worker 0 waits, because writing a checkpoint takes long
+    heartbeat.states[1] = heartbeat.NAMES.index("update")
+    assert heartbeat.overdue(10) == [0, 1]
+    assert heartbeat.overdue(1000) == []
 
 
-# ---------------------------------------------------------------- drafter training in spare time
+# ---------------------------------------------------------------- drafter training of idle workers
 
 
 class Scene:
-    """A fake clock, a fake Board and a fake drafter, on which micro-steps and waits take the time that they say."""
+    """A fake timer, Board and spot trainer, on whose clock training steps take the seconds that they are told to."""
 
-    def __init__(self, ends, micro_step: float, rows: bool = True):
+    def __init__(self, ends, step_seconds: float, can_train: bool = True):
+        """ends: when the last response of each of the other workers is finished."""
         self.now = 0.0
         self.ends = ends
-        self.micro_step = micro_step
+        self.step_seconds = step_seconds
         self.states: list[str] = []
-        self.learns = rows
+        self.can_train = can_train
 
     def enter(self, state: str) -> None:
         self.states.append(state)
 
     def step(self) -> None:
-        self.now += self.micro_step
+        self.now += self.step_seconds
 
-    def responses(self) -> int:
+    def finished(self) -> int:
+        """Return how many of the other workers have finished."""
         return sum(end <= self.now for end in self.ends)
 
 
-def check_trains_until_the_last_is_done(over, ends=(1.0, 2.0, 7.5), micro_step=0.4):
-    """One worker is done at time 0; the others' last responses come at `ends`. It has to train until the last, and not
-    one micro-step longer.
-    """
-    scene = Scene(ends, micro_step)
+def check_trains_until_the_last_response(over, ends=(1.0, 2.0, 7.5), step_seconds=0.4):
+    """A worker that is done at time 0 trains until the last response of all others, and not a step longer."""
+    scene = Scene(ends, step_seconds)
     train_until(lambda: over(scene), scene, scene)
-    assert max(ends) <= scene.now < max(ends) + micro_step
+    assert max(ends) <= scene.now < max(ends) + step_seconds
     assert set(scene.states) == {"drafter", "idle"}
     assert scene.states[-1] == "idle"
     assert scene.states.count("idle") == 1
 
 
 def test_an_idle_worker_trains_until_the_last_response():
-    check_trains_until_the_last_is_done(lambda scene: scene.responses() >= 3)
-    # stops as soon as ANY worker has finished
-    caught(check_trains_until_the_last_is_done, lambda scene: scene.responses() >= 1)
-    # looks at the Board now and then only
-    caught(check_trains_until_the_last_is_done, lambda scene: scene.responses() >= 3 and scene.now % 2 < 0.4)
+    check_trains_until_the_last_response(lambda scene: scene.finished() >= 3)
+    # ended by the first worker that has finished
+    caught(check_trains_until_the_last_response, lambda scene: scene.finished() >= 1)
+    # asked only now and then
+    caught(check_trains_until_the_last_response, lambda scene: scene.finished() >= 3 and scene.now % 2 < 0.4)
 
 
-@pytest.mark.parametrize("drafter", ["none", "nothing to learn from"])
-def test_without_work_it_waits(drafter, monkeypatch):
-    scene = Scene([0.02], 0.4, rows=False)
+@pytest.mark.parametrize("drafter", ["no drafter", "no features to learn from"])
+def test_an_idle_worker_that_cannot_train_waits(drafter, monkeypatch):
+    scene = Scene([0.02], 0.4, can_train=False)
 
     def sleep(seconds: float) -> None:
         scene.now += seconds
 
     monkeypatch.setattr(spot.time, "sleep", sleep)
-    train_until(lambda: scene.responses() >= 1, scene, None if drafter == "none" else scene)
+    train_until(lambda: scene.finished() >= 1, scene, None if drafter == "no drafter" else scene)
     assert set(scene.states) == {"idle"}
     assert 0.02 <= scene.now < 0.03
 
 
-def make_spot(rank: int = 0, **changes) -> SpotTrainer:
+def make_spot_trainer(rank: int = 0, **changes) -> SpotTrainer:
+    """Return the spot trainer of a tiny random policy, without a drafter to start from."""
     return SpotTrainer(tiny(), TLTConfig(**{"out": "nowhere", "model": "base/chain/refit", **changes}), rank, {1})
 
 
 def check_averages_by_steps(average):
-    """Three workers with 1, 3 and 0 steps: all end with (1 * first + 3 * second) / 4, and keep their optimizers."""
-    spots = [make_spot(rank) for rank in range(3)]
-    for value, (spot_, steps) in enumerate(zip(spots, (1, 3, 0)), 1):
-        spot_.steps_since_average = steps
-        for w in [*spot_.learner.parameters(), *spot_.trainer.average]:
+    """Three workers have made 1, 3 and 0 steps: all get (1 * first + 3 * second) / 4, and keep their optimizers."""
+    spot_trainers = [make_spot_trainer(rank) for rank in range(3)]
+    for value, (spot_trainer, steps) in enumerate(zip(spot_trainers, (1, 3, 0)), 1):
+        spot_trainer.steps_since_average = steps
+        for w in [*spot_trainer.learner.parameters(), *spot_trainer.trainer.average]:
             w.data.fill_(float(value))
     sums = {}
     barrier = threading.Barrier(3)
-    optimizers = [id(spot_.trainer.optimizer) for spot_ in spots]
+    optimizers = [id(spot_trainer.trainer.optimizer) for spot_trainer in spot_trainers]
 
     def all_reduce(rank: int):
         def sum_up(tensors):
@@ -145,67 +149,62 @@ def check_averages_by_steps(average):
 
         return sum_up
 
-    threads = [threading.Thread(target=average, args=(spot_, all_reduce(rank))) for rank, spot_ in enumerate(spots)]
+    threads = [
+        threading.Thread(target=average, args=(spot_trainer, all_reduce(rank)))
+        for rank, spot_trainer in enumerate(spot_trainers)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for spot_ in spots:
-        for w in [*spot_.learner.parameters(), *spot_.trainer.average]:
+    for spot_trainer in spot_trainers:
+        for w in [*spot_trainer.learner.parameters(), *spot_trainer.trainer.average]:
             assert torch.allclose(w, torch.full_like(w, 1.75))
-        assert spot_.steps_since_average == 0
-    assert optimizers == [id(spot_.trainer.optimizer) for spot_ in spots]
+        assert spot_trainer.steps_since_average == 0
+    assert optimizers == [id(spot_trainer.trainer.optimizer) for spot_trainer in spot_trainers]
 
 
 def test_drafters_are_averaged_by_steps():
     check_averages_by_steps(SpotTrainer.average)
 
-    def unweighted(spot_, all_reduce):
-        spot_.steps_since_average = 1
-        SpotTrainer.average(spot_, all_reduce)
+    def unweighted(spot_trainer, all_reduce):
+        spot_trainer.steps_since_average = 1
+        SpotTrainer.average(spot_trainer, all_reduce)
 
     caught(check_averages_by_steps, unweighted)
 
 
-def test_nobody_trained_changes_nothing():
-    spot_ = make_spot()
-    before = [p.clone() for p in spot_.learner.parameters()]
-    spot_.average(lambda tensors: None)
-    assert all(torch.equal(a, b) for a, b in zip(before, spot_.learner.parameters()))
+def test_an_average_without_steps_changes_nothing():
+    spot_trainer = make_spot_trainer()
+    before = [p.clone() for p in spot_trainer.learner.parameters()]
+    spot_trainer.average(lambda tensors: None)
+    assert all(torch.equal(a, b) for a, b in zip(before, spot_trainer.learner.parameters()))
 
 
-def test_a_run_that_goes_on_takes_the_drafter_of_its_checkpoint(tmp_path):
+def test_a_resumed_run_takes_the_drafter_of_its_checkpoint(tmp_path):
     config = TLTConfig(out="nowhere", model="base/chain/refit")
     trained = Drafter(tiny())
     trained.save(tmp_path / "drafter")
-    spot_ = SpotTrainer(tiny(), config, 0, {1}, checkpoint=tmp_path)
-    assert not spot_.needs_warm_start
-    for a, b in zip(spot_.learner.parameters(), trained.parameters(), strict=True):
+    spot_trainer = SpotTrainer(tiny(), config, 0, {1}, checkpoint=tmp_path)
+    assert not spot_trainer.needs_warm_start
+    for a, b in zip(spot_trainer.learner.parameters(), trained.parameters(), strict=True):
         assert torch.allclose(a, b)
-    assert make_spot().needs_warm_start
+    assert make_spot_trainer().needs_warm_start
     assert SpotTrainer(tiny(), config, 0, {1}, checkpoint=tmp_path / "without").needs_warm_start
 
 
-# ---------------------------------------------------------------- evaluations teach nobody
+# ---------------------------------------------------------------- what is learned from, what is counted
 
 
-def team_of_one(monkeypatch, **settings) -> tlt.TLTWorker:
-    """Without a process group."""
-
-    def begin(self, config):
-        Worker.__init__(self, config)
-        self.board = Board("", 0, Board.host())
-        self.rollouts = 0
-        self.spot = None
-
-    monkeypatch.setattr(tlt.TLTWorker, "__init__", begin)
+def single_worker(**settings) -> tlt.TLTWorker:
+    """Return the only worker of a run on a CPU."""
     return tlt.TLTWorker(TLTConfig(device="cpu", model="base/chain/refit", **settings))
 
 
-def rollout_of(split: str, monkeypatch, learn: bool | None = None) -> tlt.TLTWorker:
-    """A worker of one that has made one rollout on a split."""
-    worker = team_of_one(monkeypatch, warm_start=0.2, prompts=1)
-    engine = worker.engine(tiny(), {1}, 8, 0)
+def worker_after_rollout(split: str, learn: bool | None = None) -> tlt.TLTWorker:
+    """Return a worker that has made a rollout of a split. learn: as in Worker.rollout; None: as the loop sets it."""
+    worker = single_worker(warm_start=0.2, prompts=1)
+    engine = worker.make_engine(tiny(), {1}, 8, 0, None)
     engine.reserve(60)
     groups = [Group((split, i), [5 + i, 9, 30], [7 * i + k for k in range(4)]) for i in range(3)]
     learn = split == "train" if learn is None else learn
@@ -213,51 +212,46 @@ def rollout_of(split: str, monkeypatch, learn: bool | None = None) -> tlt.TLTWor
     return worker
 
 
-def check_teaches_nobody(worker: tlt.TLTWorker) -> None:
-    assert not worker.spot.buffer.sequences
-    assert worker.spot.trainer.steps == 0
-    assert worker.spot.needs_warm_start
+def check_nothing_learned(worker: tlt.TLTWorker) -> None:
+    assert not worker.spot_trainer.buffer.sequences
+    assert worker.spot_trainer.trainer.steps == 0
+    assert worker.spot_trainer.needs_warm_start
 
 
-def test_held_out_responses_teach_nobody(monkeypatch):
-    check_teaches_nobody(rollout_of("test", monkeypatch))
-    caught(check_teaches_nobody, rollout_of("test", monkeypatch, learn=True))
-    assert rollout_of("train", monkeypatch).spot.trainer.steps > 0
+def test_the_drafter_does_not_learn_from_held_out_responses():
+    check_nothing_learned(worker_after_rollout("test"))
+    caught(check_nothing_learned, worker_after_rollout("test", learn=True))
+    assert worker_after_rollout("train").spot_trainer.trainer.steps > 0
 
 
-def test_what_is_counted_for_the_metrics():
-    """By depth, as deep as strategies may draft; guesses of other drafters do not count."""
-    watched = tlt.CountingStrategy(Strategy(DraftPlan("eagle", 16)), WorkerTimer())
-    assert watched.choose([]) == DraftPlan("eagle", 16)
-    assert watched.timer.state == "speculative"
+def test_draft_tokens_of_the_eagle_drafter_are_counted_by_depth():
+    """Also at the largest depth that strategies choose; those of other drafters do not count."""
+    counting = CountingStrategy(Strategy(DraftPlan("eagle", 16)), WorkerTimer())
+    assert counting.choose([]) == DraftPlan("eagle", 16)
+    assert counting.timer.state == "speculative"
     for _ in range(2):
-        watched.observe(RoundReport(3, DraftPlan("eagle", 16), 0.1, list(range(16, 0, -1)), list(range(15, -1, -1))))
-    watched.observe(RoundReport(3, DraftPlan("ngram", 2), 0.1, [3, 3], [3, 3]))
-    assert watched.tried == [2 * n for n in range(16, 0, -1)]
-    assert watched.right == [2 * n for n in range(15, -1, -1)]
-    watched.forget()
-    assert sum(watched.tried) == sum(watched.right) == 0
+        counting.observe(RoundReport(3, DraftPlan("eagle", 16), 0.1, list(range(16, 0, -1)), list(range(15, -1, -1))))
+    counting.observe(RoundReport(3, DraftPlan("ngram", 2), 0.1, [3, 3], [3, 3]))
+    assert counting.drafted == [2 * n for n in range(16, 0, -1)]
+    assert counting.accepted == [2 * n for n in range(15, -1, -1)]
+    counting.reset_counts()
+    assert sum(counting.drafted) == sum(counting.accepted) == 0
 
 
 def check_rounds(worker: tlt.TLTWorker, held_out_learns: bool = False) -> None:
-    """Two rollouts of a step are counted together, the evaluation before it is not, and the next step begins anew."""
+    """Two rollouts of a step are counted together, the evaluation before them is not, and the next step begins anew."""
     for rounds, learn in ((100, held_out_learns), (3, True), (5, True)):
         engine = SimpleNamespace(slots=4, stats=Stats(rounds=rounds))
         worker.rollout(engine, [Group(0, [1], [])], Sampling(), None, lambda n: None, learn=learn)
-    assert worker.notes().rounds == 8
-    assert worker.notes().rounds == 0
+    assert worker.take_speculation_stats().rounds == 8
+    assert worker.take_speculation_stats().rounds == 0
 
 
 def test_the_rollouts_of_a_step_are_counted_together(monkeypatch):
-    monkeypatch.setattr(tlt.TLTWorker, "__init__", lambda self, config: Worker.__init__(self, config))
-    monkeypatch.setattr(tlt.TLTWorker, "generate", lambda *args: [])
+    monkeypatch.setattr(tlt.TLTWorker, "my_part", lambda *args: [])
     for learns in (False, True):
-        worker = tlt.TLTWorker(TLTConfig(device="cpu", drafter="off", ngram=True))
-        hosted = Board.host()
-        worker.board = Board("", 0, hosted)
-        worker.rollouts = 0
-        worker.spot = None
-        worker.engine(tiny(), {1}, 4, 0)
+        worker = single_worker(drafter="off", ngram=True)
+        worker.make_engine(tiny(), {1}, 4, 0, None)
         if learns:
             caught(check_rounds, worker, held_out_learns=True)
         else:
@@ -265,10 +259,10 @@ def test_the_rollouts_of_a_step_are_counted_together(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, kinds", [({}, ["eagle"]), ({"ngram": True}, ["eagle", "ngram"]), ({"drafter": "off"}, [])]
+    "flags, methods", [({}, ["eagle"]), ({"ngram": True}, ["eagle", "ngram"]), ({"drafter": "off"}, [])]
 )
-def test_ngrams_draft_only_where_they_are_asked_for(flags, kinds, monkeypatch):
-    assert list(team_of_one(monkeypatch, **flags).engine(tiny(), {1}, 4, 0).proposers) == kinds
+def test_ngrams_draft_only_where_that_is_asked_for(flags, methods):
+    assert list(single_worker(**flags).make_engine(tiny(), {1}, 4, 0, None).proposers) == methods
 
 
 # ---------------------------------------------------------------- the queue
@@ -303,7 +297,7 @@ def test_the_board_hands_out_each_number_once():
     assert Board("", 0, hosted).add("next", 0) == 204
 
 
-def test_nobody_takes_more_than_a_fair_share_at_once():
+def test_no_worker_holds_more_than_a_fair_share_at_once():
     shares = [tlt.fair_share([16] * 16, workers, 256) for workers in (1, 2, 4, 8, 16, 64)]
     assert shares == [256, 128, 64, 32, 16, 16]
     assert tlt.fair_share([16] * 16, 2, 64) == 64
@@ -312,51 +306,50 @@ def test_nobody_takes_more_than_a_fair_share_at_once():
     assert len(bench.scale.simulate([[5] * 16] * 16, 8, 256, rounds)) == 8
 
 
-class Watcher(Strategy):
-    """Plain decoding; notes how many rows live, and which groups."""
+class RecordingStrategy(Strategy):
+    """Plain decoding. Records how many sequences run, and which groups were pulled and have begun."""
 
     def __init__(self):
         super().__init__()
-        self.rows: list[int] = []
-        self.response_prefix_len: set[int] = set()
-        self.drawn: list[int] = []
+        self.running: list[int] = []
+        self.begun: set[int] = set()
+        self.pulled: list[int] = []
 
     def groups(self):
         for i in range(5):
-            self.drawn.append(i)
+            self.pulled.append(i)
             yield Group(i, [5, 6, 7], [i * 10 + k for k in range(4)])
 
     def choose(self, running):
-        self.rows.append(len(running))
-        self.response_prefix_len.update(row.group.key for row in running)
-        assert len(self.drawn) == len(
-            self.response_prefix_len
-        )  # a group that waits here is one that another worker could have begun
-        return self.draft
+        self.running.append(len(running))
+        self.begun.update(sequence.group.key for sequence in running)
+        # a group that was pulled and waits here is one that another worker could have begun
+        assert len(self.pulled) == len(self.begun)
+        return self.plan
 
 
-def test_the_engine_holds_back_what_it_may_not_hold():
+def test_the_engine_runs_at_most_max_running_sequences():
     engine = Engine(tiny(), {1}, slots=16, context=64)
 
-    def tokens(watcher: Watcher) -> dict:
-        responses = engine.generate(watcher.groups(), Sampling(max_new=12), watcher)
+    def tokens(strategy: RecordingStrategy) -> dict:
+        responses = engine.generate(strategy.groups(), Sampling(max_new=12), strategy)
         return {(r.group, r.sample): r.tokens for r in responses}
 
-    free = Watcher()
-    wanted = tokens(free)
-    assert max(free.rows) == 16
+    unlimited = RecordingStrategy()
+    wanted = tokens(unlimited)
+    assert max(unlimited.running) == 16
     engine.max_running = 4
-    scale_and_filter = Watcher()
-    assert tokens(scale_and_filter) == wanted
-    assert max(scale_and_filter.rows) == 4
+    limited = RecordingStrategy()
+    assert tokens(limited) == wanted
+    assert max(limited.running) == 4
 
 
 # ---------------------------------------------------------------- sharding
 
 
 def updates(worker, config, folder):
-    """An update on made-up advantages, then, as a run that is resumed, one from the saved states -> statistics, whole
-    states of policy and optimizer.
+    """Make an update on invented advantages, then, as a resumed run does, one from the saved states -> its figures, and
+    the whole states of policy and optimizer.
     """
     model = tiny()
     groups = [Group(i, [5 + i, 9, 30], [7 * i + k for k in range(3)]) for i in range(5)]
@@ -383,20 +376,20 @@ def updates(worker, config, folder):
     return stats, states
 
 
-# with the correction all responses are scored before the first update
+# with truncated importance sampling, all responses are scored before the first update
 UPDATES = {"device": "cpu", "minibatches": 2, "micro_tokens": 150, "tis_cap": 2.0}
 
 
 def sharded(rank: int, port: int, folder: Path, broken: bool) -> None:
-    """A worker process."""
+    """Run a worker process, and write its result. broken: sum gradients as means."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    # with layers that are computed twice, and the head in slices
+    # with gradient checkpointing, and the head in slices
     config = TLTConfig(**UPDATES, shard=True, gradient_checkpointing=True)
     logprobs.SLICE = 118 * 7
     worker = tlt.TLTWorker(config)
-    if broken:  # means instead of sums
+    if broken:
         from torch.distributed.fsdp import FSDPModule
 
         FSDPModule.set_gradient_divide_factor = lambda self, factor: None
@@ -425,6 +418,6 @@ def test_sharded_and_replicated_updates_agree(tmp_path):
     caught(check_sharded, tmp_path, True)
 
 
-def test_every_state_has_a_mark_and_a_colour():
-    marks = [mark for mark, _ in STATES.values()]
-    assert len(set(marks)) == len(STATES)
+def test_every_state_has_a_character_of_its_own():
+    characters = [character for character, _ in STATES.values()]
+    assert len(set(characters)) == len(STATES)

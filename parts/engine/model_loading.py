@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from parts.cli import UserError, reason
@@ -49,14 +49,17 @@ def load_tokenizer(name: str):
         raise UserError(f"--model {name}: cannot load its tokenizer: {reason(error)}") from error
 
 
-def check_context(name: str, tokens: int) -> None:
-    """Raise UserError if the model of that name cannot hold a prompt and response of so many tokens."""
+def load_config(name: str):
+    """Return the config of the model of that name. Raises UserError."""
     try:
-        limit = getattr(AutoConfig.from_pretrained(find_folder(name)), "max_position_embeddings", None)
+        return AutoConfig.from_pretrained(find_folder(name))
     except LOADING_ERRORS as error:
         raise UserError(f"--model {name}: cannot read its config.json: {reason(error)}") from error
-    if limit and tokens > limit:
-        raise UserError(too_long(tokens, limit))
+
+
+def context_limit(config) -> int | None:
+    """Return the largest number of tokens, prompt and response, that a model can read; None: no limit is known."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def too_long(tokens: int, limit: int) -> str:
@@ -82,6 +85,12 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 def read_model(name: str, dtype: torch.dtype):
     """Return the model, and what transformers reports of its weights (see check_weights). Raises UserError."""
+    quantized = getattr(load_config(name), "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method", "") if isinstance(quantized, dict) else ""
+        raise UserError(
+            f"--model {name}: its weights are quantized ({method}) and cannot be trained: take the original"
+        )
     settings = {"dtype": dtype, "attn_implementation": "slots"}
     # `check_weights` reports wrong weights in one line instead of a table
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -217,6 +226,24 @@ def turn_end(tokenizer) -> set[int]:
     return {token for token in behind if token in tokenizer.all_special_ids}
 
 
+def deployed_sampling(model, stop: list[int], temperature: float, max_new: int) -> GenerationConfig:
+    """Return the generation config with which the saved policy's `generate` samples, and stops, as it was trained.
+    Other settings that the model came with (beams, min_p, suppressed tokens ...) are dropped.
+    """
+    before = model.generation_config
+    return GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new,
+        eos_token_id=stop if len(stop) > 1 else stop[0],
+        pad_token_id=before.pad_token_id,
+        bos_token_id=before.bos_token_id,
+    )
+
+
 ACTOR_DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -238,3 +265,9 @@ def cast_weights(model, dtype: torch.dtype):
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return model
+
+
+def decode(tokens: list[int], tokenizer) -> str:
+    """Return the text of token ids, special tokens included. A policy may have ids that its tokenizer does not know."""
+    known = len(tokenizer)
+    return tokenizer.decode([token for token in tokens if token < known], skip_special_tokens=False)

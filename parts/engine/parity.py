@@ -52,8 +52,7 @@ def widened(value):
 
 
 def own_logits(model, ids: torch.Tensor) -> torch.Tensor:
-    """Run the model's own code, with its own masks and attention and without a cache: ids (1, T) -> logits (1, T, V).
-    """
+    """Run the model's own code, with its own masks and attention, without a cache: ids (1, T) -> logits (1, T, V)."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -74,8 +73,7 @@ def engine_logits(model, ids: torch.Tensor, make_layers: Callable[[], Iterable |
 
 
 def distance(ours: torch.Tensor, own: torch.Tensor) -> float:
-    """Return the largest difference of two logits (1, T, V), as a share of their standard deviation; inf if not finite.
-    """
+    """Return the largest difference of logits (1, T, V), as a share of their standard deviation; inf if not finite."""
     if ours.equal(own):
         return 0.0
     gap = (ours - own).abs().max() / own.std()

@@ -34,15 +34,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
-from parts.cli import UserError
+from parts.cli import UserError, flag_name
 from parts.files import cannot_write, write_atomically
+from parts.running.metrics_log import to_json
 from parts.training import lora as adapters
 
 FORMAT = 3  # of checkpoints
 KEPT = 2  # checkpoints
 PATTERN = "checkpoint-??????"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-# settings that a resumed run may change without a message
+# settings that a resumed run may not change, since the checkpoint's weights are made of them
+FIXED = ("model", "lora_rank")
+# settings that it may change without a message; of all others it prints the change
 MAY_CHANGE = ("steps", "resume", "out", "workers", "workers_per_gpu", "track")
 
 
@@ -97,10 +100,20 @@ def start_from(config, say: Callable[[str], None]) -> Path | None:
         if restarted():
             return None
         raise nothing_to_resume(out)
-    rank = read_state(checkpoint)["config"].get("lora_rank", 0)
-    if rank != config.lora_rank:
-        raise UserError(f"--lora-rank {config.lora_rank}: {checkpoint} continues with --lora-rank {rank} only")
+    before = read_state(checkpoint)["config"]
+    for name in FIXED:
+        was = before.get(name, getattr(config, name))
+        if not same_setting(name, was, getattr(config, name)):
+            flag = flag_name(name)
+            raise UserError(f"{flag} {getattr(config, name)}: {checkpoint} continues with {flag} {was} only")
     return checkpoint
+
+
+def same_setting(name: str, before, now) -> bool:
+    """Return whether a setting is the same; folders are the same however their path is written."""
+    if name == "model" and Path(before).is_dir() and Path(now).is_dir():
+        return Path(before).resolve() == Path(now).resolve()
+    return before == now
 
 
 def nothing_to_resume(out: Path) -> UserError:
@@ -181,6 +194,21 @@ def save_policy(folder: Path, model, tokenizer, weights: dict[str, torch.Tensor]
     tokenizer.save_pretrained(folder)
 
 
+def try_to_save(out: Path, model, tokenizer) -> None:
+    """Write everything but weights that a checkpoint and out/policy hold, and remove it again. Raises UserError: a
+    setting that cannot be saved would else end the run at its first checkpoint.
+    """
+    trial = out / "trial"
+
+    def fill(part: Path) -> None:
+        model.config.save_pretrained(part)
+        model.generation_config.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+
+    save_folder(trial, fill)
+    shutil.rmtree(trial)
+
+
 def save(
     out: Path, step: int, model, optimizer, tokenizer, metrics: list[dict], config=None, writes=True, also=None
 ) -> None:
@@ -206,7 +234,7 @@ def save(
             also(part)
         torch.save(moments, part / "optimizer.pt")
         state = {"format": FORMAT, "step": step, "config": asdict(config) if config else {}, "metrics": metrics}
-        (part / "state.json").write_text(json.dumps(state))
+        (part / "state.json").write_text(to_json(state))
         sums = {name: checksum(part / name) for name in files_of(part)}
         (part / "checksums.json").write_text(json.dumps(sums))
 

@@ -8,6 +8,7 @@ mean what they always mean.
 """
 
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -17,6 +18,20 @@ from parts.cli import UserError, reason
 from parts.files import write_atomically
 
 
+def to_json(value) -> str:
+    """Return JSON text, with null for numbers that are not finite: JSON has no NaN."""
+    return json.dumps(finite(value), allow_nan=False)
+
+
+def finite(value):
+    """Return the value with None in the place of numbers that are not finite, in dicts and lists, too."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class MetricsLog:
     """Writes rows of metrics to out/metrics.jsonl and to the tracker. Exists on rank 0 only."""
 
@@ -24,12 +39,12 @@ class MetricsLog:
         """metrics: the rows so far; later rows of the file are of steps that will be made again. Raises UserError."""
         self.path = Path(config.out) / "metrics.jsonl"
         self.tracker = open_tracker(config, first_step)
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in metrics))
+        write_atomically(self.path, "".join(to_json(row) + "\n" for row in metrics))
 
     def write(self, row: dict) -> None:
         """Write a row, of a step or of an evaluation (which has the key "eval"). Add here what else should get it."""
         with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(to_json(row) + "\n")
         if self.tracker:
             self.tracker.log(scalars(row), step=row["step"])
 

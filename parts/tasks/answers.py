@@ -41,21 +41,45 @@ def answer_tag(text: str) -> str | None:
     return None if start < 0 or end < 0 else text[start + len("<answer>") : end]
 
 
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\d+(?:\.\d+)?|[^\s{]))")  # \boxed{...}, \boxed 5, \boxed5, \fbox{...}
+
+
 def boxed_answer(text: str) -> str | None:
-    """Return the content of the last \\boxed{}, with its inner brackets in pairs; None if there is none, or if it is
-    longer than 500 characters.
+    r"""Return the content of the last complete \boxed{} or \fbox{}, with its inner brackets in pairs; None if there is
+    none, or if it is longer than 500 characters.
     """
     text = text[-LOOKED_AT:]
-    start = text.rfind("\\boxed{") + len("\\boxed{")
-    if start < len("\\boxed{"):
-        return None
-    text = text[start : start + ANSWER_LOOKED_AT]
+    for box in reversed(list(BOX.finditer(text))):
+        content = box[1] or closed_brackets(text[box.end() : box.end() + ANSWER_LOOKED_AT])
+        if content is not None:
+            return content.strip()
+    return None
+
+
+def closed_brackets(text: str) -> str | None:
+    """Return the text up to the bracket that closes the one before it; None if none does."""
     depth = 1
     for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # \{ and \} are no brackets
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if not depth:
-            return text[: match.start()].strip()
+            return text[: match.start()]
     return None
+
+
+PROSE = re.compile(r"[A-Za-z]{2,}[\s,.]+[A-Za-z]{2,}[\s,.]+[A-Za-z]{2,}")  # three words in a row
+LATEX_TEXT = re.compile(r"\\(?:text|mbox|textbf|mathrm)\s*\{[^{}]*\}")
+
+
+def stated_answer(solution: str) -> str | None:
+    r"""Return the final answer of a gold answer or solution: its last \boxed{}, what follows its last ####, or all of
+    it if that is no prose; None if none of these.
+    """
+    boxed = boxed_answer(solution)
+    if boxed:
+        return boxed
+    _, mark, last = solution.rpartition("####")
+    answer = last.strip()
+    return None if not answer or (not mark and PROSE.search(LATEX_TEXT.sub("", answer))) else answer
 
 
 # ---------------------------------------------------------------- arithmetic

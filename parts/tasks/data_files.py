@@ -62,8 +62,7 @@ def read_hub(name: str, take: Take) -> dict[str, list]:
 
 
 def read_folder(folder: Path, take: Take) -> dict[str, list]:
-    """Return the splits of a folder: from train.jsonl and test.jsonl, or from its only .jsonl file. Raises UserError.
-    """
+    """Return the splits of a folder, from train.jsonl and test.jsonl or its only .jsonl file. Raises UserError."""
     names = sorted(path.name for path in folder.glob("*.jsonl"))
     if {"train.jsonl", "test.jsonl"} <= {*names}:
         names = ["train.jsonl", "test.jsonl"]
@@ -88,18 +87,28 @@ def load_splits(data: str, take: Take) -> dict[str, list]:
     return read_hub(data, take)
 
 
-def halves(splits: dict[str, list[tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:
-    """Return the splits train and test of (problem, answer). If one is missing, all rows are divided anew, and an
+def halves(splits: dict[str, list[tuple]]) -> dict[str, list[tuple]]:
+    """Return the splits train and test of (problem, ...). If one is missing, all rows are divided anew, and an
     eighth of the problems is held out: a problem that occurs twice is in the same split both times.
     """
     if {"train", "test"} <= splits.keys():
         return {name: splits[name] for name in ("train", "test")}
-    parts: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+    parts: dict[str, list[tuple]] = {"train": [], "test": []}
     for rows in splits.values():
         for row in rows:
             held_out = zlib.crc32(row[0].encode("utf-8", "replace")) % 8 == 0
             parts["test" if held_out else "train"].append(row)
     return parts
+
+
+def check_text(text: str, place: str) -> None:
+    """Raise UserError for a text with a lone surrogate, which no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place}: {text[error.start : error.end]!r} is half a character: mend or remove the row"
+        ) from error
 
 
 def pick_columns(row, columns: dict[str, tuple[str, ...]], where: str) -> list[str]:
@@ -117,5 +126,6 @@ def pick_columns(row, columns: dict[str, tuple[str, ...]], where: str) -> list[s
         text = str(row[name]).strip() if isinstance(row[name], (str, int, float)) else ""
         if not text:
             raise UserError(f"{where}: {name} must be a text that is not empty, got {str(row[name])[:40]!r}")
+        check_text(text, where)
         texts.append(text)
     return texts

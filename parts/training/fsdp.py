@@ -74,6 +74,9 @@ class FSDPLayout(ReplicatedLayout):
         for a, p in zip(actor.parameters(), model.parameters()):
             a.data.copy_(full_tensor(p).data)
 
+    def local(self, p):
+        return p.to_local() if isinstance(p, torch.distributed.tensor.DTensor) else p
+
     def update_bytes(self, model, tokens):
         """Return the memory of an update. Nothing can be cut finer here, so all of a micro-batch must fit."""
         weights = sum(p.numel() for p in model.parameters()) // self.workers

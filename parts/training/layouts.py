@@ -63,6 +63,17 @@ class ReplicatedLayout:
             for a, p in zip(actor.parameters(), model.parameters()):
                 a.data.copy_(p.data)
 
+    def find_broken(self, model) -> str | None:
+        """Return the name of a weight on this worker that holds nan or inf; None if there is none."""
+        for name, p in model.named_parameters():
+            if not self.local(p).isfinite().all():
+                return name
+        return None
+
+    def local(self, p: torch.Tensor) -> torch.Tensor:
+        """Return the part of a weight that lies on this worker."""
+        return p
+
     def update_bytes(self, model, tokens: int) -> int:
         """Return the memory that an update takes beside the engine: gradients, and what a micro-batch of so many tokens
         needs; of that at most 8 GB, since an update that runs out of memory is cut finer.
@@ -88,7 +99,7 @@ class LoRALayout(ReplicatedLayout):
         model.to(device)
         actor = self.copy_of(model, device)
         lora.add(model, self.rank, self.seed)
-        return model, actor
+        return model.eval(), actor
 
     def refresh_actor(self, actor, model):
         lora.merge_into(actor, model)

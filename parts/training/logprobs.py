@@ -9,7 +9,8 @@ nothing is cut, and nothing is computed twice.
 Legend: B sequences, T positions, N tokens of responses, D model width, V vocabulary.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional as F
@@ -81,14 +82,43 @@ def token_logprobs(model, responses: list[Response], temperature: float) -> torc
 
 
 def checkpoint_layers(model) -> None:
-    """From now on a forward in training mode keeps only the inputs of each layer, and the backward runs each layer once
-    more: less memory, more time, the same gradients. Generation runs in evaluation mode and is not affected.
-    Raises UserError.
+    """From now on a forward in `update_mode` keeps only the inputs of each layer, and the backward runs each layer once
+    more: less memory, more time, the same gradients. Raises UserError.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"--gradient-checkpointing: {type(model).__name__} has no such layers")
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.disable_input_require_grads()  # hooks on the embedding that only the other kind of checkpoint needs
+
+
+NOISE = ("dropout", "pdrop", "jitter")  # parts of the names of settings that add noise in training mode
+
+
+@contextlib.contextmanager
+def update_mode(model) -> Iterator[None]:
+    """Inside, the model is ready for an update: its forward is the one that generates, without dropout or other noise.
+
+    GRPO needs the probabilities of the policy that sampled, so the model stays in evaluation mode. transformers
+    checkpoints a layer only if the layer itself is in training mode. So with gradient checkpointing that flag is set,
+    on the layers alone and not on the modules inside them; noise that a layer itself would add is set to 0.
+    """
+    layers = model.get_decoder().layers if model.is_activation_checkpointing else ()
+    for layer in layers:
+        layer.training = True
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, float) and any(part in name for part in NOISE):
+                setattr(layer, name, 0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def noise_settings(config) -> dict[str, float]:
+    """Return the settings of a model's config that would add noise in training mode: dropout and router jitter."""
+    noisy = {name: value for name, value in config.to_dict().items() if any(part in name for part in NOISE)}
+    return {name: value for name, value in sorted(noisy.items()) if isinstance(value, float) and value}
 
 
 def activations_per_token(config, inner: int | None = None) -> int:

@@ -33,8 +33,7 @@ def linear_names(model) -> list[str]:
 
 
 def add(model, rank: int, seed: int) -> None:
-    """Freeze the model and add adapters to all its linear layers. The same seed gives the same adapters on all workers.
-    """
+    """Freeze the model and add adapters to its linear layers. The same seed gives the same adapters on all workers."""
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds: only where it is used
 
     torch.manual_seed(seed)
