@@ -1,15 +1,15 @@
-"""What a round of a model of a given shape takes on this device, way by way. `bench gpu` prints it.
+"""The time of a round of a model of a given shape on this device, implementation by implementation; for `bench gpu`.
 
-Random weights: time does not depend on what they say. A drafter's guesses do, so they come from an oracle that is
-right as often as stated, while the drafter's own work is done for its cost.
+Weights are random, since time does not depend on them. Nor does the time of a round depend on which draft tokens are
+accepted (the shapes of rounds are rounded up, see cuda_graphs.py), so the tokens of a round are computed from a stated
+acceptance, ACCEPTANCE.
 
     modules         the model's own modules, one kernel after the other
-    fused layers    modeling.FusedLayer
-    fused sampler   and sampling.Compiled
-    graphs          and rounds replayed, graphs.Graphs
+    fused layers    fused_layers.FusedLayer
+    fused sampler   and sampling.CompiledSampler
+    graphs          and rounds replayed, cuda_graphs.GraphPool
 """
 
-import functools
 import statistics
 from typing import NamedTuple
 
@@ -17,126 +17,46 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from bench.aging import tokens_per_round
+from bench.harness import Watch, fixed
 from drafter import Drafter, EagleProposer
 from parts.engine import sampling as sampler
-from parts.engine.cuda_graphs import GraphPool
-from parts.engine.interfaces import DraftPlan, Group, RoundReport, Strategy
+from parts.engine.interfaces import Group
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.training.drafter_data import TokenCounts
 from rollout import Engine
 
 WAYS = ("modules", "fused layers", "fused sampler", "graphs")
-ACCEPTANCE = (0.8, 0.75, 0.7, 0.65)  # of a guess, given that those before it were right; the last holds for all deeper
+ACCEPTANCE = [0.8, 0.75, 0.7, *[0.65] * 5]  # share of accepted draft tokens by depth
 
-SHAPES = {
-    "Qwen2.5-0.5B": {
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "intermediate_size": 4864,
-        "vocab_size": 151_936,
-        "tie_word_embeddings": True,
-    },
-    "Qwen2.5-7B": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18_944,
-        "vocab_size": 152_064,
-        "tie_word_embeddings": False,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "num_hidden_layers": 24,  # as many as the 0.5B's, so that its operators can be counted
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "vocab_size": 1000,
-        "tie_word_embeddings": True,
-    },
+SHAPES = {  # hidden size, layers, heads, key/value heads, width of the MLP, vocabulary, whether embeddings are tied
+    "Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151_936, True),
+    "Qwen2.5-7B": (3584, 28, 28, 4, 18_944, 152_064, False),
+    "tiny": (64, 24, 4, 2, 128, 1000, True),  # as many layers as the 0.5B's, so that its operators can be counted
 }
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype):
-    """A model of that shape for the engine, made on the device itself. Its logits are near 0, so that its tokens follow
-    from the noise alone: rounding, which is another in each way, parts no response from what the oracle knows.
-    """
-    config = Qwen2Config(**SHAPES[shape], max_position_embeddings=4096)
+    """Return a model of that shape for the engine, made on the device itself."""
+    hidden, layers, heads, kv_heads, inner, vocab, tied = SHAPES[shape]
+    config = Qwen2Config(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=inner,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+    )
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="slots")
-    model.eval().requires_grad_(False)
-    model.get_output_embeddings().weight.mul_(1e-3)
-    return model
-
-
-class Oracle(EagleProposer):
-    """A learned drafter's work, and guesses that are right with the stated chance. It knows what comes from a rollout
-    that was made before.
-    """
-
-    def __init__(self, drafter: Drafter, acceptance: tuple[float, ...]):
-        super().__init__(drafter)
-        self.acceptance = acceptance
-        self.responses: dict[tuple, list[int]] = {}  # (group, sample) -> tokens
-        self.known: torch.Tensor | None = None  # (slots, room): what comes
-        self.luck: torch.Tensor | None = None  # (slots, room), uniform
-        self.engine: Engine | None = None
-
-    def reserve(self, engine, slots, room):
-        """As Drafts.reserve."""
-        super().reserve(engine, slots, room)
-        self.engine = engine
-        self.known = torch.zeros(slots, room, dtype=torch.long, device=engine.lens.device)
-        generator = torch.Generator().manual_seed(0)
-        self.luck = torch.rand(slots, room, generator=generator).to(engine.lens.device)
-
-    def admit(self, rows):
-        """As Drafts.admit."""
-        super().admit(rows)
-        for slot in range(rows.start, rows.stop):
-            row = self.engine.running[slot]
-            whole = row.group.prompt + self.responses.get((row.group.key, row.sample), [])
-            self.known[slot, : len(whole)] = torch.tensor(whole)
-
-    def move(self, source, target):
-        """As Drafts.move."""
-        super().move(source, target)
-        self.known[target] = self.known[source]
-
-    def propose(self, engine, shape, guess):
-        """As Drafts.propose."""
-        drafts = super().propose(engine, shape, guess)  # (B, k)
-        k = shape.plan.k
-        places = engine.lens[: shape.batch_size, None] + 1 + torch.arange(k, device=drafts.device)
-        places = places.clamp(max=self.known.shape[1] - 1)
-        right = self.known[: shape.batch_size].gather(1, places)
-        chances = (self.acceptance + self.acceptance[-1:] * k)[:k]
-        # columns written one by one: a tensor made of a list is a copy from the host, which no graph can hold
-        hit = torch.cat(
-            [self.luck[: shape.batch_size].gather(1, places[:, i : i + 1]) < c for i, c in enumerate(chances)], 1
-        )
-        return torch.where(hit, right, (right + 1) % engine.model.config.vocab_size)
-
-
-class Timed(Strategy):
-    """A fixed draft length; keeps the seconds and the tokens of each round."""
-
-    def __init__(self, k: int):
-        super().__init__(DraftPlan("eagle", k) if k else DraftPlan())
-        self.seconds: list[float] = []
-        self.tokens: list[float] = []  # per row
-
-    def observe(self, report: RoundReport) -> None:
-        """As Strategy.observe."""
-        self.seconds.append(report.seconds)
-        self.tokens.append((report.batch_size + sum(report.accepted)) / report.batch_size)
+    return model.eval().requires_grad_(False)
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that compute something: each is a kernel or more on a GPU. Views are none."""
+    """Counts the operators that compute something: each is a kernel or more on a GPU. Views are not counted."""
 
     def __init__(self):
         super().__init__()
@@ -150,93 +70,79 @@ class Operators(TorchDispatchMode):
         return out
 
 
-@functools.cache
-def compiled_once():
-    """The compiled sampler, one for all ways and models."""
-    return torch.compile(sampler.sample_at_once, dynamic=True)
-
-
 class Subject(NamedTuple):
     """A model in an engine, ready to be timed."""
 
     engine: Engine
     groups: list[Group]
     sampling: Sampling
-    graphs: GraphPool | None
+
+    def roll_out(self, k: int) -> Watch:
+        """Roll out with k draft tokens -> the reports of the rounds."""
+        watch = Watch(fixed(k))
+        list(self.engine.generate(self.groups, self.sampling, watch))
+        return watch
 
 
-def subject_of(model, rows: int, prompt: int, tokens: int, record=None) -> Subject:
-    """An engine with `rows` responses of so many tokens to prompts of `prompt` random tokens. record: as Graphs; None:
-    its own on a GPU, and no recordings on a CPU.
-    """
+def subject_of(model, batch: int, prompt: int, tokens: int) -> Subject:
+    """Return an engine with `batch` responses of so many tokens to prompts of `prompt` random tokens."""
     torch.manual_seed(1)
     drafter = Drafter(model)
-    drafter.words = TokenCounts(model.config.vocab_size).choose()
-    oracle = Oracle(drafter, ACCEPTANCE)
+    drafter.draft_vocab = TokenCounts(model.config.vocab_size).choose()
     stop = {-1}  # nothing ends early
-    engine = Engine(model, stop, rows, prompt + tokens, proposers={"eagle": oracle}, frozen=True, bucketed=True)
+    proposers = {"eagle": EagleProposer(drafter)}
+    engine = Engine(model, stop, batch, prompt + tokens, proposers=proposers, frozen=True, bucketed=True)
     generator = torch.Generator().manual_seed(2)
     groups = []
-    for i in range(rows):
+    for i in range(batch):
         ids = torch.randint(3, model.config.vocab_size, (prompt,), generator=generator).tolist()
         groups.append(Group(i, ids, [sequence_seed(0, i)]))
-    sampling = Sampling(max_new=tokens)
-    oracle.responses = {(r.group, r.sample): r.tokens for r in engine.generate(groups, sampling)}
-    graphs = GraphPool(engine.compute_round, record) if record else engine.graphs
-    return Subject(engine, groups, sampling, graphs)
-
-
-def set_way(subject: Subject, way: str, fused_layers) -> None:
-    """From now on the engine computes this way. fused_layers: the engine's own."""
-    place = WAYS.index(way)
-    subject.engine.fused_layers = fused_layers if place >= 1 else None
-    sampler.compiled_sample.function = compiled_once() if place >= 2 else sampler.sample_at_once
-    subject.engine.graphs = subject.graphs if place >= 3 else None
+    return Subject(engine, groups, Sampling(max_new=tokens))
 
 
 def time_rounds(subject: Subject, k: int) -> dict:
-    """-> milliseconds of a round (the median, after a rollout that does not count) and tokens per row of it."""
-    for _ in range(2):
-        strategy = Timed(k)
-        list(subject.engine.generate(subject.groups, subject.sampling, strategy))
-    late = len(strategy.seconds) // 4  # the first rounds catch up
-    ms = statistics.median(strategy.seconds[late:]) * 1e3
-    return {"ms": ms, "tokens": statistics.mean(strategy.tokens[late:])}
+    """Return the milliseconds of a round (the median, after a rollout that does not count) and a sequence's tokens."""
+    subject.roll_out(k)
+    seconds = [report.seconds for report in subject.roll_out(k).reports]
+    late = seconds[len(seconds) // 4 :]  # the first rounds catch up
+    return {"ms": statistics.median(late) * 1e3, "tokens": tokens_per_round(ACCEPTANCE[:k])}
 
 
-def count_operators(subject: Subject, k: int) -> float:
-    """Operators of a round, bookkeeping included; prompts and the ends of responses are in it, shared by all rounds."""
-    with Operators() as counter:
-        list(subject.engine.generate(subject.groups, subject.sampling, Timed(k)))
-    return counter.count / subject.engine.stats.rounds
-
-
-def anatomy(model, rows_of: tuple[int, ...], ks: tuple[int, ...], prompt: int, tokens: int, ways) -> list[dict]:
-    """A row for each number of rows, draft length and way: milliseconds, tokens per row and round; whether there are
-    fused layers.
-    """
-    result = []
-    own = sampler.compiled_sample.function
-    for rows in rows_of:
-        subject = subject_of(model, rows, prompt, tokens)
-        fused_layers = subject.engine.fused_layers
+def time_ways(model, batches: tuple[int, ...], ks: tuple[int, ...], prompt: int, tokens: int, ways) -> list[dict]:
+    """Return a row for each batch size, draft length and way."""
+    rows = []
+    own_sampler = sampler.compiled_sample.function
+    for batch in batches:
+        subject = subject_of(model, batch, prompt, tokens)
+        engine = subject.engine
+        fused_layers, graphs = engine.fused_layers, engine.graphs
         for k in ks:
             for way in ways:
-                set_way(subject, way, fused_layers)
-                row = {"rows": rows, "k": k, "way": way, "fused": fused_layers is not None}
-                result.append({**row, **time_rounds(subject, k)})
-        subject.engine.fused_layers = fused_layers
-    sampler.compiled_sample.function = own
-    return result
+                place = WAYS.index(way)
+                engine.fused_layers = fused_layers if place >= 1 else None
+                sampler.compiled_sample.function = own_sampler if place >= 2 else sampler.sample_at_once
+                engine.graphs = graphs if place >= 3 else None
+                row = {"batch": batch, "k": k, "way": way, "fused": fused_layers is not None}
+                rows.append({**row, **time_rounds(subject, k)})
+                if place >= 2:
+                    own_sampler = sampler.compiled_sample.function  # it was compiled at its first call
+    sampler.compiled_sample.function = own_sampler
+    return rows
 
 
 def operators() -> dict[str, dict[int, float]]:
-    """Operators of a round by way and draft length, on a CPU: their number depends on layers, not on widths."""
-    model = random_model("tiny", "cpu", torch.float32)
-    subject = subject_of(model, 1, 4, 24)
+    """Return the operators of a round by way and draft length, on a CPU: their number depends on layers, not on widths.
+    Bookkeeping is included; the operators of prompts and of finished responses are shared by all rounds.
+    """
+    subject = subject_of(random_model("tiny", "cpu", torch.float32), 1, 4, 24)
     fused_layers = subject.engine.fused_layers
     counts: dict[str, dict[int, float]] = {}
     for way in ("modules", "fused layers"):
         subject.engine.fused_layers = fused_layers if way == "fused layers" else None
-        counts[way] = {k: count_operators(subject, k) for k in (0, 4)}
+        counts[way] = {}
+        for k in (0, 4):
+            subject.roll_out(k)  # reads the weights
+            with Operators() as counter:
+                subject.roll_out(k)
+            counts[way][k] = counter.count / subject.engine.stats.rounds
     return counts

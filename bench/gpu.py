@@ -1,19 +1,19 @@
-"""The GPU path, settled by one command: what is claimed of it, what was measured, and whether that confirms it.
+"""The GPU path, checked by one command: what is claimed of it, what was measured, and whether that confirms it.
 
-    machine     cost of a launch, bandwidth of copies, attention kernels, attention over a view that grows
-    exact       noise as on the CPU; base/ in float32: plain against chains, rounded and replayed rounds; in bfloat16:
+    machine     time of a launch, bandwidth of copies, attention kernels, attention over a cache that grows
+    exact       noise as on the CPU; base/ in float32: plain against chains, bucketed and replayed rounds; in bfloat16:
                 how many responses stay the same, and whether length and reward do on average
     round       a round of the Qwen2.5-0.5B shape, random weights, way by way; speculation at a stated acceptance
     bandwidth   plain decoding of the Qwen2.5-7B shape at batch 1: bytes of weights a second
     training    a policy of about 100 M weights learns Countdown on the spot; its drafter; GRPO steps, plain and TLT
     memory      what Engine.affordable and the update count, against what they take
 
-It needs no network, and takes under nine minutes on one GPU. Each line of the second table is a verdict: CONFIRMED or
-REFUTED, or NOT TESTED where this machine cannot tell (no GPU, no second one, too little memory), which is never a pass.
-A part that fails is refuted, and the others go on. Without a GPU every part runs at a small size, so that all of its
-code has run.
+It needs no network, and takes under nine minutes on one GPU. Each claim gets a verdict: CONFIRMED or REFUTED, or NOT
+TESTED where this machine cannot show it (no GPU, no second one, too little memory), which is never a pass. A part that
+fails is refuted, and the others continue. Without a GPU every part runs at a small size, so that all of its code has
+run.
 
-Ratio: plain decoding of the 0.5B shape at one row, replayed over the model's own modules.
+Ratio: plain decoding of the 0.5B shape at one sequence, replayed over the model's own modules.
 """
 
 import gc
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,59 +33,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from base import pretrain
-from bench.anatomy import WAYS, anatomy, operators, random_model, subject_of, time_rounds
+from bench import step
+from bench.anatomy import WAYS, operators, random_model, time_ways
 from bench.exact import exact_part
-from bench.harness import Output, Result, now, train
-from bench.verdicts import Found, Place, Verdict
+from bench.harness import Output, Result, seconds_per_call, text_table, train
+from bench.verdicts import Place, claim, figure
 from drafter import Drafter, EagleProposer
 from parts.cli import UserError, check_at_least, flag, reason
 from parts.devices import pick_device
-from parts.engine.cuda_graphs import GraphRecorder
 from parts.files import ROOT
 from parts.training.logprobs import forward_bytes, logprobs_at
 from rollout import Engine
 
-PARTS = ("machine", "exact", "round", "bandwidth", "training", "memory")
-
-
-@dataclass(frozen=True)
-class Config(Output):
-    """Settings of this table."""
-
-    parts: tuple[str, ...] = flag(PARTS, "what is measured", PARTS)
-    device: str = flag("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
-    traces: int = flag(
-        0, "search traces for the policy that learns on the spot; 0: 80,000 on a GPU, else base/ is taken"
-    )
-    responses: int = flag(0, "responses in `exact`; 0: 256 on a GPU, 32 without")
-
-    def __post_init__(self):
-        """Raises UserError."""
-        check_at_least(self, 0, "traces", "responses")
-        pick_device(self.device)
-
-
-def seconds_of(function, turns: int = 20) -> float:
-    """Of a call, the mean of some that follow a first one."""
-    function()
-    started = now()
-    for _ in range(turns):
-        function()
-    return (now() - started) / turns
+COLUMNS = {}
 
 
 # ---------------------------------------------------------------- machine
 
 
 def copy_bandwidth(place: Place) -> float:
-    """Bytes a second that a copy reads and writes."""
+    """Return the bytes a second that a copy reads and writes."""
     source = torch.zeros(1 << (29 if place.gpu else 24), dtype=torch.uint8, device=place.device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds_of(lambda: target.copy_(source))
+    return 2 * source.numel() / seconds_per_call(lambda: target.copy_(source), 20, warmup=True)
 
 
 def attention_backends(query, key, mask) -> list[str]:
-    """Kernels that take masked attention as the engine asks for it."""
+    """Return the kernels that take masked attention as the engine asks for it."""
     names = []
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         try:
@@ -96,97 +71,95 @@ def attention_backends(query, key, mask) -> list[str]:
     return names
 
 
-def machine_part(place: Place) -> Found:
+def machine_part(place: Place) -> list[dict]:
     """See the top."""
     tiny = torch.zeros(8, device=place.device)
-    launch = seconds_of(lambda: [tiny.add_(1) for _ in range(1000)], 5) / 1000
-    bandwidth = copy_bandwidth(place)
+    launch = seconds_per_call(lambda: [tiny.add_(1) for _ in range(1000)], 5, warmup=True) / 1000
     dtype = torch.bfloat16 if place.gpu else torch.float32
     query = torch.randn(8, 2, 7, 64, dtype=dtype, device=place.device)
     key = torch.randn(8, 2, 2056, 64, dtype=dtype, device=place.device)[:, :, :2048]  # part of a slot
     mask = torch.zeros(8, 1, 7, 2048, dtype=dtype, device=place.device)
 
-    def attention_inputs(views) -> None:
-        for view in views:
-            part = key[:, :, :view]
-            F.scaled_dot_product_attention(query, part, part, attn_mask=mask[..., :view])
+    def attention(kv_lens) -> None:
+        for kv_len in kv_lens:
+            part = key[:, :, :kv_len]
+            F.scaled_dot_product_attention(query, part, part, attn_mask=mask[..., :kv_len])
 
     backends = attention_backends(query, key, mask)
-    attention_inputs(range(1024, 1032))
-    same = seconds_of(lambda: attention_inputs([1024] * 64), 3)
-    started = now()
-    attention_inputs(range(128, 128 + 8 * 64, 8))  # sizes that come for the first time
-    growing = now() - started
-    rows = [
-        {"name": "a launch", "value": launch * 1e6, "unit": "us"},
-        {"name": "copy bandwidth", "value": bandwidth / 1e9, "unit": "GB/s"},
-        {"name": "attention: " + ", ".join(backends), "value": None, "unit": ""},
-        {"name": "64 attentions over one view", "value": same * 1e3, "unit": "ms"},
-        {"name": "64 attentions over a view that grows", "value": growing * 1e3, "unit": "ms"},
-    ]
-    ratio = growing / same if place.gpu else None
+    attention(range(1024, 1032))
+    same = seconds_per_call(lambda: attention([1024] * 64), 3, warmup=True)
+    growing = seconds_per_call(lambda: attention(range(128, 128 + 8 * 64, 8)))  # sizes that come for the first time
     has_kernel = float("efficient_attention" in backends)
-    verdicts = [
-        Verdict("attention with a mask is one kernel", has_kernel if place.gpu else None, 1.0),
-        Verdict("a view that grows costs no plans: growing / repeated", ratio, 3.0, at_least=False),
-        Verdict("cuDNN attention is off", float(torch.backends.cuda.cudnn_sdp_enabled()), 0.0, at_least=False),
+    return [
+        figure("a launch", launch * 1e6, "us"),
+        figure("copy bandwidth", copy_bandwidth(place) / 1e9, "GB/s"),
+        figure("attention: " + ", ".join(backends), None),
+        figure("64 attentions over a cache of one length", same * 1e3, "ms"),
+        figure("64 attentions over a cache that grows", growing * 1e3, "ms"),
+        claim("attention with a mask is one kernel", place.on_gpu(has_kernel), ">=", 1),
+        claim("a cache that grows needs no plans: growing / repeated", place.on_gpu(growing / same), "<=", 3),
+        claim("cuDNN attention is off", float(torch.backends.cuda.cudnn_sdp_enabled()), "<=", 0),
     ]
-    return Found(rows, verdicts)
 
 
 # ---------------------------------------------------------------- speed
 
 
-def round_part(place: Place) -> Found:
+def round_part(place: Place) -> list[dict]:
     """See the top."""
-    shape, rows_of, ways = ("Qwen2.5-0.5B", (1, 8, 64, 256), WAYS) if place.gpu else ("tiny", (1, 4), WAYS[:2])
-    model = random_model(shape, place.device, torch.bfloat16 if place.gpu else torch.float32)
-    rows = anatomy(model, rows_of, (0, 4, 8), 64 if place.gpu else 8, 64 if place.gpu else 16, ways)
-    cells = {(row["rows"], row["k"], row["way"]): row for row in rows}
-    best = ways[-1]
+    if place.gpu:
+        model = random_model("Qwen2.5-0.5B", place.device, torch.bfloat16)
+        rows = time_ways(model, (1, 8, 64, 256), (0, 4, 8), 64, 64, WAYS)
+    else:
+        model = random_model("tiny", place.device, torch.float32)
+        rows = time_ways(model, (1, 4), (0, 4, 8), 8, 16, WAYS[:2])
+    cells = {(row["batch"], row["k"], row["way"]): row for row in rows}
+    best = WAYS[3] if place.gpu else WAYS[1]
 
-    def gain(n: int) -> float:
-        """Of four drafts over none."""
-        drafted, plain = cells[n, 4, best], cells[n, 0, best]
+    def gain(batch: int) -> float | None:
+        """Return the tokens a second with four draft tokens over those with none; None without a GPU."""
+        if not place.gpu:
+            return None
+        drafted, plain = cells[batch, 4, best], cells[batch, 0, best]
         return drafted["tokens"] / drafted["ms"] * plain["ms"]
 
     counts = operators()
-    modules, fused = counts["modules"], counts["fused layers"]
+    fused = float(all(row["fused"] for row in rows))
     for way, by_k in counts.items():
-        for k, count in by_k.items():
-            rows.append({"name": f"operators of a round of 24 layers, k = {k}, {way}", "value": count, "unit": ""})
-    over_modules = cells[1, 0, WAYS[0]]["ms"] / cells[1, 0, best]["ms"] if place.gpu else None
-    verdicts = [
-        Verdict("layers are fused", float(all(row["fused"] for row in cells.values())), 1.0),
-        Verdict("operators of a plain round, fused / modules", fused[0] / modules[0], 0.5, at_least=False),
-        Verdict("plain decoding at one row: modules / replayed", over_modules, 5.0),
+        rows += [figure(f"operators of a round of 24 layers, k = {k}, {way}", count) for k, count in by_k.items()]
+    fewer = counts["fused layers"][0] / counts["modules"][0]
+    over_modules = cells[1, 0, WAYS[0]]["ms"] / cells[1, 0, best]["ms"]
+    return [
+        *rows,
+        claim("layers are fused", fused, ">=", 1),
+        claim("operators of a plain round, fused / modules", fewer, "<=", 0.5),
+        claim("plain decoding of one sequence: modules / replayed", place.on_gpu(over_modules), ">=", 5),
+        *(claim(f"four draft tokens over none, batch {batch}", gain(batch), ">=", 1.8) for batch in (1, 8, 64)),
+        claim("four draft tokens over none, batch 256", gain(256), ">=", 1),
     ]
-    for n in (1, 8, 64):
-        verdicts.append(Verdict(f"four drafts over none, {n} rows", gain(n) if place.gpu else None, 1.8))
-    verdicts.append(Verdict("four drafts over none, 256 rows", gain(256) if place.gpu else None, 1.0))
-    return Found(rows, verdicts)
 
 
-def bandwidth_part(place: Place) -> Found:
+def bandwidth_part(place: Place) -> list[dict]:
     """See the top."""
-    claim = "7B shape, plain, one row: share of the copy bandwidth"
+    text = "7B shape, plain, one sequence: share of the copy bandwidth"
     if place.gpu and torch.cuda.mem_get_info()[0] < 24e9:  # weights, and the head in float64 while layers are tried
-        return Found([], [Verdict(claim, None, 0.7)])
+        return [claim(text, None, ">=", 0.7)]
     model = random_model("Qwen2.5-7B" if place.gpu else "tiny", place.device, torch.bfloat16)
     read = sum(p.numel() * p.element_size() for p in model.parameters())
-    read -= model.get_input_embeddings().weight.nbytes  # one row of it
+    read -= model.get_input_embeddings().weight.nbytes  # one row of it is read
     if not place.gpu:
         model.float()
-    row = anatomy(model, (1,), (0,), 64 if place.gpu else 8, 64 if place.gpu else 16, WAYS[-1:])[0]
+    prompt, tokens = (64, 64) if place.gpu else (8, 16)
+    row = time_ways(model, (1,), (0,), prompt, tokens, WAYS[-1:])[0]
     share = read / (row["ms"] / 1e3) / copy_bandwidth(place)
-    return Found([{**row, "share": share}], [Verdict(claim, share if place.gpu else None, 0.7)])
+    return [row, claim(text, place.on_gpu(share), ">=", 0.7)]
 
 
 # ---------------------------------------------------------------- training
 
 
 def learn_policy(place: Place, folder: Path) -> None:
-    """A policy of about 100 M weights that has seen so many search traces, as a folder with its drafter."""
+    """Train a policy of about 100 M weights on search traces -> its folder, with its drafter."""
     tokenizer = pretrain.make_tokenizer()
     settings = pretrain.Command(clean=place.traces * 3 // 4, noisy=place.traces // 4, tokens=8192)
     plan = pretrain.plan_of(settings)
@@ -205,80 +178,64 @@ def learn_policy(place: Place, folder: Path) -> None:
         raise UserError(f"drafter.py failed: {done.stderr[-500:]}")
 
 
-def training_part(place: Place) -> Found:
+def training_part(place: Place) -> list[dict]:
     """See the top."""
-    sizes = ["--prompts", 16, "--samples", 16, "--max-new", 768, "--slots", 256] if place.gpu else []
-    sizes = sizes or ["--prompts", 2, "--samples", 4, "--max-new", 48, "--slots", 8]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    sizes = {"prompts": 16, "samples": 16, "max_new": 768} if place.gpu else {"prompts": 2, "samples": 4, "max_new": 48}
+    with tempfile.TemporaryDirectory() as folder:
         model = "base"
         if place.traces:
-            model = folder / "policy"
-            learn_policy(place, model)
-        flags = ["--model", model, "--device", place.device, "--steps", 3, "--workers", 1, *sizes]
-        plain = train([*flags, "--drafter", "off", "--strategy", "off"], folder / "plain").steps
-        tlt = train(flags, folder / "tlt").steps
-    rows = []
-    for party, steps in (("plain", plain), ("TLT", tlt)):
-        for step in sorted(steps)[1:]:
-            seconds = steps[step]["seconds"]
-            rows.append({"name": f"step {step}, {party}", "value": seconds["step"], "unit": "s"})
-    whole = sum(row["value"] for row in rows if "plain" in row["name"])
-    ratio = whole / sum(row["value"] for row in rows if "TLT" in row["name"])
-    return Found(rows, [Verdict("a GRPO step, plain / TLT", ratio if place.gpu else None, 1.0), *team_verdicts(place)])
+            model = f"{folder}/policy"
+            learn_policy(place, Path(model))
+        config = step.Config(model=model, device=place.device, rounds=1, steps=3, **sizes)
+        rows = step.compare(config, step.parties_of(config, (1,), ("--slots", 256 if place.gpu else 8)))
+    plain, tlt = (row["step"] for row in rows)
+    return [*rows, claim("a GRPO step, plain / TLT", place.on_gpu(plain / tlt), ">=", 1), *two_worker_claims(place)]
 
 
-def team_verdicts(place: Place) -> list[Verdict]:
-    """What only several GPUs can show."""
-    claims = (
-        ("idle time that drafter training has reclaimed", 0.9, True),
-        ("seconds from the last response to the end of drafter training", 0.1, False),
-    )
-    if not place.gpu or torch.cuda.device_count() < 2:
-        return [Verdict(claim, None, bound, at_least) for claim, bound, at_least in claims]
-    with tempfile.TemporaryDirectory() as out:
-        steps = train(["--model", "base", "--steps", 4, "--prompts", 16, "--samples", 16, "--max-new", 960], out).steps
-    last = steps[max(steps)]["drafter"]
-    figures = (last["reclaimed"], last["preempted"])
-    return [Verdict(claim, value, bound, at_least) for value, (claim, bound, at_least) in zip(figures, claims)]
+def two_worker_claims(place: Place) -> list[dict]:
+    """Return the claims that only several GPUs can show."""
+    reclaimed = preempted = None
+    if place.gpu and torch.cuda.device_count() > 1:
+        flags = ["--model", "base", "--steps", 4, "--prompts", 16, "--samples", 16, "--max-new", 960]
+        with tempfile.TemporaryDirectory() as out:
+            steps = train(flags, out).steps
+        last = steps[max(steps)]["drafter"]
+        reclaimed, preempted = last["reclaimed"], last["preempted"]
+    return [
+        claim("share of idle time that drafter training has reclaimed", reclaimed, ">=", 0.9),
+        claim("seconds from the last response to the end of drafter training", preempted, "<=", 0.1),
+    ]
 
 
 # ---------------------------------------------------------------- memory
 
 
-def recording_bytes(model) -> tuple[int, int]:
-    """GPU memory that recorded rounds of 64 rows and fewer take: all in one pool, and each in its own."""
-    taken = []
-    for record in (GraphRecorder(), lambda function: GraphRecorder()(function)):
-        subject = subject_of(model, 64, 64, 64, record)
-        subject.engine.graphs = subject.graphs
-        gc.collect()  # engines and graphs refer to each other
-        torch.cuda.empty_cache()
-        before = torch.cuda.mem_get_info()[0]  # the driver's own share of a graph is not in torch's books
-        for k in (0, 4, 8):
-            time_rounds(subject, k)
-        torch.cuda.empty_cache()
-        taken.append(before - torch.cuda.mem_get_info()[0])
-    return taken[0], taken[1]
-
-
-def memory_part(place: Place) -> Found:
+def memory_part(place: Place) -> list[dict]:
     """See the top."""
-    rows_claim = "bytes of a row, counted / taken"
-    update_claim = "bytes of an update, counted / taken"
-    if not place.gpu:
-        return Found([], [Verdict(rows_claim, None, 0.9), Verdict(update_claim, None, 0.9)])
-    model = random_model("Qwen2.5-0.5B", place.device, torch.bfloat16)
-    shared, alone = recording_bytes(model)
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    engine = Engine(model, {-1}, 64, 2048, proposers={"eagle": EagleProposer(Drafter(model))})
-    taken = torch.cuda.memory_allocated() - before
-    counted = engine.slots * engine.slot_bytes(engine.tokens.shape[1])
-    del engine
-    gc.collect()
-    model.float().requires_grad_(True)
-    ids = torch.randint(3, 1000, (8, 512), device=place.device)
+    slot_ratio = update_ratio = None
+    figures = []
+    if place.gpu:
+        model = random_model("Qwen2.5-0.5B", place.device, torch.bfloat16)
+        before = torch.cuda.memory_allocated()
+        engine = Engine(model, {-1}, 64, 2048, proposers={"eagle": EagleProposer(Drafter(model))})
+        slots_taken = torch.cuda.memory_allocated() - before
+        slot_ratio = engine.slots * engine.slot_bytes(engine.tokens.shape[1]) / slots_taken
+        del engine
+        gc.collect()
+        update_taken = update_peak(model.float().requires_grad_(True))
+        update_ratio = forward_bytes(model, 4096) / update_taken
+        figures.append(figure("64 slots of 2,048 tokens", slots_taken / 1e9, "GB"))
+        figures.append(figure("an update of 4,096 tokens", update_taken / 1e9, "GB"))
+    return [
+        *figures,
+        claim("bytes of a slot, counted / taken", slot_ratio, ">=", 0.9),
+        claim("bytes of an update, counted / taken", update_ratio, ">=", 0.9),
+    ]
+
+
+def update_peak(model) -> int:
+    """Return the GPU memory of an update of 4,096 tokens beside weights and gradients."""
+    ids = torch.randint(3, 1000, (8, 512), device=model.device)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     torch.cuda.reset_peak_memory_stats()
@@ -286,20 +243,12 @@ def memory_part(place: Place) -> Found:
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         picked = torch.ones_like(ids, dtype=torch.bool)
         logprobs_at(model, ids, picked, ids.flatten(), 1.0)[0].sum().backward()
-    update_taken = torch.cuda.max_memory_allocated() - before
-    rows = [
-        {"name": "64 rows of 2,048 tokens", "value": taken / 1e9, "unit": "GB"},
-        {"name": "recorded rounds that share their memory", "value": shared / 1e9, "unit": "GB"},
-        {"name": "the same, each with memory of its own", "value": alone / 1e9, "unit": "GB"},
-        {"name": "an update of 4,096 tokens", "value": update_taken / 1e9, "unit": "GB"},
-    ]
-    update_ratio = forward_bytes(model, 4096) / update_taken
-    return Found(rows, [Verdict(rows_claim, counted / taken, 0.9), Verdict(update_claim, update_ratio, 0.9)])
+    return torch.cuda.max_memory_allocated() - before
 
 
 # ---------------------------------------------------------------- the table
 
-FUNCTIONS = {
+PARTS = {
     "machine": machine_part,
     "exact": exact_part,
     "round": round_part,
@@ -309,55 +258,48 @@ FUNCTIONS = {
 }
 
 
-def attempt(name: str, place: Place) -> Found:
-    """A part. If it fails, that is what was found: the other parts are to be seen, too."""
+@dataclass(frozen=True)
+class Config(Output):
+    """Settings of this table."""
+
+    parts: tuple[str, ...] = flag(tuple(PARTS), "what is measured", tuple(PARTS))
+    device: str = flag("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
+    traces: int = flag(0, "search traces for the policy that learns on the spot; 0: 80,000 on a GPU, else base/")
+    responses: int = flag(0, "responses in `exact`; 0: 256 on a GPU, 32 without")
+
+    def __post_init__(self):
+        """Raises UserError."""
+        check_at_least(self, 0, "traces", "responses")
+        pick_device(self.device)
+
+
+def attempt(name: str, place: Place) -> list[dict]:
+    """Run a part. If it fails, that is its result: the other parts run, too."""
     try:
         gc.collect()
         torch.cuda.empty_cache()  # what the part before has left
-        return FUNCTIONS[name](place)
-    except Exception as error:  # whatever a new machine, driver or torch has in store
+        return PARTS[name](place)
+    except Exception as error:  # anything that a new machine, driver or torch may raise
         traceback.print_exc()
-        return Found([], [Verdict(f"the part runs to its end ({reason(error)[:100]})", 0.0, 1.0)])
+        return [claim(f"the part runs to its end ({reason(error)[:100]})", 0.0, ">=", 1)]
 
 
 def measure(config: Config) -> Result:
-    """Part by part; each part's lines are printed as it ends."""
+    """Run the parts; each part's rows are printed as it ends. Verdicts come last."""
     device = pick_device(config.device)
     gpu = device == "cuda"
     place = Place(device, config.responses or (256 if gpu else 32), config.traces or (80_000 if gpu else 0))
-    if not place.gpu:
+    if not gpu:
         print("torch sees no GPU: every part runs small, on the CPU, to show that it runs; speeds are NOT TESTED")
     rows: list[dict] = []
-    ratio = 1.0
     for name in tqdm([name for name in PARTS if name in config.parts], desc="gpu", unit="part"):
         started = time.time()
         found = attempt(name, place)
-        part = [{"part": name, **row} for row in found.rows]
-        for verdict in found.verdicts:
-            line = {"claim": verdict.claim, "verdict": verdict.word, "measured": verdict.measured}
-            part.append({"part": name, **line, "bound": verdict.bound, "at_least": verdict.at_least})
-            if verdict.claim.startswith("plain decoding at one row"):
-                ratio = verdict.measured or ratio
-        part.append({"part": name, "name": "the part took", "value": time.time() - started, "unit": "s"})
-        tqdm.write(table(part))
+        found.append(figure("the part took", time.time() - started, "s"))
+        part = [{"part": name, **row} for row in sorted(found, key=lambda row: "verdict" in row)]
+        tqdm.write(text_table(part, COLUMNS))
         rows += part
-    counts = {word: sum(row.get("verdict") == word for row in rows) for word in ("CONFIRMED", "REFUTED", "NOT TESTED")}
-    return Result(ratio, rows, device, json.dumps(counts))
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as text: figures, then verdicts."""
-    lines = []
-    for row in rows:
-        if "way" in row:
-            where = f"{row['rows']:4d} rows, k = {row['k']}, {row['way']}"
-            lines.append(f"{row['part']:>10}  {where:<52} {row['ms']:10.3f} ms {row['tokens']:6.2f} tokens a row")
-        elif "name" in row:
-            value = "" if row["value"] is None else f"{row['value']:10.4g}"
-            lines.append(f"{row['part']:>10}  {row['name']:<52} {value} {row['unit']}")
-    for row in rows:
-        if "verdict" in row:
-            measured = "         -" if row["measured"] is None else f"{row['measured']:10.4g}"
-            sign = ">=" if row["at_least"] else "<="
-            lines.append(f"{row['verdict']:>10}  {row['claim']:<66} {measured} {sign} {row['bound']:g}")
-    return "\n".join(lines)
+    rows.sort(key=lambda row: "verdict" in row)
+    counts = Counter(row["verdict"] for row in rows if "verdict" in row)
+    replayed = (row["measured"] for row in rows if row.get("claim", "").startswith("plain decoding of one sequence"))
+    return Result(next(replayed, None) or 1.0, rows, device, json.dumps(counts))

@@ -1,23 +1,6 @@
-"""What `bench gpu` and its parts share: claims, and what became of them."""
+"""What the parts of `bench gpu` share: where they run, and their rows: figures, and claims with verdicts."""
 
 from typing import NamedTuple
-
-
-class Verdict(NamedTuple):
-    """A claim, and what became of it."""
-
-    claim: str
-    measured: float | None  # None: not tested
-    bound: float
-    at_least: bool = True  # or at most
-
-    @property
-    def word(self) -> str:
-        """CONFIRMED, REFUTED or NOT TESTED."""
-        if self.measured is None:
-            return "NOT TESTED"
-        good = self.measured >= self.bound if self.at_least else self.measured <= self.bound
-        return "CONFIRMED" if good else "REFUTED"
 
 
 class Place(NamedTuple):
@@ -29,12 +12,23 @@ class Place(NamedTuple):
 
     @property
     def gpu(self) -> bool:
-        """Whether it is one."""
+        """Return whether it is a GPU."""
         return self.device == "cuda"
 
+    def on_gpu(self, value: float) -> float | None:
+        """Return the value if it was measured on a GPU, else None: then the claim is not tested."""
+        return value if self.gpu else None
 
-class Found(NamedTuple):
-    """What a part found: lines of figures, and verdicts."""
 
-    rows: list[dict]
-    verdicts: list[Verdict]
+def figure(name: str, value: float | None, unit: str = "") -> dict:
+    """Return the row of a figure."""
+    return {"name": name, "value": value, "unit": unit}
+
+
+def claim(text: str, measured: float | None, sign: str, bound: float) -> dict:
+    """Return the row of a claim with its verdict. measured: None if it was not tested; sign: >= or <=."""
+    word = "NOT TESTED"
+    if measured is not None:
+        holds = measured >= bound if sign == ">=" else measured <= bound
+        word = "CONFIRMED" if holds else "REFUTED"
+    return {"claim": text, "verdict": word, "measured": measured, "bound": f"{sign} {bound:g}"}

@@ -6,8 +6,7 @@ from test_time.answer import answer
 from test_time.config import Config
 from test_time.learn import learn
 from test_time.report import report
-from test_time.speed import speed
-from test_time.sweep import sweep
+from test_time.sweep import speed, sweep
 
 
 def main() -> None:

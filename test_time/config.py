@@ -7,6 +7,7 @@ from parts.cli import UserError, flag
 from test_time.strategies import SEARCHES
 
 COMMANDS = ["answer", "learn", "sweep", "speed", "report"]
+AGGREGATES = ["last", "min", "product"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,7 @@ class Config:
     seeds: int = flag(1, "(sweep) repetitions with other samples")
     chunk: int = flag(100, "(sweep) questions in one part of the work")
     workers: int = flag(2, "(sweep) processes")
-    aggregate: str = flag(
-        "last", "(sweep, answer) how an attempt's score comes from its steps' scores", choices=["last", "min", "product"]
-    )
+    aggregate: str = flag("last", "(sweep, answer) how steps' scores make an attempt's score", choices=AGGREGATES)
     verifier_noise: float = flag(0.2, "(sweep) share of the scores that are inverted for the noisy strategies")
     large: str = flag("", "(sweep) folder of a larger model to compare with")
     json: str = flag("runs/test-time.jsonl", "(sweep, report) file of the rows; speed writes its own beside it")

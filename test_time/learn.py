@@ -31,7 +31,7 @@ from drafter import Drafter, warm_start
 from parts.engine.interfaces import Group, Response
 from parts.engine.model_loading import load_model
 from parts.engine.sampling import Sampling, sequence_seed
-from tasks import Problem, Task, make_task
+from tasks import Problem, make_task
 from test_time.attempts import shown_in_prompt
 from test_time.config import Config, writable_folder
 from test_time.solver import VERIFIERS, Solver
@@ -50,23 +50,17 @@ def learn(config: Config) -> None:
     folder = writable_folder(config.model)
     rng = random.Random(config.seed)
     solver = Solver(folder, task, speculate=False, verify=False)
-    train_helpers(
-        solver,
-        plain_questions(solver, problems_of(task, "train", 0, config.questions)),
-        plain_questions(solver, problems_of(task, "test", MILLION, 200)),
-        config,
-    )
-    questions = plain_questions(solver, problems_of(task, "train", 2 * MILLION, config.questions))
+    training = questions_of(solver, "train", 0, config.questions)
+    train_helpers(solver, training, questions_of(solver, "test", MILLION, 200), config)
+
+    questions = questions_of(solver, "train", 2 * MILLION, config.questions)
     for name, examples in revision_examples(solver, questions, rng).items():
         tune(folder, name, examples, config.epochs, rng)
 
     reviser = Solver(folder / "revise", task, speculate=False, verify=False)
-    train_helpers(
-        reviser,
-        revision_questions(reviser, problems_of(task, "train", 3 * MILLION, config.questions), config.seed, rng),
-        revision_questions(reviser, problems_of(task, "test", 2 * MILLION, 200), config.seed, rng),
-        config,
-    )
+    training = with_attempts(reviser, questions_of(reviser, "train", 3 * MILLION, config.questions), config.seed, rng)
+    held_out = with_attempts(reviser, questions_of(reviser, "test", 2 * MILLION, 200), config.seed, rng)
+    train_helpers(reviser, training, held_out, config)
 
 
 # ---------------------------------------------------------------- questions
@@ -79,24 +73,21 @@ class Question(NamedTuple):
     prompt: list[int]  # token ids; earlier attempts may be at its end
 
 
-def problems_of(task: Task, split: str, first: int, count: int) -> list[Problem]:
-    """Return `count` problems of a split, beginning at an index."""
-    return [task.problem(split, i) for i in range(first, first + count)]
-
-
-def plain_questions(solver: Solver, problems: list[Problem]) -> list[Question]:
-    """Return questions with nothing but the problem in their prompts."""
+def questions_of(solver: Solver, split: str, first: int, count: int) -> list[Question]:
+    """Return `count` questions of a split, beginning at an index."""
+    problems = [solver.task.problem(split, i) for i in range(first, first + count)]
     return [Question(problem, solver.encode(problem)) for problem in problems]
 
 
-def revision_questions(solver: Solver, problems: list[Problem], seed: int, rng: random.Random) -> list[Question]:
-    """Return questions with the first 0 to 4 of the policy's own attempts in their prompts."""
+def with_attempts(solver: Solver, questions: list[Question], seed: int, rng: random.Random) -> list[Question]:
+    """Return the questions with the first 0 to 4 of the policy's own attempts in their prompts."""
     chain = partial(revise, n=EARLIER_ATTEMPTS, length=EARLIER_ATTEMPTS)
-    questions = []
-    for problem, solution in zip(problems, solver.solve(problems, chain, seed, "chains")):
+    longer = []
+    solutions = solver.solve([question.problem for question in questions], chain, seed, "chains")
+    for question, solution in zip(questions, solutions):
         earlier = [attempt.tokens for attempt in solution.attempts[: rng.randint(0, EARLIER_ATTEMPTS)]]
-        questions.append(Question(problem, solver.encode(problem) + shown_in_prompt(earlier, solver.separator)))
-    return questions
+        longer.append(Question(question.problem, question.prompt + shown_in_prompt(earlier, solver.separator)))
+    return longer
 
 
 def groups_of(questions: list[Question], samples: int, *seed) -> list[Group]:

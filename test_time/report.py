@@ -1,18 +1,30 @@
-"""`python -m test_time report`: tables and figures from the rows of a sweep.
+"""`python -m test_time report`: tables and pictures from the rows of a sweep.
 
-Tables are printed, figures are written beside --json, and the choices for --strategy auto to --model/choice.json.
+Tables are printed, pictures are written beside --json, and the choices for --strategy auto to --model/choice.json.
+
+    tokens, flops    right against cost, all strategies
+    noise            by difficulty, with a good and a noisy verifier
+    best             the best strategy by difficulty and budget
+    speed            right against seconds, plain and with the drafter   (if `speed` has written its rows)
+    revisions        16 revisions: sequential against parallel           (with a revision policy)
+    large            the small model with search against a larger one    (with a larger one)
 """
 
+import json
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from parts.running.pictures import pyplot
 from test_time.config import Config, writable_folder
-from test_time.figures import draw
-from test_time.results import CHOICE_FILE, LARGE, Key, Results, write_choices
+from test_time.optimal import BINS, best_within
+from test_time.results import CHOICE_FILE, GREEDY, LARGE, Key, Results, write_choices
 from test_time.sweep import CHAIN_LENGTHS
 
 
 def report(config: Config) -> None:
-    """Print all tables, and write the figures and choice.json. Raises UserError."""
+    """Print all tables, and write the pictures and choice.json. Raises UserError."""
     folder = writable_folder(config.model)
     results = Results(config.json)
     print_strategies(results)
@@ -28,6 +40,9 @@ def report(config: Config) -> None:
     print(f"wrote {', '.join(map(str, pictures))} and {config.model}/{CHOICE_FILE}")
 
 
+# ---------------------------------------------------------------- tables
+
+
 def numbers(values, style: str = "6.3f") -> str:
     """Return numbers in columns of equal width."""
     return "  ".join(f"{x:{style}}" for x in values)
@@ -39,12 +54,8 @@ def print_strategies(results: Results) -> None:
     print(f"{'strategy':>24} {'pick':>9} {'right':>7} {'+-':>6} {'tokens':>8} {'MFLOPs':>8}")
     for key in sorted(results.right):
         right = results.right[key]
-        tokens = results.cost["tokens"][key].mean()
-        mflops = results.cost["flops"][key].mean() / 1e6
-        name = f"{key.search} {key.n}"
-        print(
-            f"{name:>24} {key.pick:>9} {right.mean():7.3f} {results.interval(right):6.3f} {tokens:8.0f} {mflops:8.0f}"
-        )
+        line = f"{f'{key.search} {key.n}':>24} {key.pick:>9} {right.mean():7.3f} {results.interval(right):6.3f}"
+        print(f"{line} {results.cost['tokens'][key].mean():8.0f} {results.cost['flops'][key].mean() / 1e6:8.0f}")
 
 
 def print_budgets(results: Results, unit: str) -> None:
@@ -66,18 +77,11 @@ def print_budgets(results: Results, unit: str) -> None:
 def print_difficulty(results: Results) -> None:
     """Print N = 16 by difficulty, and the effect of a noisy verifier on it."""
     print("\nN = 16, right by difficulty (fifths by pass@1 in 16 other attempts)")
-    for key in (
-        Key("parallel", 1, "majority"),
-        Key("parallel", 16, "majority"),
-        Key("parallel", 16, "max"),
-        Key("parallel", 16, "weighted"),
-        Key("beam", 16, "weighted"),
-        Key("noisy parallel", 16, "weighted"),
-        Key("noisy beam", 16, "weighted"),
-    ):
-        name = f"{key.search} {key.n} {key.pick}"
-        print(f"{name:>28}  {numbers(results.by_bin(results.right[key]))}")
-    lead = results.right[Key("noisy parallel", 16, "weighted")] - results.right[Key("noisy beam", 16, "weighted")]
+    by_majority = [Key("parallel", 1, "majority"), Key("parallel", 16, "majority"), Key("parallel", 16, "max")]
+    weighted = [Key(name, 16, "weighted") for name in ("parallel", "beam", "noisy parallel", "noisy beam")]
+    for key in by_majority + weighted:
+        print(f"{f'{key.search} {key.n} {key.pick}':>28}  {numbers(results.by_bin(results.right[key]))}")
+    lead = results.right[weighted[2]] - results.right[weighted[3]]
     print(f"{'noisy: parallel - beam, +-':>28}  {numbers(results.by_bin(lead))}")
     print(f"{'':>28}  {numbers(results.by_bin(lead, results.interval))}")
 
@@ -115,3 +119,134 @@ def print_large(results: Results) -> None:
         gain = small - large  # (Q,)
         cells = numbers(results.by_bin(gain), "+.3f")
         print(f"{version:>6} R = {ratio:<5} {samples:6.1f} samples   all {gain.mean():+.3f}   by difficulty  {cells}")
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def draw(results: Results, path: Path) -> list[Path]:
+    """Write each picture to STEM-NAME.png beside the file of the rows -> the pictures."""
+    panels = {
+        "tokens": partial(draw_accuracy, unit="tokens"),
+        "flops": partial(draw_accuracy, unit="flops"),
+        "noise": draw_noise,
+        "best": draw_best,
+    }
+    speed_rows = path.with_suffix(".speed.jsonl")
+    if speed_rows.exists():
+        panels["speed"] = partial(draw_speed, rows=[json.loads(line) for line in speed_rows.read_text().splitlines()])
+    if results.has_revisions:
+        panels["revisions"] = draw_revisions
+    if results.times_larger:
+        panels["large"] = draw_large
+    written = []
+    for name, panel in panels.items():
+        figure, axis = pyplot().subplots(figsize=(8, 5))
+        panel(axis, results)
+        if name != "best":
+            axis.legend(fontsize=9 if name in ("tokens", "flops") else None)
+        figure.tight_layout()
+        written.append(path.with_name(f"{path.stem}-{name}.png"))
+        figure.savefig(written[-1], dpi=100)
+        pyplot().close(figure)
+    return written
+
+
+# name in the legend -> search, pick
+LINES = {
+    "best-of-N": ("parallel", "max"),
+    "weighted": ("parallel", "weighted"),
+    "majority": ("parallel", "majority"),
+    "beam": ("beam", "weighted"),
+    "lookahead": ("lookahead", "weighted"),
+    "DVTS": ("dvts", "weighted"),
+}
+
+
+def draw_accuracy(axis, results: Results, unit: str) -> None:
+    """Draw all strategies, the ceiling, and the compute-optimal choice. unit: tokens or flops."""
+    cost = results.cost[unit]
+
+    def draw_line(line: tuple[str, str], value, style: str, **how) -> None:
+        keys = [key for key in results.right if (key.search, key.pick) == line]
+        axis.plot(*zip(*sorted((cost[key].mean(), value(key)) for key in keys)), style, **how)
+
+    for name, line in LINES.items():
+        draw_line(line, lambda key: results.right[key].mean(), "o-", ms=3, label=name)
+    ceiling = {"color": "0.6", "label": "any of N right (ceiling)"}
+    draw_line(LINES["majority"], lambda key: results.attempts[key].max(1).mean(), ":", **ceiling)
+    axis.plot(cost[GREEDY].mean(), results.right[GREEDY].mean(), "k*", label="greedy")
+    for difficulty, style in (("predicted", "k-"), ("known", "k:")):
+        choices = [results.optimal(unit, budget, difficulty) for budget in results.budgets(unit)]
+        points = [(choice.cost.mean(), choice.right.mean()) for choice in choices if choice]
+        axis.plot(*zip(*points), style, label=f"compute-optimal, {difficulty} difficulty")
+    names = {"tokens": "tokens emitted for a question", "flops": "FLOPs for a question"}
+    axis.set(xscale="log", xlabel=names[unit], ylabel="right")
+
+
+def draw_speed(axis, results: Results, rows: list[dict]) -> None:
+    """Draw seconds per question, plain (white) and with the drafter."""
+    for row in rows:
+        keys = [Key(row["search"], row["n"], pick) for pick in ("chains", "weighted", "majority")]
+        right = next(results.right[key].mean() for key in keys if key in results.right)
+        (line,) = axis.plot([row["plain"], row["speculative"]], [right, right], "-")
+        color = line.get_color()
+        axis.plot(row["plain"], right, "o", mfc="w", color=color)
+        axis.plot(row["speculative"], right, "o", color=color, label=f"{row['search']}, N = {row['n']}")
+    title = "one question at a time: plain (white), with the drafter"
+    axis.set(title=title, xlabel="seconds for a question", ylabel="right")
+
+
+def label_difficulty(axis, title: str) -> None:
+    """Label the x axis with fifths of the questions."""
+    label = "difficulty (fifths; 5: hardest)"
+    axis.set(title=title, xlabel=label, xticks=range(BINS), xticklabels=range(1, BINS + 1))
+
+
+def draw_noise(axis, results: Results) -> None:
+    """Draw the effect of noise on the verifier's scores, at N = 16."""
+    for noise, style, end in (("", "o-", ""), ("noisy ", "o--", ", noisy verifier")):
+        for name, search in (("weighted", "parallel"), ("beam", "beam")):
+            right = results.right[Key(noise + search, 16, "weighted")]
+            axis.plot(results.by_bin(right), style, label=name + end)
+    label_difficulty(axis, f"N = 16; noise inverts {results.settings['noise']:.0%} of the scores")
+
+
+def draw_best(axis, results: Results) -> None:
+    """Draw the best strategy for each difficulty and budget."""
+    right, cost = results.choices("tokens")
+    budgets = results.budgets("tokens", 6)
+    cells = {}  # (difficulty, index of the budget) -> Key
+    for b in range(BINS):
+        for x, budget in enumerate(budgets):
+            key = best_within(right, cost, results.bins["known"] == b, budget)
+            if key:
+                cells[b, x] = key
+                axis.text(x, b, f"{key.search}\n{key.pick}\n{key.n}", ha="center", va="center", fontsize=9)
+    names = sorted({key.search + key.pick for key in cells.values()})
+    colours = np.full((BINS, len(budgets)), np.nan)
+    for place, key in cells.items():
+        colours[place] = names.index(key.search + key.pick)
+    axis.imshow(colours, aspect="auto", cmap="Pastel1")
+    axis.set(title="best strategy", xlabel="tokens", ylabel="difficulty")
+    axis.set(xticks=range(len(budgets)), xticklabels=[f"{budget:.0f}" for budget in budgets])
+    axis.set(yticks=range(BINS), yticklabels=range(1, BINS + 1))
+
+
+def draw_revisions(axis, results: Results) -> None:
+    """Draw 16 attempts of the revision policy, from 16 chains of one to one chain of 16."""
+    by_length = [results.by_bin(results.right[Key(f"revise {length}", 16, "chains")]) for length in CHAIN_LENGTHS]
+    for b, rights in enumerate(zip(*by_length)):
+        axis.plot(CHAIN_LENGTHS, rights, "o-", label=f"difficulty {b + 1}")
+    ticks = [f"{length}:{16 // length}" for length in CHAIN_LENGTHS]
+    axis.set(xscale="log", xticks=CHAIN_LENGTHS, xticklabels=ticks, xlabel="sequential : parallel")
+    axis.set(title="16 attempts of the revision policy")
+
+
+def draw_large(axis, results: Results) -> None:
+    """Draw a large model, greedy, and the small one with search at equal FLOPs."""
+    axis.plot(results.by_bin(results.right[LARGE]), "k*-", label="large model, greedy")
+    for version, ratio, samples, right in results.matched():
+        style = "o-" if version == "v1" else "o:"
+        axis.plot(results.by_bin(right), style, label=f"small, {version}, R = {ratio} ({samples:.0f} samples)")
+    label_difficulty(axis, "small model with search, FLOPs-matched")

@@ -13,16 +13,8 @@ import numpy as np
 
 from parts.cli import UserError
 from parts.files import write_atomically
-from test_time.optimal import (
-    BINS,
-    Optimal,
-    PerStrategy,
-    allocate,
-    compute_optimal,
-    interval,
-    matched_samples,
-    quintiles,
-)
+from test_time import optimal
+from test_time.optimal import BINS, Optimal, PerStrategy
 
 
 class Key(NamedTuple):
@@ -44,22 +36,12 @@ CANDIDATES = ("greedy", "parallel", "beam", "lookahead", "dvts")
 UNEVEN = ("beam", "lookahead", "dvts", "noisy beam")
 
 
-class Matched(NamedTuple):
-    """The small model with as many FLOPs as the large one."""
-
-    version: str  # of the formula, see optimal.matched_samples
-    ratio: float  # tokens inferred per token of training
-    samples: float
-    right: np.ndarray  # (Q,)
-
-
 def read_rows(path) -> list[dict]:
     """Return the rows, sorted by question. Raises UserError."""
     try:
-        lines = Path(path).read_text().splitlines()
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     except OSError as error:
         raise UserError(f"--json {path}: {error.strerror}; `python -m test_time sweep` writes it") from error
-    rows = [json.loads(line) for line in lines]
     if not rows:
         raise UserError(f"--json {path}: no rows in this file")
     return sorted(rows, key=lambda row: (row["prompt"], row["seed"]))
@@ -78,11 +60,11 @@ class Results:
     """
 
     def __init__(self, path):
-        rows = read_rows(path)
         columns: dict[Key, list[dict]] = defaultdict(list)
-        for row in rows:
+        for row in read_rows(path):
             columns[Key(row["search"], row["n"], row["pick"])].append(row)
-        self.settings = rows[0]
+        probes = columns[PROBE]
+        self.settings = probes[0]
         self.right: dict[Key, np.ndarray] = {}
         self.attempts: dict[Key, np.ndarray] = {}
         self.cost: dict[str, dict[Key, np.ndarray]] = {"tokens": {}, "flops": {}}
@@ -92,23 +74,20 @@ class Results:
                 self.attempts[key] = np.array([row["attempts"] for row in column], float)
             self.cost["tokens"][key] = np.array([row["ledger"]["decode"] for row in column], float)
             self.cost["flops"][key] = np.array([row["flops"] for row in column], float)
-        self.candidates = [key for key in columns if key.search in CANDIDATES and key.pick != "outcome"]
         self.has_revisions = Key("revise 1", 16, "chains") in columns
         self.times_larger = 0.0  # how many times more weights the large model has; 0: there is none
         if LARGE in columns:
-            self.times_larger = columns[LARGE][0]["weights"] / columns[PROBE][0]["weights"]
-        prompts = [row["prompt"] for row in columns[PROBE]]
-        self.easiness = np.array([row["score"] for row in columns[PROBE]])
-        self.bins = {
-            "predicted": quintiles(self.easiness),
-            "known": quintiles(self.attempts[ORACLE].mean(1)),
-        }
+            self.times_larger = columns[LARGE][0]["weights"] / probes[0]["weights"]
+        prompts = [row["prompt"] for row in probes]
+        self.easiness = np.array([row["score"] for row in probes])
+        known = self.attempts[ORACLE].mean(1)
+        self.bins = {"predicted": optimal.quintiles(self.easiness), "known": optimal.quintiles(known)}
         self.folds = np.array([zlib.crc32(prompt.encode()) % 2 for prompt in prompts])
         self.question = np.unique(prompts, return_inverse=True)[1]
 
     def interval(self, x: np.ndarray, where=slice(None)) -> float:
         """Return half the 95 % interval of a mean over (some of) the rows, by question."""
-        return interval(x[where], np.unique(self.question[where], return_inverse=True)[1])
+        return optimal.interval(x[where], np.unique(self.question[where], return_inverse=True)[1])
 
     def by_bin(self, x: np.ndarray, of: Callable = lambda x, where: x[where].mean()) -> list[float]:
         """Return the mean of x (Q,), or another `of(x, where)`, in each fifth of known difficulty."""
@@ -116,14 +95,13 @@ class Results:
 
     def choices(self, unit: str) -> tuple[PerStrategy, PerStrategy]:
         """Return (right, cost) of the strategies to choose from."""
-        right = {key: self.right[key] for key in self.candidates}
-        return right, {key: self.cost[unit][key] for key in self.candidates}
+        keys = [key for key in self.right if key.search in CANDIDATES and key.pick != "outcome"]
+        return {key: self.right[key] for key in keys}, {key: self.cost[unit][key] for key in keys}
 
     def budgets(self, unit: str, count: int = 12) -> np.ndarray:
         """Return budgets from the cheapest to the most expensive strategy, evenly spaced on a logarithmic scale."""
-        cost = self.cost[unit]
-        highest = max(cost[key].mean() for key in self.candidates)
-        return np.geomspace(cost[GREEDY].mean() * 1.01, highest * 1.01, count)
+        cost = self.choices(unit)[1]
+        return np.geomspace(cost[GREEDY].mean() * 1.01, max(c.mean() for c in cost.values()) * 1.01, count)
 
     def optimal(self, unit: str, budget: float, difficulty: str | None) -> Optimal | None:
         """Return the compute-optimal choice by known or predicted difficulty; None: one strategy for all questions.
@@ -132,19 +110,19 @@ class Results:
         right, cost = self.choices(unit)
         bins = self.bins[difficulty] if difficulty else np.zeros(len(self.folds), int)
         probe_cost = self.cost[unit][PROBE] if difficulty == "predicted" else 0.0
-        return compute_optimal(right, cost, bins, self.folds, budget, probe_cost, self.question)
+        return optimal.compute_optimal(right, cost, bins, self.folds, budget, probe_cost, self.question)
 
-    def matched(self) -> Iterator[Matched]:
-        """Yield the small model, compute-optimal by predicted difficulty, at the FLOPs of one sample of the large
-        one.
+    def matched(self) -> Iterator[tuple[str, float, float, np.ndarray]]:
+        """Yield the small model, compute-optimal by predicted difficulty, at the FLOPs of one sample of the large one:
+        (version of the formula, tokens inferred per token of training, samples of the small model, right (Q,)).
         """
         one_sample = self.cost["flops"][Key("parallel", 1, "majority")].mean()
         for version, backward in (("v1", 3.0), ("ICLR", 1.5)):
             for ratio in (0.16, 0.79, 22.0):
-                samples = matched_samples(self.times_larger, ratio, backward)
+                samples = optimal.matched_samples(self.times_larger, ratio, backward)
                 small = self.optimal("flops", samples * one_sample, "predicted")
                 if small:
-                    yield Matched(version, ratio, samples, small.right)
+                    yield version, ratio, samples, small.right
 
 
 # ---------------------------------------------------------------- choice.json
@@ -165,20 +143,19 @@ class Choices(NamedTuple):
 
     def best(self, difficulty: int, budget: float) -> Key:
         """Return the choice for the largest budget in the file that is not above this one; else for the smallest."""
-        budgets = [float(b) for b in self.choices]
-        affordable = [b for b in budgets if b <= budget]
-        return Key(*self.choices[str(max(affordable, default=min(budgets)))][difficulty])
+        affordable = [b for b in self.choices if float(b) <= budget]
+        listed = max(affordable, key=float) if affordable else min(self.choices, key=float)
+        return Key(*self.choices[listed][difficulty])
 
 
 def write_choices(results: Results, folder: Path) -> None:
     """Write choice.json, made from all rows of a sweep. Raises UserError."""
     right, cost = results.choices("tokens")
     bins = results.bins["predicted"]
-    all_rows = np.ones(len(bins), bool)
     choices = {}
     for budget in results.budgets("tokens"):
-        by_bin = allocate(right, cost, all_rows, bins, budget) or {}
-        choices[str(float(budget))] = [by_bin.get(b, GREEDY) for b in range(BINS)]
+        by_bin = optimal.allocate(right, cost, np.ones(len(bins), bool), bins, budget) or {}
+        choices[float(budget)] = [by_bin.get(b, GREEDY) for b in range(BINS)]
     edges = [float(results.easiness[bins == b].min()) for b in range(BINS - 1)]
     contents = Choices(results.settings["aggregate"], edges, choices)
     write_atomically(folder / CHOICE_FILE, json.dumps(contents._asdict()))

@@ -1,23 +1,21 @@
-"""The engine behind the searches: a policy with its verifiers and its drafter, all problems searched at once.
+"""The engine behind the searches: a policy with its verifiers and its drafter.
 
-    solve(problems, search)     all problems at once:
-        RunningSearch           one problem's search; it yields Requests
-        run_requests            all Requests of a kind are one rollout; a Request is a Group, since its attempts share a
-                                prefix
-        extended                adds what was generated to the attempts, with scores
-        RunningSearch.send      sends the search its results, until it returns
+`solve` runs the searches of all problems side by side: it collects their Requests, runs all Requests of a kind in one
+rollout (a Request is a Group, since its attempts share a prefix), scores what was generated, adds it to the attempts
+and sends them back, until every search has returned.
 
-Two kinds of rollout: whole attempts end at a stop token, steps also end at the token that ends a step. Steps are
-decoded plainly: they are shorter than what the drafter would have to read before its first draft token (0.6 times the
-speed with it).
+There are two kinds of rollout: whole attempts end at a stop token, steps also at the token that ends a step. Steps are
+decoded without speculation: they are shorter than what the drafter would have to read before its first draft token
+(0.6 times the speed with it).
 
 --verifier-noise inverts a share of the verifier's scores, s -> 1 - s. Which ones depends only on the attempt's seed and
 the step's number.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,40 +32,10 @@ from parts.files import find_folder
 from rollout import Engine
 from strategy import Goodput, plans_for
 from tasks import Problem, Task, encode_prompt
-from test_time.attempts import (
-    Attempt,
-    Ledger,
-    ModelSizes,
-    Request,
-    Search,
-    SearchStrategy,
-    SeedFunction,
-    shown_in_prompt,
-)
+from test_time.attempts import Attempt, Ledger, ModelSizes, Request, SearchStrategy, SeedFunction, shown_in_prompt
 from test_time.verifier import Verifier, step_features
 
 VERIFIERS = ("process", "outcome")
-
-
-@dataclass
-class RunningSearch:
-    """One problem's search, with its open requests."""
-
-    prompt: list[int]
-    search: Search
-    ledger: Ledger = field(default_factory=Ledger)
-    requests: list[Request] = field(default_factory=list)
-    results: list[list[Attempt | None]] | None = None  # one list per request; None: the search has not begun
-    attempts: list[Attempt] | None = None  # once the search has returned
-
-    def send(self) -> None:
-        """Send the search its results, and store its next requests or the attempts that it returns."""
-        try:
-            self.requests = self.search.send(self.results)
-        except StopIteration as end:
-            self.attempts = end.value
-            return
-        self.results = [[None] * len(request.attempts) for request in self.requests]
 
 
 class Solution(NamedTuple):
@@ -83,9 +51,7 @@ def weights_of(module: torch.nn.Module | None) -> int:
 
 
 def matrix_weights(policy) -> int:
-    """Return the number of weights of a policy that a token is multiplied with: without the embedding, which is only
-    looked up, unless it is also the head.
-    """
+    """Return the number of weights that a token is multiplied with: all but an embedding that is not also the head."""
     embedding = policy.get_input_embeddings().weight
     tied = embedding is policy.get_output_embeddings().weight
     return weights_of(policy) - (0 if tied else embedding.numel())
@@ -112,7 +78,7 @@ class Solver:
         self.stops = stop_tokens(self.policy, self.tokenizer)
         step_end = self.tokenizer.encode(task.step_end, add_special_tokens=False)
         if len(step_end) != 1:
-            raise UserError(f"{self.folder}: its tokenizer has no single token for {task.step_end!r}, the end of a step")
+            raise UserError(f"{self.folder}: {task.step_end!r}, the end of a step, is no single token of the tokenizer")
         self.ends = self.stops | set(step_end)
         self.separator = self.tokenizer.encode(task.again, add_special_tokens=False)  # between two attempts
         width = self.policy.config.hidden_size
@@ -125,9 +91,8 @@ class Solver:
         proposers = {"eagle": EagleProposer(drafter)} if drafter else {}
         self.strategy = Goodput(plans_for(["eagle"])) if drafter else None  # how far to draft in whole attempts
         self.engine = Engine(self.policy, self.stops, slots, keep_hidden=True, proposers=proposers, frozen=True)
-        self.sizes = ModelSizes(
-            matrix_weights(self.policy), weights_of(drafter), weights_of(self.verifiers.get("process"))
-        )
+        verifier = self.verifiers.get("process")
+        self.sizes = ModelSizes(matrix_weights(self.policy), weights_of(drafter), weights_of(verifier))
 
     def encode(self, problem: Problem) -> list[int]:
         """Return the token ids of a problem's prompt."""
@@ -162,83 +127,72 @@ class Solver:
         search: one of strategies.py, its settings bound, e.g. partial(parallel, n=8). seed: numbers and strings.
         """
         started = time.time()
-        searches = []
-        for problem in problems:
-            prompt = self.encode(problem)
-            searches.append(RunningSearch(prompt, search(seed_function(seed, prompt))))
-        running = searches
-        while running:
-            for one in running:
-                one.send()
-            running = [one for one in running if one.attempts is None]
-            self.run_requests(running)
+        prompts = [self.encode(problem) for problem in problems]
+        searches = [search(seed_function(seed, prompt)) for prompt in prompts]
+        ledgers = [Ledger() for _ in problems]
+        finished: dict[int, list[Attempt]] = {}  # index of the problem -> its attempts
+        results: dict[int, list | None] = dict.fromkeys(range(len(problems)))  # what each search is sent next
+        while results:
+            requests = {}
+            for i, result in results.items():
+                try:
+                    requests[i] = searches[i].send(result)
+                except StopIteration as end:
+                    finished[i] = end.value
+            results = self.run_requests(requests, prompts, ledgers)
         seconds = (time.time() - started) / len(problems)
-        for one in searches:
-            one.ledger.seconds = seconds
-        return [Solution(one.attempts, one.ledger) for one in searches]
+        for ledger in ledgers:
+            ledger.seconds = seconds
+        return [Solution(finished[i], ledger) for i, ledger in enumerate(ledgers)]
 
-    def run_requests(self, searches: list[RunningSearch]) -> None:
-        """Run all open requests, those of a kind in one rollout, and store their results and costs."""
-        by_kind: dict[tuple[bool, bool], list[tuple[RunningSearch, int]]] = {}
-        for search in searches:
-            for i, request in enumerate(search.requests):
-                by_kind.setdefault((request.step, request.greedy), []).append((search, i))
-        for (step, greedy), members in sorted(by_kind.items(), key=lambda item: item[0]):
-            groups = [self.group_of(key, search, search.requests[i]) for key, (search, i) in enumerate(members)]
+    def run_requests(
+        self, requests: dict[int, list[Request]], prompts: list[list[int]], ledgers: list[Ledger]
+    ) -> dict[int, list[list[Attempt]]]:
+        """Run the requests of each problem, those of a kind in one rollout, and charge their costs -> results of each
+        problem: the continued attempts of each request.
+        """
+        by_kind: dict[tuple[bool, bool], list[Group]] = defaultdict(list)
+        for i, own in requests.items():
+            for k, request in enumerate(own):
+                first = request.attempts[0]
+                prompt = prompts[i] + shown_in_prompt(first.earlier, self.separator) + list(first.tokens)
+                ledgers[i].prefill += len(prompt) - 1  # once for all attempts of the request
+                seeds = [attempt.seed for attempt in request.attempts]
+                group = Group((i, k), prompt, seeds, response_prefix_len=len(first.tokens))
+                by_kind[request.step, request.greedy].append(group)
+        results = {i: [list(request.attempts) for request in own] for i, own in requests.items()}
+        for (step, greedy), groups in sorted(by_kind.items(), key=lambda item: item[0]):
             responses = list(self.generate(groups, step=step, greedy=greedy))
-            attempts = []
-            for r in responses:
-                search, i = members[r.group]
-                attempts.append(search.requests[i].attempts[r.sample])
-            for r, old, new in zip(responses, attempts, self.extended(attempts, responses)):
-                search, i = members[r.group]
-                search.results[i][r.sample] = new
-                search.ledger.charge(r, steps=len(new.scores) - len(old.scores))
-
-    def group_of(self, key: int, search: RunningSearch, request: Request) -> Group:
-        """Return the engine's Group of a request. Its prefill is charged once for all its attempts."""
-        first = request.attempts[0]
-        prompt = search.prompt + shown_in_prompt(first.earlier, self.separator) + list(first.tokens)
-        search.ledger.prefill += len(prompt) - 1
-        seeds = [attempt.seed for attempt in request.attempts]
-        return Group(key, prompt, seeds, response_prefix_len=len(first.tokens))
+            before = [results[r.group[0]][r.group[1]][r.sample] for r in responses]
+            for r, old, new in zip(responses, before, self.extended(before, responses)):
+                i, k = r.group
+                results[i][k][r.sample] = new
+                ledgers[i].charge(r, steps=len(new.scores) - len(old.scores))
+        return results
 
     def extended(self, attempts: list[Attempt], responses: list[Response]) -> Iterator[Attempt]:
-        """Yield the attempts with what was generated for them, scored."""
-        starts = [len(r.prompt) - len(attempt.tokens) for r, attempt in zip(responses, attempts)]
-        scores = self.step_scores(responses, starts)
+        """Yield the attempts with what was generated for them, scored by the verifiers that there are."""
+        scores: dict[str, list[list[float]]] = {name: [[]] * len(responses) for name in VERIFIERS}
+        if self.verifiers and responses:
+            starts = [len(r.prompt) - len(attempt.tokens) for r, attempt in zip(responses, attempts)]
+            features, counts = step_features(self.policy, responses, starts, self.ends)
+            for name, verifier in self.verifiers.items():
+                scores[name] = [part.tolist() for part in verifier(features, counts).split(counts)]
         for r, attempt, process, outcome in zip(responses, attempts, scores["process"], scores["outcome"]):
             tokens = attempt.tokens + tuple(r.tokens)
             done = tokens[-1] in self.stops or len(tokens) >= self.max_new
-            new_scores = self.with_noise(attempt, process[len(attempt.scores) :])
+            new_scores = list(attempt.scores)
+            for number, value in enumerate(process[len(attempt.scores) :], len(attempt.scores)):
+                inverted = self.noise and sequence_seed("noise", attempt.seed, number) < self.noise * 2**63
+                new_scores.append(1 - value if inverted else value)
             yield replace(
                 attempt,
                 tokens=tokens,
-                scores=(*attempt.scores, *new_scores),
+                scores=tuple(new_scores),
                 outcome=outcome[-1] if outcome else 0.0,
                 done=done,
                 answer=self.task.final(self.tokenizer.decode(list(tokens))) if done else None,
             )
-
-    def step_scores(self, responses: list[Response], starts: list[int]) -> dict[str, list[list[float]]]:
-        """Return, by verifier, the scores of each response's steps; no scores where the verifier is missing.
-
-        starts: where in prompt + tokens each attempt begins.
-        """
-        scores: dict[str, list[list[float]]] = {name: [[]] * len(responses) for name in VERIFIERS}
-        if self.verifiers and responses:
-            features, counts = step_features(self.policy, responses, starts, self.ends)
-            for name, verifier in self.verifiers.items():
-                scores[name] = [part.tolist() for part in verifier(features, counts).split(counts)]
-        return scores
-
-    def with_noise(self, attempt: Attempt, new_scores: list[float]) -> list[float]:
-        """Return the scores of an attempt's new steps, a share of them inverted."""
-        noisy = []
-        for number, value in enumerate(new_scores, len(attempt.scores)):
-            inverted = self.noise and sequence_seed("noise", attempt.seed, number) < self.noise * 2**63
-            noisy.append(1 - value if inverted else value)
-        return noisy
 
 
 def seed_function(seed: tuple, prompt: list[int]) -> SeedFunction:

@@ -1,9 +1,11 @@
-"""`python -m test_time sweep`: run every strategy on --count held-out questions.
+"""The measurements, on held-out questions.
 
-It writes rows to --json, one per question, strategy and way to pick an answer; `report` reads them.
+`python -m test_time sweep` runs every strategy on --count questions and writes rows to --json, one per question,
+strategy and way to pick an answer; `report` reads them. No two questions are alike, so that the two halves of the
+statistics share none. The samples that determine difficulty (probe, oracle) are not those that are spent on the answer.
 
-No two questions are alike, so that the two halves of the statistics share none. The samples that determine difficulty
-(probe, oracle) are not those that are spent on the answer.
+`python -m test_time speed` measures seconds per question with and without speculation, one question at a time. The
+tokens must be the same. Its rows are written beside --json, to *.speed.jsonl.
 """
 
 import json
@@ -25,13 +27,11 @@ from test_time.config import Config
 from test_time.solver import Solution, Solver
 from test_time.strategies import SEARCHES, parallel, revise
 
-# ---------------------------------------------------------------- what is compared
-
 
 class Trial(NamedTuple):
     """A strategy with a number of attempts, the solver that runs it, and the ways to pick its answer."""
 
-    solver: str  # a key of `solver_folders`
+    solver: str  # see `sweep_part`
     name: str
     n: int
     search: SearchStrategy
@@ -66,36 +66,14 @@ TRIALS += trials_of("refit", "refit parallel", parallel, (1, 16), MAJORITY)  # t
 TRIALS += trials_of("large", "large greedy", SEARCHES["greedy"], (1,), MAJORITY)
 
 
-def solver_folders(folder: Path, large: str = "") -> dict[str, Path]:
-    """Return the folder of each solver's policy, as far as there is one. large: "" for none."""
-    folders = {
-        "base": folder,
-        "noisy": folder,  # the same, with noise on its verifier's scores
-        "revise": folder / "revise",
-        "refit": folder / "refit",
-    }
-    if large:
-        folders["large"] = Path(large)
-    return {name: path for name, path in folders.items() if (path / "config.json").exists()}
-
-
-# ---------------------------------------------------------------- the sweep
-
-
-class Job(NamedTuple):
-    """A part of a sweep, for one process."""
-
-    config: Config
-    indices: list[int]  # of the questions
-    seed: int
+# ---------------------------------------------------------------- sweep
 
 
 def sweep(config: Config) -> None:
-    """Run all parts in --workers processes and write the rows. Raises UserError."""
-    folder = Path(find_folder(config.model))
+    """Run all trials, the questions divided among --workers processes, and write the rows. Raises UserError."""
     if config.large and not (Path(find_folder(config.large, "--large")) / "config.json").exists():
         raise UserError(f"--large {config.large}: no policy in this folder")
-    if not (folder / "process").exists():
+    if not (Path(find_folder(config.model)) / "process").exists():
         raise UserError(
             f"--model {config.model}: it has no verifier to search with; "
             f"`python -m test_time learn --model {config.model}` makes one"
@@ -104,18 +82,13 @@ def sweep(config: Config) -> None:
     jobs = []
     for seed in range(config.seed, config.seed + config.seeds):
         for first in range(0, len(indices), config.chunk):
-            jobs.append(Job(config, indices[first : first + config.chunk], seed))
+            jobs.append((config, indices[first : first + config.chunk], seed))
     rows = []
     with ProcessPoolExecutor(config.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        for part in tqdm(pool.map(sweep_part, jobs), total=len(jobs), desc="sweep", unit="part"):
+        for part in tqdm(pool.map(sweep_part, *zip(*jobs)), total=len(jobs), desc="sweep", unit="part"):
             rows += part
     write_rows(Path(config.json), rows)
     print(f"wrote {config.json}")
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write rows as lines of JSON. Raises UserError."""
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def distinct(task: Task, count: int) -> list[int]:
@@ -128,49 +101,104 @@ def distinct(task: Task, count: int) -> list[int]:
     return list(first.values())[:count]
 
 
-def sweep_part(job: Job) -> list[dict]:
-    """Run all strategies on some questions, in a process of its own -> rows."""
-    config = job.config
+def sweep_part(config: Config, indices: list[int], seed: int) -> list[dict]:
+    """Run all trials whose policies there are on some questions, in a process of its own -> rows."""
     torch.set_num_threads(1)
     task = make_task(config.task, config.data)
-    problems = [task.problem("test", i) for i in job.indices]
-    large = find_folder(config.large, "--large") if config.large else ""
+    problems = [task.problem("test", i) for i in indices]
+    folder = Path(find_folder(config.model))
+    folders = {"base": folder, "noisy": folder, "revise": folder / "revise", "refit": folder / "refit"}
+    if config.large:
+        folders["large"] = Path(find_folder(config.large, "--large"))
     solvers = {}
-    for name, folder in solver_folders(Path(find_folder(config.model)), large).items():
-        noise = config.verifier_noise if name == "noisy" else 0.0
-        solvers[name] = Solver(folder, task, speculate=False, noise=noise)
+    for name, path in folders.items():
+        if (path / "config.json").exists():
+            noise = config.verifier_noise if name == "noisy" else 0.0
+            solvers[name] = Solver(path, task, speculate=False, noise=noise)
     rows = []
     for trial in TRIALS:
-        if trial.solver not in solvers:
-            continue
-        solver = solvers[trial.solver]
-        samples = trial.name if trial.name in ("probe", "oracle") else "attempts"
-        for problem, solution in zip(problems, solver.solve(problems, trial.search, job.seed, samples)):
-            rows += rows_of(trial, solver, problem, solution, job)
+        if trial.solver in solvers:
+            solver = solvers[trial.solver]
+            samples = trial.name if trial.name in ("probe", "oracle") else "attempts"
+            for problem, solution in zip(problems, solver.solve(problems, trial.search, seed, samples)):
+                rows += rows_of(trial, solver, problem, solution, seed, config)
     return rows
 
 
-def rows_of(trial: Trial, solver: Solver, problem: Problem, solution: Solution, job: Job) -> list[dict]:
+def rows_of(trial: Trial, solver: Solver, problem: Problem, solution: Solution, seed: int, config: Config) -> list:
     """Return a row for each way to pick the answer."""
-    aggregate = job.config.aggregate
     attempts, ledger = solution
     rights = [int(solver.grade(problem, list(attempt.tokens))) for attempt in attempts]
     common = {
         "prompt": problem.trace or problem.prompt,
         "search": trial.name,
         "n": trial.n,
-        "seed": job.seed,
-        "aggregate": aggregate,
-        "noise": job.config.verifier_noise,
+        "seed": seed,
+        "aggregate": config.aggregate,
+        "noise": config.verifier_noise,
         "weights": solver.sizes.policy,
         "ledger": asdict(ledger),
         "attempts": rights,
-        "score": sum(score(attempt, aggregate) for attempt in attempts) / len(attempts),
+        "score": sum(score(attempt, config.aggregate) for attempt in attempts) / len(attempts),
     }
     rows = []
     for how in trial.picks:
-        answer = pick(attempts, how, aggregate)
+        answer = pick(attempts, how, config.aggregate)
         right = next((is_right for attempt, is_right in zip(attempts, rights) if attempt.answer == answer), 0)
         sizes = solver.sizes._replace(verifier=0) if how == "majority" else solver.sizes
         rows.append({**common, "pick": how, "answer": answer, "right": right, "flops": ledger.flops(sizes)})
     return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write rows as lines of JSON. Raises UserError."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---------------------------------------------------------------- speed
+
+# the other searches decode step by step, without speculation
+TIMED = (("greedy", 1), ("parallel", 8), ("revise 1", 16), ("revise 4", 16), ("revise 16", 16))
+
+
+def speed(config: Config) -> None:
+    """Print a line and write a row for each strategy that is timed. Raises UserError."""
+    torch.set_num_threads(1)
+    task = make_task(config.task, config.data)
+    folder = Path(find_folder(config.model))
+    problems = [task.problem("test", 10**6 + i) for i in range(config.count)]
+    solvers = {}  # by name: plain, speculative
+    for name, path in (("base", folder), ("revise", folder / "revise")):
+        solvers[name] = [Solver(path, task, speculate=on, slots=64) for on in (False, True)]
+    print(f"{'':>16} {'plain s':>8} {'spec. s':>8} {'ratio':>6} {'same':>7} {'MFLOPs plain / speculative':>28}")
+    rows = []
+    for trial in TRIALS:
+        if (trial.name, trial.n) in TIMED:
+            seconds, flops, same = time_trial(trial, solvers[trial.solver], problems, config.seed)
+            print(
+                f"{f'{trial.name} {trial.n}':>16} {seconds[0]:8.4f} {seconds[1]:8.4f} {seconds[0] / seconds[1]:6.2f} "
+                f"{same:>3}/{len(problems)} {flops[0] / 1e6:18.1f} / {flops[1] / 1e6:.1f}"
+            )
+            row = {"search": trial.name, "n": trial.n, "plain": seconds[0], "speculative": seconds[1]}
+            rows.append({**row, "same": same, "questions": len(problems), "flops": flops})
+    write_rows(Path(config.json).with_suffix(".speed.jsonl"), rows)
+
+
+def time_trial(trial: Trial, solvers: list[Solver], problems: list[Problem], seed: int):
+    """Run one strategy on all problems, twice; the first time is a warm-up. solvers: plain, speculative.
+
+    -> mean seconds and mean FLOPs of both, and the number of problems for which both made the same tokens.
+    """
+    for _ in range(2):
+        seconds = [0.0, 0.0]
+        flops = [0.0, 0.0]
+        same = 0
+        for i, problem in enumerate(tqdm(problems, desc=trial.name, leave=False)):
+            tokens = {}
+            for which in (0, 1) if i % 2 else (1, 0):  # they take turns in running first
+                attempts, ledger = solvers[which].solve([problem], trial.search, seed)[0]
+                tokens[which] = [attempt.tokens for attempt in attempts]
+                seconds[which] += ledger.seconds / len(problems)
+                flops[which] += ledger.flops(solvers[which].sizes) / len(problems)
+            same += tokens[0] == tokens[1]
+    return seconds, flops, same

@@ -29,59 +29,62 @@ from helpers import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from drafter import refilled
 from parts.engine import cuda_graphs
 from parts.engine.acceptance import Tree
 from parts.engine.cuda_graphs import GraphPool, RoundShape, bucketed_shape
-from parts.engine.fused_layers import JoinedLinear, fuse
-from parts.engine.interfaces import DraftPlan
+from parts.engine.fused_layers import FusedLayer, JoinedLinear
+from parts.engine.interfaces import DraftPlan, Strategy
+from parts.engine.kv_cache import attention_inputs
 from parts.engine.sampling import Sampling, sequence_seed
 from rollout import Engine
 from strategy import Goodput, plans_for
 
 
 def addresses(engine: Engine) -> list:
-    """Where everything lies that a round of the engine reads or writes."""
-    learned = engine.proposers["eagle"]
+    """Return the addresses of all tensors that a round of the engine reads or writes."""
+    proposer = engine.proposers["eagle"]
     tensors = [engine.lens, engine.start, engine.seeds, engine.tokens, engine.logprobs, engine.hidden, engine.stop]
-    tensors += [engine.cache.data, engine.running_count, learned.cache.data]
-    tensors += [learned.fc, learned.rows, learned.bias, learned.words]
-    for layer in engine.fused_layers or ():
-        tensors += [linear.weight for linear in layer.projections]
-    if learned.fused_layer:
-        tensors += [linear.weight for linear in learned.fused_layer.projections]
+    tensors += [engine.cache.data, engine.running_count, proposer.cache.data]
+    tensors += [proposer.fc, proposer.head_weight, proposer.head_bias, proposer.draft_vocab]
+    layers = list(engine.fused_layers or ())
+    if proposer.fused_layer:
+        layers.append(proposer.fused_layer)
+    for layer in layers:
+        tensors += [linear.weight for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-class Tape:
-    """In place of graphs.Recorder."""
+class FakeRecorder:
+    """Stands for cuda_graphs.GraphRecorder."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.count = 0
-        self.plays = 0
+        self.recordings = 0
+        self.replays = 0
 
     def __call__(self, function):
-        self.count += 1
-        where = addresses(self.engine)
+        self.recordings += 1
+        recorded = addresses(self.engine)
 
-        def play():
-            assert addresses(self.engine) == where, "something has moved"
-            self.plays += 1
-            rows, self.engine.running = self.engine.running, None
+        def replay():
+            assert addresses(self.engine) == recorded, "a tensor has moved"
+            self.replays += 1
+            running, self.engine.running = self.engine.running, None
             try:
                 return function()
             finally:
-                self.engine.running = rows
+                self.engine.running = running
 
-        return play
+        return replay
 
 
-def taped(model, drafter=None, slots: int = 10, **settings) -> tuple[Engine, Tape]:
-    """An engine whose rounds are recorded."""
+def recording_engine(model, drafter=None, slots: int = 10, **settings) -> tuple[Engine, FakeRecorder]:
+    """Return an engine whose rounds are recorded, and its recorder."""
     engine = make_engine(model, drafter, slots, bucketed=True, **settings)
-    tape = Tape(engine)
-    engine.graphs = GraphPool(engine.compute_round, tape)
-    return engine, tape
+    recorder = FakeRecorder(engine)
+    engine.graphs = GraphPool(engine.compute_round, recorder)
+    return engine, recorder
 
 
 STRATEGIES = {
@@ -90,92 +93,96 @@ STRATEGIES = {
     "chain 4": partial(fixed, "eagle", 4),
     "chain 12": partial(fixed, "eagle", 12),
     "ngram": partial(fixed, "ngram", 3),
-    "changing": partial(Changing, 1),
+    "random plans": partial(RandomPlans, 1),
 }
 
 
-def check_bucketed(strategy, sampling, model, groups=None, slots: int = 10, **settings) -> Tape:
-    """Tokens, log-probabilities, features, and how far each guess was right, are those of rounds of exact size."""
+def check_bucketed(strategy, sampling, model, groups=None, slots: int = 10, **settings) -> FakeRecorder:
+    """Tokens, log-probabilities, hidden states, and accepted draft tokens by depth, are those of rounds of exact size.
+    Return the recorder.
+    """
     drafter = trained_drafter(model)
     groups = groups or groups_of(14, random.Random(1))
     exact = make_engine(model, drafter, slots, **settings)
-    engine, tape = taped(model, drafter, slots, **settings)
+    engine, recorder = recording_engine(model, drafter, slots, **settings)
     wanted = by_name(exact.generate(groups, sampling, strategy()))
     check_equal(by_name(engine.generate(groups, sampling, strategy())), wanted)
     assert engine.stats.accepted == exact.stats.accepted
-    return tape
+    return recorder
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_rounded_rounds_make_the_same_tokens(strategy, sampling, monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "STEP", 16)  # so that views differ
-    tape = check_bucketed(STRATEGIES[strategy], sampling, tiny())
-    assert tape.plays > 10 or strategy in ("ngram", "changing")
+def test_bucketed_rounds_make_the_same_tokens(strategy, sampling, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "KV_STEP", 16)  # so that there are several values of kv_len
+    recorder = check_bucketed(STRATEGIES[strategy], sampling, tiny())
+    assert recorder.replays > 10 or strategy in ("ngram", "random plans")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_in_rounded_rounds(family):
-    check_bucketed(partial(Changing, 2), SAMPLINGS[0], tiny_of(family))
+def test_every_family_in_bucketed_rounds(family):
+    check_bucketed(partial(RandomPlans, 2), SAMPLINGS[0], tiny_of(family))
 
 
-def test_trees_in_rounded_rounds():
+def test_trees_in_bucketed_rounds():
     check_bucketed(partial(fixed, "eagle", 3), SAMPLINGS[0], tiny(), rule=partial(Tree, width=2))
 
 
 @cases(6)
-@example(0, 8, 1, 0)  # prompts of one token: nothing has a true feature yet
+@example(0, 8, 1, 0)  # prompts of one token: there is no feature yet
 @given(st.integers(0, 2**32), st.integers(1, 13), st.integers(1, 40), st.integers(0, 3))
-def test_random_shapes_of_rounded_rounds(seed, slots, longest, step):
+def test_random_shapes_of_bucketed_rounds(seed, slots, longest, step):
     rng = random.Random(seed)
     groups = groups_of(rng.randint(1, 20), rng, longest, min(4, slots))
-    before = cuda_graphs.STEP
-    cuda_graphs.STEP = (8, 16, 32, 128)[step]
+    before = cuda_graphs.KV_STEP
+    cuda_graphs.KV_STEP = (8, 16, 32, 128)[step]
     try:
-        check_bucketed(partial(Changing, seed), SAMPLINGS[0], tiny(), groups, slots)
+        check_bucketed(partial(RandomPlans, seed), SAMPLINGS[0], tiny(), groups, slots)
     finally:
-        cuda_graphs.STEP = before
+        cuda_graphs.KV_STEP = before
 
 
-def test_columns_in_pieces_do_not_drop_rows_in_rounded_rounds(monkeypatch):
-    """Who drops out depends on what is in tensors, which a recording cannot follow."""
+def test_columns_sampled_in_pieces_keep_all_sequences_in_bucketed_rounds(monkeypatch):
+    """Which sequences drop out depends on the contents of tensors, which a recording cannot follow."""
     model = tiny()
-    engine, tape = taped(model, trained_drafter(model))
+    engine, recorder = recording_engine(model, trained_drafter(model))
     exact = make_engine(model, trained_drafter(model))
     engine.max_logits = exact.max_logits = 2 * 118
     groups = groups_of(10, random.Random(1))
     wanted = by_name(exact.generate(groups, SAMPLINGS[0], fixed("eagle", 4)))
     check_equal(by_name(engine.generate(groups, SAMPLINGS[0], fixed("eagle", 4))), wanted)
-    assert tape.plays > 10
+    assert recorder.replays > 10
 
 
-# ---------------------------------------------------------------- what would break it
+# ---------------------------------------------------------------- broken variants
 
 
 def without(field: str):
-    """`rounded`, but of two shapes that differ in this field only, the first is taken for both."""
+    """Return `bucketed_shape` with a mistake: of shapes that differ in this field only, the first stands for all."""
     first: dict[RoundShape, RoundShape] = {}
 
-    def key(shape: RoundShape, slots: int, room: int) -> RoundShape:
-        shape = bucketed_shape(shape, slots, room)
+    def key(shape: RoundShape, slots: int, max_len: int) -> RoundShape:
+        shape = bucketed_shape(shape, slots, max_len)
         return first.setdefault(shape._replace(**{field: None}), shape)
 
     return key
 
 
-@pytest.mark.parametrize("field", ["rows", "view", "gap", "draft"])
-def test_a_key_that_lacks_something_is_caught(field, monkeypatch):
-    """Rows shrink, views grow, gaps follow the draft length: whatever is left out, some round is not as it should."""
-    monkeypatch.setattr(cuda_graphs, "STEP", 16)
-    check = partial(check_bucketed, partial(Changing, 3), SAMPLINGS[0], tiny(), groups_of(30, random.Random(2)))
+@pytest.mark.parametrize("field", ["batch_size", "kv_len", "catch_up_len", "plan"])
+def test_a_shape_that_lacks_a_field_is_caught(field, monkeypatch):
+    """Batches shrink, kv_len grows, catch-ups follow the plans: without any of the fields, some round goes wrong."""
+    monkeypatch.setattr(cuda_graphs, "KV_STEP", 16)
+    check = partial(check_bucketed, partial(RandomPlans, 6), SAMPLINGS[0], tiny(), groups_of(60, random.Random(2)))
     check()
-    monkeypatch.setattr("rollout.rounded", without(field))
+    monkeypatch.setattr("rollout.bucketed_shape", without(field))
     with pytest.raises((AssertionError, RuntimeError, IndexError, TypeError)):
         check()
 
 
 def check_twice() -> None:
-    """Guesses and checks done twice, with what free slots and ends hold in between, then committed: as if done once."""
+    """Drafting and verifying twice before the commit gives the responses of doing it once, although in between random
+    numbers are written into free slots and beyond the ends of sequences.
+    """
     model = tiny()
     groups = groups_of(14, random.Random(1))
     once = make_engine(model, trained_drafter(model), bucketed=True)
@@ -186,9 +193,9 @@ def check_twice() -> None:
         noise = torch.Generator().manual_seed(0)
         n = len(twice.running)
         for cache, lens in ((twice.cache, twice.lens), (twice.proposers["eagle"].cache, twice.lens - 1)):
-            for row in range(twice.slots):
-                end = int(lens[row]) if row < n else 0
-                beyond = cache.data[:, :, row, :, max(0, end) :]
+            for slot in range(twice.slots):
+                end = int(lens[slot]) if slot < n else 0
+                beyond = cache.data[:, :, slot, :, max(0, end) :]
                 beyond.copy_(100 * torch.randn(beyond.shape, generator=noise))
         if n < twice.slots:
             twice.tokens[n:] = torch.randint(0, 118, twice.tokens[n:].shape, generator=noise)
@@ -201,28 +208,28 @@ def check_twice() -> None:
     check_equal(by_name(twice.generate(groups, SAMPLINGS[0], fixed("eagle", 4))), wanted)
 
 
-def test_what_stands_in_free_slots_and_beyond_ends_changes_nothing(monkeypatch):
+def test_free_slots_and_entries_beyond_the_ends_change_nothing(monkeypatch):
     check_twice()
-    right = modeling.attention_inputs
 
     def leaky(*args):
-        positions, mask = right(*args)
-        return positions, torch.cat([mask[..., :1], mask[..., :-1]], -1)  # who sees an entry sees the next
+        inputs = attention_inputs(*args)
+        mask = torch.cat([inputs.mask[..., :1], inputs.mask[..., :-1]], -1)  # what sees an entry sees the next one
+        return inputs._replace(mask=mask)
 
-    monkeypatch.setattr(modeling, "attend", leaky)
+    monkeypatch.setattr("parts.engine.forward.attention_inputs", leaky)
     caught(check_twice)
 
 
-def test_free_slots_stay_where_they_are(monkeypatch):
-    """They take part in rounds, and their lengths must not grow with them."""
-    monkeypatch.setattr(cuda_graphs, "STEP", 16)
+def test_lengths_of_free_slots_stay(monkeypatch):
+    """Free slots take part in rounds, but their lengths must not grow."""
+    monkeypatch.setattr(cuda_graphs, "KV_STEP", 16)
 
     @torch.inference_mode()
     def check() -> None:
         engine = make_engine(tiny(), slots=16, bucketed=True)
         next(engine.generate(groups_of(5, random.Random(1)), SAMPLINGS[0], fixed("eagle", 2)))
         before = engine.lens.clone()
-        shape = engine.shape_of(DraftPlan(), SAMPLINGS[0])
+        shape = engine.plan_round(SAMPLINGS[0], Strategy())
         assert shape.batch_size > len(engine.running)
         engine.running_count.fill_(len(engine.running))
         engine.compute_round(shape)
@@ -230,47 +237,47 @@ def test_free_slots_stay_where_they_are(monkeypatch):
 
     check()
 
-    def everybody_lives(self, shape):
+    def all_slots_run(self, shape):
         self.running_count.fill_(self.slots)
-        return compute(self, shape)
+        return compute_round(self, shape)
 
-    compute = Engine.compute
-    monkeypatch.setattr(Engine, "compute", everybody_lives)
+    compute_round = Engine.compute_round
+    monkeypatch.setattr(Engine, "compute_round", all_slots_run)
     caught(check)
 
 
-# ---------------------------------------------------------------- weights that move
+# ---------------------------------------------------------------- tensors that move
 
 
-def check_after_moves(engine: Engine, tape: Tape, model) -> None:
-    """Policy and drafter learn, words are chosen anew, a longer context is reserved: recordings never play on what was
-    there before, and the tokens are those of a new engine.
+def check_after_moves(engine: Engine, recorder: FakeRecorder, model) -> None:
+    """Policy and drafter learn, the draft vocabulary changes, a longer context is reserved: no recording reads a tensor
+    that has moved, and the tokens are those of a new engine.
     """
-    learned = engine.proposers["eagle"].drafter
+    drafter = engine.proposers["eagle"].drafter
     groups = groups_of(12, random.Random(3))
     torch.manual_seed(0)
-    for words, context in ((None, 60), (torch.arange(0, 118, 2).int(), 60), (torch.arange(0, 118, 3).int(), 90)):
+    for draft_vocab, context in ((None, 60), (torch.arange(0, 118, 2).int(), 60), (torch.arange(0, 118, 3).int(), 90)):
         with torch.no_grad():
-            for p in (*model.parameters(), *learned.parameters()):
+            for p in (*model.parameters(), *drafter.parameters()):
                 p.add_(torch.randn_like(p) * 0.02)
-        learned.words = words
+        drafter.draft_vocab = draft_vocab
         engine.reserve(context)
-        fresh = make_engine(model, learned, context=context)
+        fresh = make_engine(model, drafter, context=context)
         wanted = by_name(fresh.generate(groups, SAMPLINGS[0], fixed("eagle", 4)))
         check_equal(by_name(engine.generate(groups, SAMPLINGS[0], fixed("eagle", 4))), wanted)
         assert engine.stats.accepted == fresh.stats.accepted
-    assert tape.plays > 30
+    assert recorder.replays > 30
 
 
-def test_recordings_end_when_something_moves(monkeypatch):
+def test_recordings_are_dropped_when_a_tensor_moves(monkeypatch):
     model = tiny()
-    check_after_moves(*taped(model, make_drafter(model), context=50), model)
-    monkeypatch.setattr(GraphPool, "forget", lambda self: None)
-    caught(check_after_moves, *taped(model, make_drafter(model), context=50), model)
+    check_after_moves(*recording_engine(model, make_drafter(model), context=50), model)
+    monkeypatch.setattr(GraphPool, "clear", lambda self: None)
+    caught(check_after_moves, *recording_engine(model, make_drafter(model), context=50), model)
 
 
-def check_other_stops(engine: Engine, tape: Tape) -> None:
-    """Recorded rounds end where they are told to end now."""
+def check_new_stop_tokens(engine: Engine, recorder: FakeRecorder) -> None:
+    """Recorded rounds use the stop tokens that were set last."""
     groups = groups_of(12, random.Random(3))
     for stops in ({1}, {1, 2, 3, 4}, {5, -1, 1000}, set()):
         engine.set_stop_tokens(stops)
@@ -278,52 +285,80 @@ def check_other_stops(engine: Engine, tape: Tape) -> None:
         exact.set_stop_tokens(stops)
         wanted = tokens_of(exact.generate(groups, SAMPLINGS[0]))
         assert tokens_of(engine.generate(groups, SAMPLINGS[0])) == wanted
-    assert tape.plays > 30
+    assert recorder.replays > 30
 
 
-def test_recorded_rounds_end_at_other_tokens_when_told_so(monkeypatch):
-    check_other_stops(*taped(tiny()))
+def test_recorded_rounds_use_new_stop_tokens(monkeypatch):
+    check_new_stop_tokens(*recording_engine(tiny()))
 
-    def elsewhere(self, tokens):
+    def at_another_address(self, tokens):
         set_stop_tokens(self, tokens)
         self.stop = self.stop.clone()
 
     set_stop_tokens = Engine.set_stop_tokens
-    engine, tape = taped(tiny())
-    monkeypatch.setattr(Engine, "set_stop_tokens", elsewhere)
-    caught(check_other_stops, engine, tape)
+    engine, recorder = recording_engine(tiny())
+    monkeypatch.setattr(Engine, "set_stop_tokens", at_another_address)
+    caught(check_new_stop_tokens, engine, recorder)
 
 
-def test_a_drafter_of_a_head_with_bias_stays_where_it_is():
+@torch.inference_mode()
+def test_a_head_s_bias_keeps_its_address_in_the_proposer():
     model = tiny()
     model.lm_head.bias = torch.nn.Parameter(torch.randn(118))
-    learned = make_engine(model).proposers["eagle"]
-    assert learned.begin()
-    where = learned.head.bias.data_ptr()
-    with torch.no_grad():
-        model.lm_head.bias.mul_(2)
-    assert not learned.begin()
-    assert learned.head.bias.data_ptr() == where
-    assert torch.allclose(learned.head.bias, model.lm_head.bias * learned.SHARPEN)
+    proposer = make_engine(model).proposers["eagle"]
+    assert proposer.load_weights()
+    address = proposer.head.bias.data_ptr()
+    model.lm_head.bias.mul_(2)
+    assert not proposer.load_weights()
+    assert proposer.head.bias.data_ptr() == address
+    assert torch.allclose(proposer.head.bias, model.lm_head.bias * proposer.SHARPEN)
 
 
-def test_what_is_filled_anew_stays_where_it_is():
+def test_refilled_buffers_keep_their_address_as_long_as_the_shape_stays():
+    first, second = torch.randn(5, 3), torch.randn(5, 3)
+    assert refilled(None, first) is first
+    assert refilled(first, second) is first
+    assert first.equal(second)
+    larger = torch.randn(30, 3)
+    assert refilled(first, larger) is larger
+    assert refilled(first, None) is None
+
+
+def check_joined_weights(read_weights) -> None:
+    """Joined weights and biases follow those of the layers, at the address that they had."""
     rng = random.Random(0)
     for _ in range(30):
-        parts = [torch.randn(rng.randint(1, 5), 3) for _ in range(rng.randint(1, 4))]
-        joined = refilled(None, *parts)
-        newer = [torch.randn_like(part) for part in parts]
-        again = refilled(joined, *newer)
-        assert again is joined
-        assert again.equal(torch.cat(newer))
-        assert refilled(joined, torch.randn(30, 3)) is not joined
+        layers = [torch.nn.Linear(3, rng.randint(1, 5), bias=rng.random() < 0.6) for _ in range(rng.randint(1, 4))]
+        joined = JoinedLinear([(layer.weight, layer.bias) for layer in layers])
+        x = torch.randn(2, 3)
+        with torch.no_grad():
+            buffers = [tensor.data_ptr() for tensor in (joined.weight, joined.bias) if tensor is not None]
+            for p in (p for layer in layers for p in layer.parameters()):
+                p.normal_()
+            read_weights(joined)
+            assert [t.data_ptr() for t in (joined.weight, joined.bias) if t is not None] == buffers
+            assert torch.allclose(joined(x), torch.cat([layer(x) for layer in layers], -1), atol=1e-6)
 
 
-def check_lent(model, lend) -> None:
-    """The layers' own weights are parts of the joined ones: an optimizer's step is seen at once, without a copy."""
-    layers = fuse_model(model)
-    for layer in layers:
-        lend(layer)
+def test_joined_weights_are_read_again_in_place():
+    check_joined_weights(JoinedLinear.read_weights)
+
+    def at_another_address(joined):
+        joined.weight = torch.cat([weight.detach() for weight, _ in joined.parts])
+        JoinedLinear.read_weights(joined)
+
+    caught(check_joined_weights, lambda joined: None)
+    caught(check_joined_weights, at_another_address)
+
+
+def layers_of(model, share: bool) -> list[FusedLayer]:
+    """Return the fused layers of a model, as `fuse` makes them on a GPU (share) or on a CPU."""
+    return [FusedLayer(layer, model.config, share=share) for layer in model.model.layers]
+
+
+def check_shared(model, share: bool) -> None:
+    """The layers' own weights are parts of the joined ones, which follow a step of the optimizer without a copy."""
+    layers = layers_of(model, share)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     ids = torch.arange(2, 20)[None]
     model(input_ids=ids).logits.square().mean().backward()
@@ -335,18 +370,17 @@ def check_lent(model, lend) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_lent_weights_need_no_second_copy(family):
-    check_lent(tiny_of(family), lambda layer: layer.lend())
-    caught(check_lent, tiny_of(family), lambda layer: None)
+def test_shared_weights_need_no_second_copy(family):
+    check_shared(tiny_of(family), True)
+    caught(check_shared, tiny_of(family), False)
 
 
-def test_a_lent_model_is_saved_and_rolls_out_as_before(tmp_path):
+def test_a_model_with_shared_weights_is_saved_and_rolls_out_as_before(tmp_path):
     model = tiny()
     groups = groups_of(6, random.Random(1))
     wanted = by_name(make_engine(model, keep_hidden=True).generate(groups, SAMPLINGS[0]))
     engine = make_engine(model, keep_hidden=True)
-    for layer in engine.fused_layers:
-        layer.lend()
+    engine.fused_layers = layers_of(model, share=True)
     check_equal(by_name(engine.generate(groups, SAMPLINGS[0])), wanted)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, attn_implementation="slots", dtype=torch.float32)
@@ -356,62 +390,66 @@ def test_a_lent_model_is_saved_and_rolls_out_as_before(tmp_path):
 
 def test_one_weight_alone_is_not_copied():
     linear = torch.nn.Linear(4, 5)
-    assert Linear([(linear.weight, linear.bias)]).weight.data_ptr() == linear.weight.data_ptr()
+    assert JoinedLinear([(linear.weight, linear.bias)]).weight.data_ptr() == linear.weight.data_ptr()
 
 
-# ---------------------------------------------------------------- how many, and when it fails
+# ---------------------------------------------------------------- the number of recordings, and failures
 
 
 @cases(200)
 @given(st.integers(1, 256), st.integers(1, 40_000), st.integers(0, 400), st.integers(0, 12))
-def test_a_rounded_shape_holds_the_round(rows, view, gap, k):
-    shape = RoundShape(rows, view, gap, DraftPlan("eagle", k), Sampling())
-    slots, room = 256, view + random.Random(gap).randrange(300)
-    key = bucketed_shape(shape, slots, room)
-    assert rows <= key.rows <= slots
-    assert shape.kv_len <= key.view <= room
-    assert key.view <= max(shape.kv_len + 128, 1.15 * shape.kv_len)
-    assert key.gap >= gap
-    assert (key.gap > 0) == (gap > 0)
-    assert bucketed_shape(key, slots, room) == key
+def test_a_bucketed_shape_holds_the_round(batch_size, kv_len, catch_up_len, k):
+    shape = RoundShape(batch_size, kv_len, catch_up_len, DraftPlan("eagle", k), Sampling())
+    slots, max_len = 256, kv_len + random.Random(catch_up_len).randrange(300)
+    bucketed = bucketed_shape(shape, slots, max_len)
+    assert batch_size <= bucketed.batch_size <= slots
+    assert kv_len <= bucketed.kv_len <= max_len
+    assert bucketed.kv_len <= max(kv_len + 128, 1.15 * kv_len)
+    assert bucketed.catch_up_len >= catch_up_len
+    assert (bucketed.catch_up_len > 0) == (catch_up_len > 0)
+    assert bucketed_shape(bucketed, slots, max_len) == bucketed
 
 
-def test_views_are_of_lengths_that_attention_takes_without_a_copy():
+def test_attention_takes_masks_of_every_kv_len_without_a_copy():
+    """Their length is a multiple of 8."""
     for context in (50, 51, 130, 200):
-        room = make_engine(tiny(), context=context).tokens.shape[1]
-        for view in range(1, room + 1):
-            assert bucketed_shape(RoundShape(1, view, 0, DraftPlan(), Sampling()), 10, room).view % 8 == 0
+        max_len = make_engine(tiny(), context=context).tokens.shape[1]
+        for kv_len in range(1, max_len + 1):
+            shape = RoundShape(1, kv_len, 0, DraftPlan(), Sampling())
+            assert bucketed_shape(shape, 10, max_len).kv_len % 8 == 0
 
 
-def check_first_rounds_are_told() -> None:
-    """A shape's first round, and the one that is recorded, are not what its rounds will take."""
+def check_warmup_is_reported() -> None:
+    """The first round of a shape, and the one that is recorded, are reported as warm-up."""
     model = tiny()
-    engine, tape = taped(model, trained_drafter(model))
+    engine, recorder = recording_engine(model, trained_drafter(model))
     strategy = fixed("eagle", 4)
     reports = []
     strategy.observe = reports.append
     list(engine.generate(groups_of(14, random.Random(1)), SAMPLINGS[0], strategy))
-    assert sum(report.warmup for report in reports) == len(engine.graphs.seen) + tape.count
-    assert tape.plays > tape.count > 0
+    assert sum(report.warmup for report in reports) == len(engine.graphs.seen) + recorder.recordings
+    assert recorder.replays > recorder.recordings > 0
 
 
-def test_first_rounds_are_told(monkeypatch):
-    check_first_rounds_are_told()
+def test_warmup_is_reported(monkeypatch):
+    check_warmup_is_reported()
     right = GraphPool.run
 
-    def not_told(self, shape):
-        out = right(self, shape)
-        self.first = False
-        return out
+    def not_reported(self, shape, eager):
+        outcome = right(self, shape, eager)
+        self.warmup = False
+        return outcome
 
-    monkeypatch.setattr(GraphPool, "run", not_told)
-    caught(check_first_rounds_are_told)
+    monkeypatch.setattr(GraphPool, "run", not_reported)
+    caught(check_warmup_is_reported)
 
 
 def test_few_shapes_in_a_rollout():
-    """256 responses of up to 200 tokens with goodput, in 64 slots; as many shapes as the strategy tries lengths."""
+    """256 responses of up to 200 tokens with goodput, in 64 slots. There are about as many shapes as the strategy tries
+    draft lengths.
+    """
     model = tiny()
-    engine, tape = taped(model, trained_drafter(model), slots=64, context=240)
+    engine, recorder = recording_engine(model, trained_drafter(model), slots=64, context=240)
     engine.set_stop_tokens({1, 2, 3})
     groups = groups_of(16, random.Random(1), samples=1)
     for group in groups:
@@ -419,21 +457,21 @@ def test_few_shapes_in_a_rollout():
     list(engine.generate(groups, Sampling(max_new=200), Goodput(plans_for(["eagle"]))))
     assert engine.stats.rounds > 40
     assert len(engine.graphs.replays) <= 40
-    assert tape.count <= 40
+    assert recorder.recordings <= 40
 
 
-def test_the_recording_that_was_not_used_for_longest_makes_room(monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "MOST", 2)
+def test_the_least_recently_used_recording_is_dropped(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     graphs = GraphPool(lambda shape: shape, lambda function: function)
-    shapes = [RoundShape(1, view, 0, DraftPlan(), Sampling()) for view in (1, 2, 3)]
+    shapes = [RoundShape(1, kv_len, 0, DraftPlan(), Sampling()) for kv_len in (1, 2, 3)]
     for shape in (*shapes, shapes[0], shapes[1], shapes[0], shapes[2]):
         assert graphs.run(shape) == shape
     assert list(graphs.replays) == [shapes[0], shapes[2]]
 
 
-def test_a_recording_that_fails_costs_a_line_and_no_token(capsys):
+def test_a_recording_that_fails_prints_one_line_and_changes_no_token(capsys):
     model = tiny()
-    engine, _ = taped(model, trained_drafter(model))
+    engine, _ = recording_engine(model, trained_drafter(model))
 
     def fails(function):
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be reported")

@@ -1,4 +1,4 @@
-"""What can happen to a run with two workers, and that nobody stays behind."""
+"""Runs with two workers that are interrupted, hang or are killed: no process is left behind, and they can be resumed."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import finish, here, launch, rows_of
+from conftest import finish, launch, rows_of, run_in_process
 from safetensors.torch import load_file
 
 import tlt
@@ -16,8 +16,8 @@ from drafter import Drafter
 from parts.running import checkpoints
 
 
-def left_over(session: int) -> list[str]:
-    """Processes still alive in the launched session."""
+def processes_left(session: int) -> list[str]:
+    """Return the processes that are still alive in the launched session."""
     alive = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -30,14 +30,15 @@ def left_over(session: int) -> list[str]:
 
 
 def wait_for(condition, seconds: float = 300) -> None:
+    """Wait until the condition holds."""
     end = time.time() + seconds
     while not condition():
-        assert time.time() < end, "waited in vain"
+        assert time.time() < end, f"waited {seconds:g} s in vain"
         time.sleep(0.05)
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
-    """Process ids of its two workers, by rank."""
+    """Return the process ids of a run's two workers, by rank."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [int(pid) for pid in children if b"tlt.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2
@@ -54,7 +55,7 @@ def ctrl_c(process, workers) -> str:
 def hang_a_worker(process, workers) -> str:
     os.kill(workers[1], signal.SIGSTOP)
     text = finish(process, 1)
-    assert "no sign of life for 8 s from " in text
+    assert "no heartbeat for 8 s from " in text
     assert "worker 1 (" in text
     assert "--resume" in text
     return text
@@ -67,7 +68,7 @@ def kill_the_parent(process, workers) -> str:
 
 
 def kill_while_the_other_hangs(process, workers) -> str:
-    """Worker 1 never finishes its rollout (or its update), so worker 0 waits, and trains if it is in a rollout."""
+    """Worker 1 never finishes its rollout (or its update), so worker 0 waits, or trains its drafter in a rollout."""
     os.kill(workers[1], signal.SIGSTOP)
     time.sleep(1)
     os.kill(workers[0], signal.SIGKILL)
@@ -85,40 +86,40 @@ HARMS = {
 }
 
 
-def harmed(harm, model_folder: Path, out: Path) -> str:
-    """Start a run, harm it once it has checkpoints, see that nobody stays -> what it has printed."""
+def run_and_harm(harm, model_folder: Path, out: Path) -> str:
+    """Start a run, harm it once it has checkpoints, and wait until no process is left -> what it has printed."""
     patience = 8 if harm is hang_a_worker else 600
     endless = ("--steps", 10_000, "--workers", 2, "--eval-every", 0, "--show-every", 0, "--patience", patience)
     process = launch(model_folder, out, *endless)
     try:
         wait_for(lambda: (out / "checkpoint-000002").exists() or process.poll() is not None)
         text = harm(process, workers_of(process))
-        wait_for(lambda: not left_over(process.pid), 30)
+        wait_for(lambda: not processes_left(process.pid), 30)
     finally:
-        if left_over(process.pid):
+        if processes_left(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
     return text
 
 
 @pytest.fixture(scope="module")
 def harmed_runs(model_folder, tmp_path_factory):
-    """Name of the harm -> (folder, future): two at once, they wait a lot."""
+    """Name of the harm -> (folder, future). Two run at once, since they wait most of the time."""
     folder = tmp_path_factory.mktemp("harmed")
     with ThreadPoolExecutor(2) as pool:
-        jobs = {name: pool.submit(harmed, harm, model_folder, folder / name) for name, harm in HARMS.items()}
+        jobs = {name: pool.submit(run_and_harm, harm, model_folder, folder / name) for name, harm in HARMS.items()}
         yield {name: (folder / name, future) for name, future in jobs.items()}
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_nothing_is_left_behind_and_the_run_goes_on(harm, harmed_runs, model_folder, monkeypatch):
+def test_no_process_is_left_and_the_run_can_be_resumed(harm, harmed_runs, model_folder, monkeypatch):
     out, future = harmed_runs[harm]
     assert "Traceback" not in future.result()
     checkpoint = checkpoints.newest(out)
-    load_file(checkpoint / "drafter/drafter.safetensors")  # whole
+    load_file(checkpoint / "drafter/drafter.safetensors")  # it is complete
     step = checkpoints.read_state(checkpoint)["step"]
     places = []
     load = Drafter.load
     monkeypatch.setattr(Drafter, "load", lambda drafter, folder: places.append(folder) or load(drafter, folder))
-    here(tlt.main, model_folder, out, "--steps", step + 1, "--workers", 1, "--eval-every", 0, "--resume")
+    run_in_process(tlt.main, model_folder, out, "--steps", step + 1, "--workers", 1, "--eval-every", 0, "--resume")
     assert rows_of(out)[-1]["step"] == step + 1
     assert places == [checkpoint / "drafter"]

@@ -1,4 +1,4 @@
-"""The statistics behind "compute-optimal", and the questions that they are made from."""
+"""The statistics of "compute-optimal", and the questions that they are computed from."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,9 @@ def test_quintiles_are_even_and_ordered(easiness):
 
 
 def test_folds_do_not_leak(monkeypatch):
-    """Strategy "a" is right exactly on fold 0, "b" on fold 1. Chosen honestly, each fold gets what fails on it."""
+    """Strategy "a" is right exactly on fold 0, "b" on fold 1. Chosen on the other fold, each fold gets the one that
+    fails on it.
+    """
     folds = np.arange(40) % 2
     bins = np.arange(40) % 5
     right = {"a": (folds == 0).astype(float), "b": (folds == 1).astype(float)}
@@ -37,9 +39,9 @@ def test_folds_do_not_leak(monkeypatch):
 
     check()
 
-    def with_the_other_half(honest):
+    def with_the_other_half(original):
         def leaking(right, cost, questions, *rest):
-            return honest(right, cost, ~questions, *rest)
+            return original(right, cost, ~questions, *rest)
 
         return leaking
 
@@ -52,8 +54,8 @@ def test_budgets_are_kept_and_the_best_is_found():
     rng = np.random.default_rng(0)
     bins = np.repeat(np.arange(5), 40)
     folds = np.tile([0, 1], 100)
-    right = {"cheap": (rng.random(200) < 0.5).astype(float), "dear": np.ones(200), "odd": (bins == 2).astype(float)}
-    cost = {"cheap": np.full(200, 1.0), "dear": np.full(200, 10.0), "odd": np.full(200, 2.0)}
+    right = {"cheap": (rng.random(200) < 0.5).astype(float), "expensive": np.ones(200), "odd": (bins == 2).astype(float)}
+    cost = {"cheap": np.full(200, 1.0), "expensive": np.full(200, 10.0), "odd": np.full(200, 2.0)}
     _, paid, chosen = compute_optimal(right, cost, bins, folds, 3.0)
     assert paid.mean() <= 3.0
     assert chosen[0, 2] == chosen[1, 2] == "odd" and chosen[0, 0] == "cheap"
@@ -62,14 +64,14 @@ def test_budgets_are_kept_and_the_best_is_found():
 
 
 def check_distinct(choose, count=300):
-    """The first of each prompt, in order: short ones, which come often, are not left out."""
+    """The first question of each prompt is chosen, in order: short ones, which occur often, are not left out."""
     prompts = [Chain().problem("test", i).prompt for i in range(10 * count)]
     first = [i for i, prompt in enumerate(prompts) if prompt not in prompts[:i]]
     assert choose(Chain(), count) == first[:count]
 
 
 def last_of_each(task, count):
-    """A dict keeps the place of a key's first entry: this leaves out what comes often."""
+    """A broken variant: a dict keeps the place of a key's first entry, so this leaves out what occurs often."""
     by_prompt = {task.problem("test", i).prompt: i for i in reversed(range(10 * count))}
     return list(by_prompt.values())[: -count - 1 : -1]
 
@@ -80,23 +82,23 @@ def test_no_question_is_asked_twice():
 
 
 def test_hard_questions_may_cost_more_than_easy_ones():
-    """A budget of 3 on average: 1 for the easy half, 5 for the hard one. Held to 3 in each bin, the hard half would
-    stay unsolved.
+    """A budget of 3 on average: 1 for the easy half, 5 for the hard one. With a limit of 3 in each bin, the hard half
+    would stay unsolved.
     """
     bins = np.repeat([0, 1], 20)
     folds = np.arange(40) % 2
-    right = {"cheap": (bins == 0).astype(float), "dear": np.ones(40)}
-    cost = {"cheap": np.ones(40), "dear": np.full(40, 5.0)}
+    right = {"cheap": (bins == 0).astype(float), "expensive": np.ones(40)}
+    cost = {"cheap": np.ones(40), "expensive": np.full(40, 5.0)}
     outcome, paid, _ = compute_optimal(right, cost, bins, folds, 3.0)
     assert outcome.mean() == 1.0 and paid.mean() == 3.0
     assert compute_optimal(right, cost, bins, folds, 2.9).right.mean() == 0.5
 
 
 def test_rows_of_a_question_are_not_independent():
-    """Copies of all rows make no interval narrower."""
+    """Copies of all rows do not make the interval narrower."""
     x = np.random.default_rng(1).random(60)
     question = np.arange(60)
     once = interval(x, question)
     assert once == pytest.approx(interval(np.tile(x, 3), np.tile(question, 3)))
     assert once == pytest.approx(1.96 * x.std() / 60**0.5, rel=0.2)
-    assert interval(np.tile(x, 3), np.arange(180)) < 0.7 * once  # as if they were
+    assert interval(np.tile(x, 3), np.arange(180)) < 0.7 * once  # as if they were independent

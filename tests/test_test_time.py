@@ -1,4 +1,4 @@
-"""Search strategies, the verifier's bookkeeping, the ledger, the command. (The statistics: test_optimal.py.)"""
+"""Search strategies, picking answers, the ledger, the verifier, the command. (The statistics: test_optimal.py.)"""
 
 import random
 from dataclasses import replace
@@ -19,9 +19,8 @@ from parts.engine.sampling import Sampling
 from tasks import Chain
 from test_time import strategies, verifier
 from test_time.__main__ import main
-from test_time.attempts import Attempt, Question, Sizes
-from test_time.labels import labelled_steps
-from test_time.picking import pick, score, vote
+from test_time.attempts import Attempt, ModelSizes, pick, score, shown_in_prompt, vote
+from test_time.learn import labelled_steps, questions_of
 from test_time.solver import Solver
 from test_time.strategies import beam, parallel, revise
 
@@ -35,7 +34,7 @@ def solver():
 
 
 @pytest.fixture(scope="module")
-def fast():
+def speculative():
     return Solver(FOLDER, Chain(), slots=64)
 
 
@@ -48,60 +47,60 @@ def tokens_of(attempts):
 
 
 def tokens(solutions):
-    """Of each attempt at each question."""
+    """Return the tokens of each attempt at each question."""
     return [tokens_of(solution.attempts) for solution in solutions]
 
 
 def total(solutions, entry):
-    """Of an entry of the ledgers."""
+    """Return the sum of an entry over the ledgers."""
     return sum(getattr(solution.ledger, entry) for solution in solutions)
 
 
 # ---------------------------------------------------------------- strategies
 
 
-def test_beam_with_one_way_to_continue_is_parallel_sampling(solver, monkeypatch):
+def test_beam_with_one_continuation_each_is_parallel_sampling(solver, monkeypatch):
     def check():
         in_pieces = solve(solver, partial(beam, n=5, m=1))
         by_tree = [tokens_of(sorted(attempts, key=lambda attempt: attempt.tree)) for attempts, _ in in_pieces]
         assert tokens(solve(solver, partial(parallel, n=5))) == by_tree
 
     check()
-    honest = strategies.continuations
+    original = strategies.continuations
 
-    def with_noise_of_their_own(attempt, m):
-        return [replace(piece, seed=piece.seed + 1) for piece in honest(attempt, m)]
+    def with_new_seeds(attempt, m):
+        return [replace(piece, seed=piece.seed + 1) for piece in original(attempt, m)]
 
-    monkeypatch.setattr(strategies, "continuations", with_noise_of_their_own)
+    monkeypatch.setattr(strategies, "continuations", with_new_seeds)
     caught(check)
 
 
 def test_lookahead_of_no_steps_is_beam_search(solver):
-    """... and of one step costs more: what is looked at is paid for (here it changes no choice)."""
+    """A lookahead of one step costs more, since its tokens are paid for (here it changes no choice)."""
     plain = solve(solver, partial(beam, n=8, m=4))
-    none = solve(solver, partial(beam, n=8, m=4, look=0))
-    one = solve(solver, partial(beam, n=8, m=4, look=1))
+    none = solve(solver, partial(beam, n=8, m=4, lookahead=0))
+    one = solve(solver, partial(beam, n=8, m=4, lookahead=1))
     assert tokens(plain) == tokens(none)
     assert total(plain, "decode") == total(none, "decode") < total(one, "decode")
 
 
-def run_by_hand(strategy, write):
-    """Drive a strategy with a function from attempt to attempt instead of a model -> (attempts, list of its wants)."""
-    running = strategy(hash)
+def run_by_hand(strategy, extend):
+    """Run a strategy with a function from attempt to attempt instead of a model -> (attempts, its lists of requests)."""
+    search = strategy(hash)
     history = []
-    replies = None
+    results = None
     while True:
         try:
-            wants = running.send(replies)
+            requests = search.send(results)
         except StopIteration as end:
             return end.value, history
-        history.append(wants)
-        replies = []
-        for want in wants:
-            replies.append([write(attempt, want) for attempt in want.attempts])
+        history.append(requests)
+        results = []
+        for request in requests:
+            results.append([extend(attempt) for attempt in request.attempts])
 
 
-def climb(attempt, want, steps=3):
+def add_digit(attempt, steps=3):
     """A step adds a digit that the seed determines; the score is the sum of the digits so far."""
     digit = random.Random(f"{attempt.seed} {len(attempt.tokens)}").randrange(10)
     digits = attempt.tokens + (digit,)
@@ -112,58 +111,58 @@ def climb(attempt, want, steps=3):
 @given(st.sampled_from([(4, 2), (8, 4), (6, 3), (16, 4), (4, 4)]))
 def test_beam_keeps_the_best_and_continues_each_in_m_ways(shape):
     n, m = shape
-    attempts, history = run_by_hand(partial(beam, n=n, m=m), climb)
-    assert len(attempts) == n and [len(wants) for wants in history] == [1, n // m, n // m]
-    first = [climb(attempt, None).scores[0] for attempt in history[0][0].attempts]
-    kept = [want.attempts[0].scores[0] for want in history[1]]
+    attempts, history = run_by_hand(partial(beam, n=n, m=m), add_digit)
+    assert len(attempts) == n and [len(requests) for requests in history] == [1, n // m, n // m]
+    first = [add_digit(attempt).scores[0] for attempt in history[0][0].attempts]
+    kept = [request.attempts[0].scores[0] for request in history[1]]
     assert sorted(kept, reverse=True) == sorted(first, reverse=True)[: n // m]
-    for wants in history[1:]:
-        for want in wants:
-            assert len({attempt.seed for attempt in want.attempts}) == m
-            assert len({attempt.tokens for attempt in want.attempts}) == 1
+    for requests in history[1:]:
+        for request in requests:
+            assert len({attempt.seed for attempt in request.attempts}) == m
+            assert len({attempt.tokens for attempt in request.attempts}) == 1
 
 
 def test_diverse_beams_keep_one_in_each_tree():
-    attempts, history = run_by_hand(partial(beam, n=12, m=4, diverse=True), climb)
+    attempts, history = run_by_hand(partial(beam, n=12, m=4, diverse=True), add_digit)
     assert len(attempts) == 12
-    for wants in history[1:]:
-        assert [want.attempts[0].tree for want in wants] == [0, 1, 2]
+    for requests in history[1:]:
+        assert [request.attempts[0].tree for request in requests] == [0, 1, 2]
 
 
 def test_finished_attempts_stay_and_are_not_continued():
-    def one_is_short(attempt, want):
-        return climb(attempt, want, steps=1 if attempt.tree == 0 else 3)
+    def one_is_short(attempt):
+        return add_digit(attempt, steps=1 if attempt.tree == 0 else 3)
 
     attempts, history = run_by_hand(partial(beam, n=4, m=1), one_is_short)
-    assert [len(wants) for wants in history] == [1, 3, 3]
+    assert [len(requests) for requests in history] == [1, 3, 3]
     assert sorted(len(attempt.tokens) for attempt in attempts) == [1, 3, 3, 3]
 
 
-def test_lookahead_judges_by_what_comes_later():
-    """An attempt whose first step scores low but whose greedy next step scores high is kept by lookahead only."""
+def test_lookahead_judges_by_later_steps():
+    """An attempt whose first step scores low but whose greedy next step scores high is kept only with lookahead."""
 
-    def write(attempt, want):
+    def extend(attempt):
         digits = attempt.tokens + (0 if attempt.tokens else attempt.seed,)
         late = digits[0] % 2 == 1 and len(digits) >= 2
         value = 0.9 if late else 0.1 + 0.5 * (digits[0] % 2 == 0)
         return replace(attempt, tokens=digits, scores=attempt.scores + (value,), done=len(digits) == 3)
 
-    def first_digits_kept(look):
-        _, history = run_by_hand(partial(beam, n=4, m=2, look=look), write)
-        return [want.attempts[0].tokens[0] % 2 for want in history[1 + look]]
+    def first_digits_kept(steps):
+        _, history = run_by_hand(partial(beam, n=4, m=2, lookahead=steps), extend)
+        return [request.attempts[0].tokens[0] % 2 for request in history[1 + steps]]
 
     assert first_digits_kept(0) == [0, 0] and first_digits_kept(1) == [1, 1]
 
 
 def test_revisions_see_the_last_four_attempts():
-    def write(attempt, want):
-        return replace(attempt, tokens=(len(attempt.before), 99), done=True)
+    def extend(attempt):
+        return replace(attempt, tokens=(len(shown_in_prompt(attempt.earlier, (7,))), 99), done=True)
 
-    attempts, history = run_by_hand(partial(revise, n=12, length=6, again=(7,)), write)
+    attempts, history = run_by_hand(partial(revise, n=12, length=6), extend)
     assert len(attempts) == 12 and [attempt.tree for attempt in attempts] == [0] * 6 + [1] * 6
-    first_chain = [wants[0].attempts[0] for wants in history]
-    assert [len(attempt.before) for attempt in first_chain] == [0, 2, 4, 6, 8, 8]
-    assert first_chain[5].before == (2, 7, 4, 7, 6, 7, 8, 7)  # without their ends, the newest last
+    first_chain = [shown_in_prompt(requests[0].attempts[0].earlier, (7,)) for requests in history]
+    assert [len(shown) for shown in first_chain] == [0, 2, 4, 6, 8, 8]
+    assert first_chain[5] == [2, 7, 4, 7, 6, 7, 8, 7]  # without their stop tokens, the newest last
 
 
 # ---------------------------------------------------------------- picking
@@ -180,7 +179,7 @@ def test_picks_differ_where_they_should():
     assert pick([attempt_of(None, 1.0)], "max") is None and vote([], []) == (None, 0.0)
 
 
-def test_hierarchical_selection_by_hand():
+def test_chains_vote_with_their_own_winners():
     """Each chain votes for its best answer: "1" (0.5), "2" (0.6), "2" (0.7). So "2" wins, although "3" has the largest
     sum over all attempts.
     """
@@ -190,7 +189,7 @@ def test_hierarchical_selection_by_hand():
     assert pick(chains, "chains") == "2" and pick(chains, "weighted") == "3"
 
 
-def test_aggregates():
+def test_an_attempts_score_is_its_last_its_lowest_or_the_product():
     attempt = Attempt(0, scores=(0.5, 0.2, 0.9))
     assert [round(score(attempt, how), 3) for how in ("last", "min", "product")] == [0.9, 0.2, 0.09]
 
@@ -198,11 +197,11 @@ def test_aggregates():
 def test_a_perfect_verifier_makes_pass_at_n(solver):
     for problem, (attempts, _) in zip(PROBLEMS, solve(solver, partial(parallel, n=8))):
         right = [solver.grade(problem, list(attempt.tokens)) for attempt in attempts]
-        scored = [replace(attempt, scores=(float(good),)) for attempt, good in zip(attempts, right)]
+        scored = [replace(attempt, scores=(float(is_right),)) for attempt, is_right in zip(attempts, right)]
         assert (pick(scored, "max") == str(problem.answer[2])) == any(right)
 
 
-def test_an_inverted_verifier_does_harm(solver):
+def test_an_inverted_verifier_picks_fewer_right_answers(solver):
     problems = [Chain().problem("test", i) for i in range(100, 160)]
     solutions = solve(solver, partial(parallel, n=8), problems)
 
@@ -230,7 +229,7 @@ def test_a_response_made_in_pieces_is_the_same(solver, index, cut):
         assert whole.tokens[:cut] + rest.tokens == whole.tokens
 
 
-def test_noise_that_starts_anew_is_another_response(solver):
+def test_sampling_noise_that_restarts_gives_another_response(solver):
     prompt = solver.encode(PROBLEMS[0])
     responses = sorted(solver.generate([Group(0, prompt, list(range(40)))]), key=lambda r: r.sample)
 
@@ -243,36 +242,36 @@ def test_noise_that_starts_anew_is_another_response(solver):
         list(solver.engine.generate([Group(0, prompt + [5] * 48, [1], 48)], Sampling(max_new=48)))
 
 
-@pytest.mark.parametrize("strategy", [partial(parallel, n=1), partial(beam, n=1, m=1), partial(beam, n=1, m=1, look=1)])
-@pytest.mark.parametrize("which", ["solver", "fast"])
+@pytest.mark.parametrize("strategy", [partial(parallel, n=1), partial(beam, n=1, m=1), partial(beam, n=1, m=1, lookahead=1)])
+@pytest.mark.parametrize("which", ["solver", "speculative"])
 def test_ledger_equals_an_independent_count(strategy, which, monkeypatch, request):
-    """With one row nothing is padded: every policy token that the ledger names went through the model, and no other."""
+    """With one sequence nothing is padded: the policy tokens in the ledger are exactly those that the model was fed."""
     solver = request.getfixturevalue(which)
     forward = rollout.forward
     fed = []
 
-    def counting(model, cache, rows, ids, *args, **kwargs):
+    def counting(model, cache, slots, ids, *args, **kwargs):
         fed.append(ids.numel())
-        return forward(model, cache, rows, ids, *args, **kwargs)
+        return forward(model, cache, slots, ids, *args, **kwargs)
 
     monkeypatch.setattr(rollout, "forward", counting)
     for problem in PROBLEMS[:4]:
         fed.clear()
         ((_, ledger),) = solve(solver, strategy, [problem])
         assert ledger.prefill + ledger.decode + ledger.rejected == sum(fed)
-        assert which == "fast" or (ledger.drafter == 0 and ledger.rejected == 0)
-        assert ledger.flops(Sizes(1, 0, 0)) == 2 * sum(fed)
+        assert which == "speculative" or (ledger.drafter == 0 and ledger.rejected == 0)
+        assert ledger.flops(ModelSizes(1, 0, 0)) == 2 * sum(fed)
 
 
-def test_speculation_changes_seconds_only(solver, fast):
-    for strategy in (partial(parallel, n=6), partial(beam, n=4, m=2), partial(beam, n=4, m=4, look=1)):
+def test_speculation_changes_only_seconds(solver, speculative):
+    for strategy in (partial(parallel, n=6), partial(beam, n=4, m=2), partial(beam, n=4, m=4, lookahead=1)):
         plain = solve(solver, strategy)
-        speculative = solve(fast, strategy)
-        assert tokens(plain) == tokens(speculative)
-        assert total(plain, "decode") == total(speculative, "decode")
+        drafted = solve(speculative, strategy)
+        assert tokens(plain) == tokens(drafted)
+        assert total(plain, "decode") == total(drafted, "decode")
 
 
-def test_questions_do_not_depend_on_their_company(solver):
+def test_questions_do_not_depend_on_each_other(solver):
     together = tokens(solve(solver, partial(beam, n=4, m=2)))
     alone = [tokens(solve(solver, partial(beam, n=4, m=2), [problem]))[0] for problem in PROBLEMS]
     assert together == alone
@@ -282,7 +281,7 @@ def test_questions_do_not_depend_on_their_company(solver):
 
 
 def plain_features(policy, response, start, ends):
-    """The features of a response's steps from one row through the stock model."""
+    """Return the features of a response's steps from one sequence through the stock model."""
     row = response.prompt + response.tokens
     with torch.no_grad():
         out = policy(input_ids=torch.tensor([row]), output_hidden_states=True)
@@ -302,7 +301,7 @@ def plain_features(policy, response, start, ends):
 
 
 def test_step_features_are_those_of_a_plain_forward(solver):
-    """Ragged responses, some with their first steps in the prompt, against the stock model, one row at a time."""
+    """Responses of unequal length, some with their first steps in the prompt, against the stock model, one at a time."""
     prompts = [solver.encode(problem) for problem in PROBLEMS]
     whole = list(solver.generate([Group(i, prompt, [1, 2]) for i, prompt in enumerate(prompts)]))
     long = [r for r in whole if len(r.tokens) > 3]
@@ -333,13 +332,13 @@ def test_scores_of_an_attempt_do_not_change_when_it_grows(solver):
 
 
 def test_labels_are_soft_and_right_at_the_end(solver):
-    questions = [Question(problem, solver.encode(problem)) for problem in PROBLEMS]
+    questions = questions_of(solver, "test", 0, len(PROBLEMS))
     features, counts, labels, outcomes, place = labelled_steps(solver, questions, 2, 4, 0)
     assert len(features) == sum(counts) == len(labels) == len(outcomes) == len(place)
     assert {0.0, 1.0} < set((labels * 4).round().div(4).tolist()) and set(outcomes.tolist()) <= {0.0, 1.0}
     assert torch.equal(labels * 4, (labels * 4).round())
     lasts = [i for i in range(len(place)) if i + 1 == len(place) or place[i + 1, 1] == 0]
-    assert torch.equal(labels[lasts], outcomes[lasts])  # nothing is left to chance after the last step
+    assert torch.equal(labels[lasts], outcomes[lasts])  # nothing is random after the last step
 
 
 def test_auc_by_hand():
@@ -350,7 +349,7 @@ def test_auc_by_hand():
     assert verifier.auc(torch.zeros(4), labels) == 0.5 and np.isnan(verifier.auc(scores, torch.ones(4)))
 
 
-def test_noise_inverts_its_share_of_the_scores_and_no_token(solver):
+def test_noise_inverts_its_share_of_the_scores_and_changes_no_token(solver):
     noisy = Solver(FOLDER, Chain(), speculate=False, slots=64, noise=0.25)
     clean = solve(solver, partial(parallel, n=8))
     dirty = solve(noisy, partial(parallel, n=8))
@@ -386,7 +385,7 @@ def test_answering_one_question(capsys, monkeypatch):
         (["report", "--json", "nowhere.jsonl", "--model", str(FOLDER)], "test_time sweep"),
     ],
 )
-def test_mistakes_are_told(monkeypatch, argv, message):
+def test_mistakes_are_reported(monkeypatch, argv, message):
     with pytest.raises(UserError, match=message):
         run_command(monkeypatch, *argv)
 

@@ -1,4 +1,7 @@
-"""How workers come together: who downloads, who waits how long, and several of them on one GPU. The GPUs are faked."""
+"""How workers load a model together, join a process group, share GPUs (which are faked here) and sum tensors.
+
+How the sums are cut into messages is in test_memory.py.
+"""
 
 import threading
 from types import SimpleNamespace
@@ -8,32 +11,31 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from conftest import caught
-from test_memory import tensors_of
+from conftest import caught, fake_gpus
 
 import tlt
 from parts.cli import UserError
-from parts.engine import kv_cache as memory
-from parts.running import communication as group
-from parts.running import communication as sums
+from parts.devices import free_memory
+from parts.running import communication
 from tlt import Board, TLTConfig
 
 # ---------------------------------------------------------------- a model that is downloaded
 
 
-class Loading:
-    """Workers of some hosts load a model at the same time, each in a thread. Those who are the first on their host wait
-    for `downloaded`, the others only load.
+class WorkersThatLoad:
+    """Workers on some hosts that load a model at the same time, each in a thread. Loading lasts until the worker's
+    event in `loaded` is set.
     """
 
     def __init__(self, hosts: list[str], monkeypatch, load=tlt.TLTWorker.loading):
+        """hosts: the host of each worker."""
         self.hosts = hosts
         self.load = load
-        self.began: list[int] = []
-        self.went_on: list[int] = []
-        self.downloaded = [threading.Event() for _ in hosts]
-        self.here = threading.local()
-        monkeypatch.setattr(tlt.platform, "node", lambda: self.here.host)
+        self.began: list[int] = []  # workers
+        self.continued: list[int] = []
+        self.loaded = [threading.Event() for _ in hosts]
+        self.of_thread = threading.local()
+        monkeypatch.setattr(tlt.platform, "node", lambda: self.of_thread.host)
         hosted = Board.host()
         self.workers = []
         for i, host in enumerate(hosts):
@@ -46,73 +48,73 @@ class Loading:
         self.threads = [threading.Thread(target=self.work, args=(i,), daemon=True) for i in range(len(hosts))]
 
     def work(self, i: int) -> None:
-        self.here.host = self.hosts[i]
+        self.of_thread.host = self.hosts[i]
         with self.load(self.workers[i], "owner/name"):
             self.began.append(i)
-            assert self.downloaded[i].wait(20)
-        self.went_on.append(i)
+            assert self.loaded[i].wait(20)
+        self.continued.append(i)
 
     def until(self, condition) -> None:
-        """Wait for it, for 10 s at most."""
+        """Wait until the condition holds, at most 10 s."""
         event = threading.Event()
         for _ in range(1000):
             if condition():
                 return
             event.wait(0.01)
-        raise AssertionError("it did not come")
+        raise AssertionError("the condition did not come to hold")
 
 
-def settle() -> None:
-    """Time in which something that must not happen could."""
+def wait_a_moment() -> None:
+    """Wait long enough for something that must not happen to happen."""
     threading.Event().wait(0.15)
 
 
-def check_one_downloads(monkeypatch, load):
-    """Hosts a (workers 0, 1, 2) and b (3, 4): the first of each loads, then the others of this host; nobody goes on
-    before all have loaded.
+def check_one_worker_downloads(monkeypatch, load):
+    """Hosts a (workers 0, 1, 2) and b (3, 4): the first worker of each loads, then the others of this host. None
+    continues before all have loaded.
     """
-    loading = Loading(["a", "a", "a", "b", "b"], monkeypatch, load)
-    for thread in loading.threads:
+    scene = WorkersThatLoad(["a", "a", "a", "b", "b"], monkeypatch, load)
+    for thread in scene.threads:
         thread.start()
     try:
-        loading.until(lambda: {0, 3} <= set(loading.began))
-        settle()
-        assert sorted(loading.began) == [0, 3]
-        loading.downloaded[0].set()
-        loading.until(lambda: {1, 2} <= set(loading.began))
-        settle()
-        assert sorted(loading.began) == [0, 1, 2, 3]
+        scene.until(lambda: {0, 3} <= set(scene.began))
+        wait_a_moment()
+        assert sorted(scene.began) == [0, 3]
+        scene.loaded[0].set()
+        scene.until(lambda: {1, 2} <= set(scene.began))
+        wait_a_moment()
+        assert sorted(scene.began) == [0, 1, 2, 3]
         for i in (1, 2, 3):
-            loading.downloaded[i].set()
-        loading.until(lambda: 4 in loading.began)
-        settle()
-        assert not loading.went_on
-        loading.downloaded[4].set()
-        loading.until(lambda: len(loading.went_on) == 5)
+            scene.loaded[i].set()
+        scene.until(lambda: 4 in scene.began)
+        wait_a_moment()
+        assert not scene.continued
+        scene.loaded[4].set()
+        scene.until(lambda: len(scene.continued) == 5)
     finally:
-        for event in loading.downloaded:
+        for event in scene.loaded:
             event.set()
-        for thread in loading.threads:
+        for thread in scene.threads:
             thread.join()
 
 
-def test_one_worker_of_each_host_downloads_and_nobody_goes_on_alone(monkeypatch):
+def test_one_worker_of_each_host_downloads_and_all_continue_together(monkeypatch):
     right = tlt.TLTWorker.loading
-    check_one_downloads(monkeypatch, right)
+    check_one_worker_downloads(monkeypatch, right)
 
     def all_at_once(worker, name):
         worker.first_here = True
         return right(worker, name)
 
-    def alone(worker, name):
+    def without_waiting(worker, name):
         worker.world_size = 1
         return right(worker, name)
 
-    caught(check_one_downloads, monkeypatch, all_at_once)
-    caught(check_one_downloads, monkeypatch, alone)
+    caught(check_one_worker_downloads, monkeypatch, all_at_once)
+    caught(check_one_worker_downloads, monkeypatch, without_waiting)
 
 
-def test_a_folder_is_loaded_by_all_at_once(model_folder):
+def test_a_folder_is_loaded_by_all_workers_at_once(model_folder):
     worker = object.__new__(tlt.TLTWorker)
     worker.board = Board("", 0, Board.host())
     worker.world_size = 1
@@ -124,14 +126,9 @@ def test_a_folder_is_loaded_by_all_at_once(model_folder):
 # ---------------------------------------------------------------- several workers on one GPU
 
 
-def fake_gpus(monkeypatch, count: int) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-
-
 @pytest.fixture
 def joined(monkeypatch):
-    """What `group.join` asks for, on two GPUs: backend, timeout, share of the memory; in a group or alone."""
+    """A function that joins, with these settings on two GPUs -> what accelerate and torch were asked for."""
     fake_gpus(monkeypatch, 2)
     asked = SimpleNamespace(backend=None, seconds=0.0, share=1.0, cpu=None)
 
@@ -154,7 +151,7 @@ def joined(monkeypatch):
         with monkeypatch.context() as patch:
             if in_group:
                 patch.setenv("RANK", "1")
-            group.join(TLTConfig(**settings))
+            communication.join(TLTConfig(**settings))
         return asked
 
     return ask
@@ -172,12 +169,12 @@ def test_workers_that_share_a_gpu_use_gloo_and_divide_its_memory(joined):
 
 
 @pytest.mark.parametrize("patience, seconds", [(600.0, 3600), (7200.0, 14400), (float("inf"), 86400)])
-def test_a_collective_waits_longer_than_a_worker_may_be_silent(joined, patience, seconds):
+def test_a_collective_waits_longer_than_the_heartbeat_may_be_missing(joined, patience, seconds):
     assert joined(patience=patience).seconds == seconds
 
 
-def test_accelerate_deals_the_gpus_out(monkeypatch):
-    """It is relied on for that: worker i of a host gets the GPU i modulo their number."""
+def test_accelerate_assigns_the_gpus(monkeypatch):
+    """`join` relies on it: worker i of a host gets the GPU i modulo their number."""
     fake_gpus(monkeypatch, 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     devices = []
@@ -191,7 +188,7 @@ def test_accelerate_deals_the_gpus_out(monkeypatch):
 @pytest.mark.parametrize(
     "gpus, flags, count", [(2, [], 2), (2, ["--workers-per-gpu", "2"], 4), (1, ["--workers-per-gpu", "2"], 2)]
 )
-def test_one_worker_for_each_gpu_or_more(gpus, flags, count, model_folder, tmp_path, monkeypatch):
+def test_the_number_of_workers_follows_from_the_gpus(gpus, flags, count, model_folder, tmp_path, monkeypatch):
     fake_gpus(monkeypatch, gpus)
     started = []
     monkeypatch.setattr(tlt, "spawn", lambda worker, config, *rest: started.append(rest))
@@ -217,7 +214,7 @@ def test_too_many_workers_for_the_gpus_are_refused(settings, words, monkeypatch)
         TLTConfig(**settings)
 
 
-def test_so_they_are_under_torchrun(monkeypatch):
+def test_too_many_workers_under_torchrun_are_refused(monkeypatch):
     fake_gpus(monkeypatch, 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--workers 2: there are only 1 GPUs"):
@@ -226,7 +223,7 @@ def test_so_they_are_under_torchrun(monkeypatch):
 
 
 def check_free_memory(monkeypatch, free_memory):
-    """Of a GPU of 100 bytes, of which 40 are free; this process holds 15."""
+    """A GPU has 100 bytes, of which 40 are free; this process holds 15."""
     gpu = torch.device("cuda:0")
     for share, wanted in ((1.0, 40), (0.5, 35), (0.2, 5)):
         with monkeypatch.context() as patch:
@@ -236,41 +233,44 @@ def check_free_memory(monkeypatch, free_memory):
             assert free_memory(gpu) == wanted
 
 
-def test_what_is_free_is_this_workers_share(monkeypatch):
-    check_free_memory(monkeypatch, memory.free_memory)
+def test_free_memory_is_that_of_this_workers_share(monkeypatch):
+    check_free_memory(monkeypatch, free_memory)
     caught(check_free_memory, monkeypatch, lambda device: torch.cuda.mem_get_info(device)[0])
-    assert memory.free_memory(torch.device("cpu")) is None
+    assert free_memory(torch.device("cpu")) is None
 
 
-# ---------------------------------------------------------------- sums through the host
+# ---------------------------------------------------------------- sums on the host
 
 
-class OnTheHost(torch.Tensor):
-    """A tensor that came from the GPU: the only kind that gloo takes here."""
+class HostTensor(torch.Tensor):
+    """A tensor that was copied from the GPU, the only kind that the fake gloo takes."""
 
 
-def check_sums_through_the_host(monkeypatch, backend: str):
-    """Two workers with the same tensors: everything doubles. The tensors count as being on a GPU."""
+def check_where_sums_are_made(monkeypatch, backend: str):
+    """Two workers have the same tensors, which count as being on a GPU, so the sums are twice as large."""
     kinds = set()
 
-    def gloo(tensor):
-        kinds.add(type(tensor) is OnTheHost)
+    def all_reduce(tensor):
+        kinds.add(type(tensor) is HostTensor)
         tensor.mul_(2)
 
-    tensors = tensors_of(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((), (0,), (3, 5), (90, 70), (2, 13, 4))
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors.append(torch.randn(40, 30, generator=generator).T)  # not contiguous
     wanted = [2 * t for t in tensors]
     with monkeypatch.context() as patch:
-        patch.setattr(sums, "MESSAGE", 1000)
+        patch.setattr(communication, "MESSAGE", 1000)
         patch.setattr(torch.distributed, "get_backend", lambda: backend)
-        patch.setattr(torch.distributed, "all_reduce", gloo)
-        patch.setattr(torch.Tensor, "cpu", lambda self: self.clone().as_subclass(OnTheHost))
-        sums.sum_up(tensors)
+        patch.setattr(torch.distributed, "all_reduce", all_reduce)
+        patch.setattr(torch.Tensor, "cpu", lambda self: self.clone().as_subclass(HostTensor))
+        communication.sum_up(tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, wanted))
     assert kinds == {backend == "gloo"}
 
 
 def test_gloo_sums_on_the_host_and_nccl_where_the_tensors_are(monkeypatch):
-    check_sums_through_the_host(monkeypatch, "gloo")
-    check_sums_through_the_host(monkeypatch, "nccl")
-    monkeypatch.setattr(sums, "all_reduce", lambda tensor: torch.distributed.all_reduce(tensor.cpu()))
-    caught(check_sums_through_the_host, monkeypatch, "gloo")  # the sum does not come back
+    check_where_sums_are_made(monkeypatch, "gloo")
+    check_where_sums_are_made(monkeypatch, "nccl")
+    monkeypatch.setattr(communication, "all_reduce", lambda tensor: torch.distributed.all_reduce(tensor.cpu()))
+    caught(check_where_sums_are_made, monkeypatch, "gloo")  # the sum is not copied back
