@@ -26,6 +26,7 @@ Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a h
 
 import copy
 import random
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ from parts.engine.interfaces import DraftPlan, Group, Proposer, Strategy, descri
 from parts.engine.kv_cache import CacheWindow, KVCache, attention_inputs, kv_heads
 from parts.engine.model_loading import load_model, stop_tokens
 from parts.engine.sampling import Sampling, sequence_seed
-from parts.files import load_weights, save_weights
+from parts.files import load_weights, read_notes, save_weights
 from parts.training.drafter_data import FeatureBuffer, PackedBatch, TokenCounts, block_mask, embedding_scale
 from rollout import Engine
 from tasks import TaskFlags, encode_prompt, make_task
@@ -79,6 +80,21 @@ def decoder_layer(policy) -> torch.nn.Module:
     return layer_class(config, layer_idx=0)
 
 
+def fingerprint(embedding: torch.Tensor) -> str:
+    """Return numbers that identify a policy by its embedding (V, D), as text: the mean size of its columns.
+    Reinforcement learning hardly changes them; another model has others.
+    """
+    sizes = embedding.detach().float().abs().mean(0)[:32]
+    return " ".join(f"{size:.4g}" for size in (sizes / sizes.mean()).tolist())
+
+
+def is_same_policy(noted: str, embedding: torch.Tensor) -> bool:
+    """Return whether a noted fingerprint is that of this embedding; also if none is noted."""
+    numbers = [float(number) for number in noted.split()]
+    now = [float(number) for number in fingerprint(embedding).split()]
+    return not numbers or (len(numbers) == len(now) and max(abs(a - b) for a, b in zip(numbers, now)) < 0.1)
+
+
 class BorrowedModules(NamedTuple):
     """What a drafter borrows from the live policy."""
 
@@ -100,6 +116,7 @@ class Drafter(torch.nn.Module):
         config = policy.config
         width = self.width = config.hidden_size
         dtype = dtype or policy.dtype
+        self.policy_name = policy.name_or_path
         self.embed_scale = embedding_scale(decoder.embed_tokens.weight)
         self.draft_vocab: torch.Tensor | None = None  # (N,) int32: the ids that it drafts, see TokenCounts; None: all
         # in a tuple, the policy's modules do not become submodules
@@ -144,7 +161,8 @@ class Drafter(torch.nn.Module):
     def save(self, folder) -> None:
         """Write folder/drafter.safetensors. Raises UserError."""
         vocab = {} if self.draft_vocab is None else {"draft_vocab": self.draft_vocab}
-        save_weights({**self.plain_weights(), **vocab}, folder)
+        notes = {"policy": self.policy_name, "policy_fingerprint": fingerprint(self.policy.embed.weight)}
+        save_weights({**self.plain_weights(), **vocab}, folder, notes=notes)
 
     def plain_weights(self) -> dict[str, torch.Tensor]:
         """Return the weights for embeddings that are not scaled, as files and servers want them."""
@@ -164,6 +182,10 @@ class Drafter(torch.nn.Module):
         if self.draft_vocab is not None and not 0 <= self.draft_vocab.min() <= self.draft_vocab.max() < vocab:
             ids = f"token ids up to {self.draft_vocab.max()}, the policy has {vocab}"
             raise UserError(f"cannot load a drafter for this policy from {path}: it drafts {ids}")
+        notes = read_notes(path)
+        if not is_same_policy(notes.get("policy_fingerprint", ""), self.policy.embed.weight):
+            made_for = f"{path} was made for another policy ({notes.get('policy')})"
+            print(f"{made_for}: it will draft badly until it has been trained for this one", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- drafting, inside the engine

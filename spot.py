@@ -65,6 +65,7 @@ class SpotTrainer:
     FOLLOW_LR = 7e-4  # to follow the policy: at 3e-3 a good drafter gets worse
     FROM_SCRATCH_STEPS = 1500
     PAYS_FROM = 0.4  # agreement on held-out responses from which on drafting saves time
+    LEARNED_BY_HEART = 0.98  # agreement on the data it learns from: more steps would teach nothing
     AVERAGE_EVERY = 2.0  # seconds of the warm start, so that the workers' drafters do not drift apart
     MIN_BATCH_TOKENS = 64
 
@@ -91,6 +92,7 @@ class SpotTrainer:
         self.fits = True  # whether a training step fits the memory
         self.buffer = FeatureBuffer()
         self.steps_since_average = 0
+        self.recent_agreement = 0.0  # on the data that it learns from, a running mean
         self.steps = 0  # since the last `take_stats`, and the sum of their losses:
         self.loss = 0.0
 
@@ -144,7 +146,8 @@ class SpotTrainer:
         self.trainer.lr = scaled_lr(self.learner.width, self.FROM_SCRATCH_LR if early else self.FOLLOW_LR)
         loss = None
         try:
-            loss, _ = self.trainer.step(self.buffer)
+            loss, agreement = self.trainer.step(self.buffer)
+            self.recent_agreement += 0.05 * (agreement - self.recent_agreement)
         except torch.OutOfMemoryError:
             pass  # continue outside of this block, where the step's tensors are freed
         if loss is None:
@@ -193,17 +196,37 @@ class SpotTrainer:
     # ---------------------------------------------------------------- warm start
 
     def warm_start(self, seconds: float, timer: WorkerTimer, all_reduce: AllReduce) -> None:
-        """Train until drafting pays, at most so many seconds; all workers stop together."""
+        """Train until drafting pays, or until the data is learned by heart, at most so many seconds. All workers stop
+        together. Rank 0 prints what is done.
+        """
         self.needs_warm_start = False
+        if seconds < self.AVERAGE_EVERY:
+            self.say("no warm start of the drafter: the steps that are left could not win back its time")
+            return
+        self.say(f"warm start: training a drafter for at most {seconds:.0f} s (--warm-start), until drafting pays")
         self.choose_draft_vocab()  # before the first rollout there were no counts
         held_out = self.buffer.hold_out()
-        for _ in range(max(1, round(seconds / self.AVERAGE_EVERY))):
-            end = time.time() + min(seconds, self.AVERAGE_EVERY)
+        started = time.time()
+        agreement = 0.0
+        for _ in range(round(seconds / self.AVERAGE_EVERY)):
+            end = time.time() + self.AVERAGE_EVERY
             train_until(lambda end=end: time.time() >= end, timer, self)
             steps = self.average(all_reduce)
-            if not steps or self.agreement(held_out, all_reduce) >= self.PAYS_FROM:
+            agreement = self.agreement(held_out, all_reduce)
+            learned = torch.tensor([self.recent_agreement, 1.0], device=self.learner.fc.weight.device)
+            all_reduce([learned])
+            by_heart = (learned[0] / learned[1]).item() >= self.LEARNED_BY_HEART
+            if not steps or agreement >= self.PAYS_FROM or by_heart:
                 break
         self.buffer.sequences += held_out
+        self.say(
+            f"warm start: {time.time() - started:.0f} s, likeliest token right in {agreement:.0%} of held-out text"
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0."""
+        if self.rank == 0:
+            tqdm.write(text)
 
     def agreement(self, sequences: list[SequenceFeatures], all_reduce: AllReduce) -> float:
         """Return the share of entries whose likeliest token is predicted, over the sequences of all workers."""

@@ -27,7 +27,6 @@ import random
 import re
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from parts.cli import UserError, check_package, flag, reason
 from parts.tasks.answers import (
@@ -39,7 +38,7 @@ from parts.tasks.answers import (
     last_number,
     stated_answer,
 )
-from parts.tasks.data_files import check_text, halves, load_splits, pick_columns, read_hub, read_jsonl
+from parts.tasks.data_files import check_text, halves, load_splits, pick_columns, read_hub
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,10 @@ class TaskFlags:
     """Settings that choose the task and the form of its prompts; each a command-line flag."""
 
     task: str = flag("countdown", "countdown, countdown-hard (numbers to 99, for language models), chain, gsm8k, math")
-    data: str = flag("", "gsm8k, math: a folder with train.jsonl and test.jsonl; math: or a .jsonl file, or owner/name")
-    columns: str = flag("", "math: the data's columns of problem and answer, e.g. prompt,target; empty: found by name")
+    data: str = flag("", "gsm8k, math: a folder with train and test (.jsonl or .parquet), a file, or owner/name")
+    columns: str = flag(
+        "", "math: the columns of problem and answer, e.g. prompt,reward_model.ground_truth; empty: found"
+    )
     prompt_style: str = flag("auto", "how problems become prompts", ("auto", "trace", "chat", "base"))
     system: str = flag("", "system prompt, for chat templates")
     chat_args: str = flag("", "arguments of the chat template, as JSON, e.g. '{\"enable_thinking\": false}'")
@@ -62,6 +63,7 @@ class Problem:
     trace: str  # the same question for the tiny model ("" if the task has no such form)
     answer: object  # (numbers, target), or the gold number, or the gold answer in LaTeX
     name: str = ""  # where it comes from, e.g. "data.jsonl, line 7"
+    messages: list[dict] | None = None  # a whole conversation (role, content) that takes the place of `prompt` in chats
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,9 @@ class GSM8K(Task):
         if split not in self.splits and self.source == "hub":
             self.splits = read_hub("openai/gsm8k:main", gsm8k_row)
         elif split not in self.splits:
-            self.splits[split] = read_jsonl(Path(self.source) / f"{split}.jsonl", gsm8k_row)
+            self.splits = load_splits(self.source, gsm8k_row)
+        if split not in self.splits:
+            raise UserError(f"--data {self.source}: has no {split} split")
         return self.splits[split]
 
     def count(self, split):
@@ -308,7 +312,10 @@ class Math(Task):
     number that comes last does, or, in a text without \boxed{}, the answer that math-verify finds at its end.
     """
 
-    COLUMNS = {"problem": ("problem", "question", "prompt"), "answer": ("answer", "final_answer", "solution")}
+    COLUMNS = {
+        "problem": ("problem", "question", "prompt"),
+        "answer": ("answer", "final_answer", "solution", "ground_truth", "reward_model.ground_truth"),
+    }
 
     def __init__(self, data: str, columns: str = ""):
         """Raises UserError."""
@@ -336,9 +343,9 @@ class Math(Task):
     def take(self, row, where: str) -> tuple[str, str, str]:
         """Return (problem, gold answer, place) of a row of the data. Raises UserError with the place."""
         problem, solution = pick_columns(row, self.columns, where)
-        answer = stated_answer(solution)
+        answer = stated_answer(solution) if isinstance(solution, str) else None
         if answer is None:
-            end = solution[-40:]
+            end = str(solution)[-40:]
             raise UserError(f"{where}: no final answer in ...{end!r}: \\boxed{{}} or #### must mark it in a solution")
         return problem, answer, where
 
@@ -348,6 +355,8 @@ class Math(Task):
     def problem(self, split, index):
         rows = self.rows(split)
         question, gold, place = rows[index % len(rows)]
+        if isinstance(question, list):  # a conversation says itself how to answer
+            return Problem(question[-1]["content"], "", gold, place, question)
         return Problem(f"{question}\nReason step by step, and put the final answer in \\boxed{{}}.", "", gold, place)
 
     def grade(self, problem, text):
@@ -423,12 +432,13 @@ def encode_prompt(problem: Problem, tokenizer, style: str = "auto", system: str 
         return encode(problem.trace, tokenizer)
     if style == "base":
         return encode(BASE_PROMPT.format(problem.prompt), tokenizer, special=True)
-    return encode(chat_text(problem.prompt, tokenizer, system, chat_args), tokenizer)
+    return encode(chat_text(problem, tokenizer, system, chat_args), tokenizer)
 
 
-def chat_text(question: str, tokenizer, system: str, chat_args: str) -> str:
-    """Return the question in the tokenizer's chat template, up to where the response begins. What the template puts
-    there (an opened <think>, or a closed one) belongs to the prompt. Raises UserError.
+def chat_text(problem: Problem, tokenizer, system: str, chat_args: str) -> str:
+    """Return the problem in the tokenizer's chat template, up to where the response begins. What the template puts
+    there (an opened <think>, or a closed one) belongs to the prompt. A problem that has a system message of its own
+    keeps it. Raises UserError.
     """
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path} has no chat template: use --prompt-style base")
@@ -441,8 +451,9 @@ def chat_text(question: str, tokenizer, system: str, chat_args: str) -> str:
     for name in args:
         if name not in str(tokenizer.chat_template):
             raise UserError(f"--chat-args {chat_args}: the chat template knows no {name}")
-    chat = [{"role": "system", "content": system}] if system else []
-    chat.append({"role": "user", "content": question})
+    chat = problem.messages or [{"role": "user", "content": problem.prompt}]
+    if system and chat[0]["role"] != "system":
+        chat = [{"role": "system", "content": system}, *chat]
     try:
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **args)
     except Exception as error:  # a template is a program, and some refuse a system prompt

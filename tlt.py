@@ -167,6 +167,7 @@ class TLTWorker(Worker):
         self.spot_trainer: SpotTrainer | None = None  # these two come with the engine
         self.strategy: CountingStrategy | None = None
         self.rollout_stats: list[Stats] = []  # of the rollouts of this step, not of evaluations
+        self.steps_left = config.steps  # this one included
 
     @contextlib.contextmanager
     def loading(self, name):
@@ -184,6 +185,7 @@ class TLTWorker(Worker):
     def make_engine(self, actor, stop, slots, reserve_bytes, checkpoint):
         """Return an engine with its drafters; with them come the spot trainer and the strategy."""
         self.rollout_stats = []
+        self.steps_left = self.config.steps - (checkpoints.step_of(checkpoint) if checkpoint else 0)
         proposers = {}
         if self.config.drafter != "off":
             self.spot_trainer = SpotTrainer(actor, self.config, self.rank, stop, checkpoint)
@@ -251,7 +253,10 @@ class TLTWorker(Worker):
         """After a rollout: the warm start, or one worker's share of training; then the drafters are averaged."""
         spot_trainer = self.spot_trainer
         if spot_trainer.needs_warm_start:
-            spot_trainer.warm_start(self.config.warm_start, self.timer, self.all_reduce)
+            # with drafts, a rollout may take half as long: more than that, in the steps that are left, cannot be won
+            # back
+            worth = self.all_max(rollout_seconds) * max(0, self.steps_left - 1) / 2
+            spot_trainer.warm_start(min(self.config.warm_start, worth), self.timer, self.all_reduce)
         elif self.config.drafter == "adaptive":
             alone = self.world_size == 1 and spot_trainer.can_train
             end = time.time() + (self.ONE_WORKER_SHARE * rollout_seconds if alone else 0.0)
@@ -262,6 +267,7 @@ class TLTWorker(Worker):
         """Return the figures of the step's rollouts; acceptance and drafter training are those since the last call."""
         rollouts = self.rollout_stats
         self.rollout_stats = []
+        self.steps_left -= 1
         if self.spot_trainer is None and not self.config.ngram:
             return None
         stats = SpeculationStats(drafted=self.strategy.drafted, accepted=self.strategy.accepted)
@@ -287,6 +293,10 @@ class TLTWorker(Worker):
     def all_reduce(self, tensors):
         if self.world_size > 1:
             sum_up(tensors)
+
+    def all_max(self, value: float) -> float:
+        """Return the largest of the workers' values."""
+        return max(self.gather(value))
 
     def gather(self, value):
         if self.world_size == 1:

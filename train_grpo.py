@@ -639,7 +639,7 @@ class Training:
 
         def fill(folder: Path) -> None:
             checkpoints.save_policy(folder, self.model, self.tokenizer, weights)
-            (folder / "README.md").write_text(model_card(self.report.metrics, self.config))
+            (folder / "README.md").write_text(model_card(self.report.metrics, self.config), encoding="utf-8")
             self.worker.deploy(folder)
 
         if self.writes:

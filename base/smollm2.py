@@ -93,7 +93,7 @@ def main() -> None:
     def fill(part: Path) -> None:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        (part / "README.md").write_text(CARD)
+        (part / "README.md").write_text(CARD, encoding="utf-8")
 
     save_folder(out, fill)
     load_model(str(out))  # with its check

@@ -228,6 +228,7 @@ def rounds(bench: Bench) -> list[dict]:
         engine = bench.engine(batch, groups, 60)
         engine.set_stop_tokens({-1})  # all sequences run to the end
         engine.graphs = None
+        plain = 0.0
         for k in (0, 4, 8):
             list(engine.generate(groups, Sampling(max_new=10), fixed(k)))  # memory is touched
             own = acceptance.sample, acceptance.sample_columns
@@ -236,12 +237,14 @@ def rounds(bench: Bench) -> list[dict]:
             acceptance.sample, acceptance.sample_columns = own
             stats = engine.stats
             whole = (stats.draft_seconds + stats.verify_seconds) / stats.rounds
-            plain = whole if k == 0 else plain
             row = {"name": f"batch {batch}, k = {k}", "ms": whole * 1e3}
             row["sampling"] = sum(watch.seconds for watch in watches) / stats.rounds / whole
-            draft = stats.draft_seconds / stats.rounds if k else None
-            row["draft_ms"] = draft and draft * 1e3
-            rows.append({**row, "draft_step_over_plain": draft and draft / k / plain})
+            if k:
+                draft = stats.draft_seconds / stats.rounds
+                row |= {"draft_ms": draft * 1e3, "draft_step_over_plain": draft / k / plain}
+            else:
+                plain = whole
+            rows.append(row)
     return rows
 
 

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import sys
 from dataclasses import field, fields
 from pathlib import Path
@@ -41,6 +42,12 @@ def usage_name() -> str:
 
 def run(main) -> None:
     """Run a script's main. A UserError becomes one line and exit status 2, Ctrl-C one line and 130."""
+    if sys.getfilesystemencoding() != "utf-8":  # e.g. LC_ALL=C without UTF-8 mode: libraries could not open some paths
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal cannot show is escaped
     try:
         main()
     except UserError as error:
@@ -106,7 +113,7 @@ def read_settings(path: str, config_class) -> dict:
     """
     known = {f.name: f for f in fields(config_class)}
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         unknown = ", ".join(sorted(content.keys() - known.keys()))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: {reason(error)}") from error

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from parts.cli import UserError, reason
@@ -73,16 +73,28 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file, whole or not at all. Raises UserError."""
-    with replacing(path) as part, open(part, "w") as file:
+    with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def save_weights(weights: dict[str, torch.Tensor], folder, name: str = "drafter.safetensors") -> None:
-    """Write tensors to folder/name, whole or not at all. Raises UserError."""
+def save_weights(
+    weights: dict[str, torch.Tensor], folder, name: str = "drafter.safetensors", notes: dict[str, str] | None = None
+) -> None:
+    """Write tensors, and notes about them, to folder/name, whole or not at all. Raises UserError."""
     with replacing(Path(folder) / name) as part:
-        save_file({key: w.contiguous() for key, w in weights.items()}, part, metadata={"format": "pt"})
+        metadata = {"format": "pt", **(notes or {})}
+        save_file({key: w.contiguous() for key, w in weights.items()}, part, metadata=metadata)
+
+
+def read_notes(path) -> dict[str, str]:
+    """Return the notes of a safetensors file that `save_weights` has written; {} if there are none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def load_weights(module: torch.nn.Module, path, what: str, extras: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:

@@ -27,36 +27,21 @@ Costs. A question pays for policy tokens (prefilled, once for all attempts that 
 rejected draft tokens), drafter tokens, steps that the verifier scored, FLOPs (2 x weights x tokens, without attention)
 and seconds. Speculation adds FLOPs and saves seconds.
 
-Compute-optimal. For each difficulty (a fifth of the questions) and each budget: the strategy that was best on one half
-of the questions, reported on the other half. A budget is a mean: hard questions may get more than easy ones.
-Difficulty is either predicted or known:
+Compute-optimal. For each fifth of difficulty and each budget: the strategy that was best on one half of the questions,
+reported on the other half. A budget is a mean: hard questions may get more than easy ones. Difficulty is predicted from
+the score of one attempt that is made only for this, and paid for (four attempts predict it better, but cost more than
+they gain); or known, an upper bound: pass@1 over sixteen other attempts.
 
-    predicted   the score of one attempt that is made only for this, and paid for (four attempts predict it better, but
-                cost more than they gain)
-    known       an upper bound: pass@1 over sixteen other attempts
+    python -m test_time --prompt "7:cfa="       answer one question and show the attempts           answer.py
+    python -m test_time learn                   train verifiers, revision policy and drafters       learn.py
+    python -m test_time sweep                   run every strategy on held-out questions            sweep.py
+    python -m test_time speed                   seconds per question, with and without the drafter  sweep.py
+    python -m test_time report                  tables and pictures (`make test-time`: all three)   report.py
 
-A search strategy is a generator: it yields requests for continuations, is sent the results, and returns its attempts.
-It is written for one question; all questions that are asked at once share the engine's batches.
-
-    python -m test_time --prompt "7:cfa="       answer one question and show the attempts
-    python -m test_time learn                   train verifiers, revision policy and drafters for a policy
-    python -m test_time sweep                   run every strategy on held-out questions and write rows
-    python -m test_time speed                   measure seconds per question, with and without the drafter
-    python -m test_time report                  tables and figures from the rows (`make test-time` runs all three)
-
-The files, in reading order:
-
-    attempts.py    an attempt, a request to continue it, how an answer is picked, what a question costs
-    strategies.py  the search strategies
-    verifier.py    the process reward model: its features, its training, its AUC
-    solver.py      runs searches on the rollout engine
-    learn.py       labelled steps, verifiers, revision policy and drafters, all made from the policy
-    sweep.py       which strategies are compared, and their runs on held-out questions; speed.py times some of them
-    optimal.py     the statistics of "compute-optimal"
-    results.py     the rows as arrays, and choice.json, which strategy is best for which difficulty and budget
-    report.py      the tables; figures.py: the pictures
-    answer.py      one question
-    config.py      the settings
+The other files, to be read before these: attempts.py (an attempt, picking the answer, costs), strategies.py (the
+searches), verifier.py (the process reward model), solver.py (runs searches on the rollout engine); before report.py:
+optimal.py (the statistics of "compute-optimal"), results.py (the rows as arrays; choice.json, the best strategy by
+difficulty and budget). config.py has the settings.
 
 Left out: prefix sharing between requests (a partial attempt is prefilled again at each of its steps, and charged for),
 Monte-Carlo tree search, ReST-EM for revisions.

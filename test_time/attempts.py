@@ -65,9 +65,7 @@ def score(attempt: Attempt, aggregate: str = "last") -> float:
     """Return an attempt's score, made from those of its steps; 0 if it has none. aggregate: last, min or product."""
     if not attempt.scores:
         return 0.0
-    if aggregate == "last":
-        return attempt.scores[-1]
-    return min(attempt.scores) if aggregate == "min" else math.prod(attempt.scores)
+    return {"last": attempt.scores[-1], "min": min(attempt.scores), "product": math.prod(attempt.scores)}[aggregate]
 
 
 def vote(answers: Sequence[str | None], weights: Sequence[float]) -> tuple[str | None, float]:

@@ -12,14 +12,15 @@ Labelled steps, to train a verifier on and to measure it with:
               (Monte-Carlo). After the last step nothing is random any more, so its label is the outcome, 0 or 1
     outcome   whether the attempt was right in the end: the label of all its steps for the outcome verifier
 
-What the revision policy is tuned on: a question, 0 to 4 attempts at it, and a right attempt as the target. The attempts
-in the prompt are wrong ones, as in the paper, and in some prompts any number of them are right ones. A policy that has
-seen only wrong ones learns that whatever it is shown is wrong, and its second attempt is right less often than its
-first (0.66 after 0.91).
+The revision policy is tuned on prompts with a question and 0 to 4 attempts at it, with a right attempt as the target.
+The attempts in the prompt are wrong ones, as in the paper; in some prompts any number of them are right ones. A policy
+that has seen only wrong ones learns that whatever it is shown is wrong, and its second attempt is right less often than
+its first (0.66 after 0.91).
 """
 
 import difflib
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,19 +29,20 @@ import torch
 
 from base import pretrain
 from drafter import Drafter, warm_start
-from parts.engine.interfaces import Group, Response
+from parts.engine.interfaces import Group
 from parts.engine.model_loading import load_model
 from parts.engine.sampling import Sampling, sequence_seed
-from tasks import Problem, make_task
+from tasks import make_task
 from test_time.attempts import shown_in_prompt
 from test_time.config import Config, writable_folder
 from test_time.solver import VERIFIERS, Solver
 from test_time.strategies import EARLIER_ATTEMPTS, revise
-from test_time.verifier import Verifier, auc, fit_verifier, step_features
+from test_time.verifier import auc, fit_verifier, step_features
 
 MILLION = 10**6  # the parts of `learn` use different questions: each begins at another million
+RIGHT_SHARE = 0.6  # of the revision policy's prompts: any number of the attempts in them are right ones
 
-# (prompt ids, ids of a right attempt): one example to tune on
+# one example to tune on: (prompt ids, ids of a right attempt)
 Example = tuple[list[int], list[int]]
 
 
@@ -63,38 +65,31 @@ def learn(config: Config) -> None:
     train_helpers(reviser, training, held_out, config)
 
 
-# ---------------------------------------------------------------- questions
+# ---------------------------------------------------------------- questions: Groups that have no seeds yet
 
 
-class Question(NamedTuple):
-    """A problem, and the prompt that asks it."""
-
-    problem: Problem
-    prompt: list[int]  # token ids; earlier attempts may be at its end
-
-
-def questions_of(solver: Solver, split: str, first: int, count: int) -> list[Question]:
-    """Return `count` questions of a split, beginning at an index."""
-    problems = [solver.task.problem(split, i) for i in range(first, first + count)]
-    return [Question(problem, solver.encode(problem)) for problem in problems]
+def questions_of(solver: Solver, split: str, first: int, count: int) -> list[Group]:
+    """Return `count` questions of a split, beginning at an index. Their keys are 0, 1, 2 ..."""
+    problems = [solver.task.problem(split, first + i) for i in range(count)]
+    return [Group(i, solver.encode(problem), [], problem=problem) for i, problem in enumerate(problems)]
 
 
-def with_attempts(solver: Solver, questions: list[Question], seed: int, rng: random.Random) -> list[Question]:
+def with_attempts(solver: Solver, questions: list[Group], seed: int, rng: random.Random) -> list[Group]:
     """Return the questions with the first 0 to 4 of the policy's own attempts in their prompts."""
     chain = partial(revise, n=EARLIER_ATTEMPTS, length=EARLIER_ATTEMPTS)
     longer = []
     solutions = solver.solve([question.problem for question in questions], chain, seed, "chains")
     for question, solution in zip(questions, solutions):
         earlier = [attempt.tokens for attempt in solution.attempts[: rng.randint(0, EARLIER_ATTEMPTS)]]
-        longer.append(Question(question.problem, question.prompt + shown_in_prompt(earlier, solver.separator)))
+        longer.append(replace(question, prompt=question.prompt + shown_in_prompt(earlier, solver.separator)))
     return longer
 
 
-def groups_of(questions: list[Question], samples: int, *seed) -> list[Group]:
-    """Return a Group for each question; its key is the question's index."""
+def with_seeds(questions: list[Group], samples: int, *seed) -> list[Group]:
+    """Return the questions with seeds for so many samples."""
     groups = []
-    for i, question in enumerate(questions):
-        groups.append(Group(i, question.prompt, [sequence_seed(*seed, i, k) for k in range(samples)]))
+    for question in questions:
+        groups.append(replace(question, seeds=[sequence_seed(*seed, question.key, k) for k in range(samples)]))
     return groups
 
 
@@ -111,55 +106,39 @@ class LabelledSteps(NamedTuple):
     place: torch.Tensor  # (S, 2): index of the question, number of the step in its attempt
 
 
-def labelled_steps(solver: Solver, questions: list[Question], attempts: int, continuations: int, seed) -> LabelledSteps:
+def labelled_steps(solver: Solver, questions: list[Group], attempts: int, continuations: int, seed) -> LabelledSteps:
     """Make `attempts` attempts at each question, and `continuations` of each from the end of each step -> their steps.
     seed: a number or a tuple.
     """
-    groups = groups_of(questions, attempts, seed, "attempt")
+    groups = with_seeds(questions, attempts, seed, "attempt")
     responses = sorted(solver.generate(groups, "attempts"), key=lambda r: (r.group, r.sample))
     features, counts = step_features(solver.policy, responses, [len(r.prompt) for r in responses], solver.ends)
-    label_of = monte_carlo_labels(solver, questions, responses, continuations, seed)
-    labels = []
-    outcomes = []
-    place = []
-    for n, r in enumerate(responses):
-        outcome = float(solver.grade(questions[r.group].problem, r.tokens))
-        for number, j in enumerate(step_ends(solver, r)):
-            labels.append(label_of.get((n, j), outcome))
-            outcomes.append(outcome)
-            place.append((r.group, number))
-    return LabelledSteps(features, counts, torch.tensor(labels), torch.tensor(outcomes), torch.tensor(place))
-
-
-def step_ends(solver: Solver, response: Response) -> list[int]:
-    """Return after how many tokens each step of a response ends."""
-    return [j + 1 for j, token in enumerate(response.tokens) if token in solver.ends]
-
-
-def monte_carlo_labels(
-    solver: Solver, questions: list[Question], responses: list[Response], continuations: int, seed
-) -> dict[tuple[int, int], float]:
-    """Return the share of right answers among the continuations of each step but the last: (index of the response,
-    number of its tokens that are kept) -> 0 to 1.
-    """
+    steps = []  # (index of the response, number of the step, tokens up to its end)
+    label_of = {}  # (index of the response, tokens up to the step's end) -> label
     groups = []
     for n, r in enumerate(responses):
-        for j in step_ends(solver, r):
+        label_of[n, len(r.tokens)] = float(solver.grade(r.problem, r.tokens))
+        ends = [j + 1 for j, token in enumerate(r.tokens) if token in solver.ends]
+        for number, j in enumerate(ends):
+            steps.append((n, number, j))
             if j < len(r.tokens):
+                label_of[n, j] = 0.0
                 seeds = [sequence_seed(seed, "onward", r.group, r.sample, j, k) for k in range(continuations)]
-                groups.append(Group((n, j), r.prompt + r.tokens[:j], seeds, response_prefix_len=j))
-    label_of = {group.key: 0.0 for group in groups}
+                prompt = r.prompt + r.tokens[:j]
+                groups.append(Group((n, j), prompt, seeds, response_prefix_len=j, problem=r.problem))
     for r in solver.generate(groups, "continuations"):
         n, j = r.group
-        whole = responses[n].tokens[:j] + r.tokens
-        label_of[n, j] += solver.grade(questions[responses[n].group].problem, whole) / continuations
-    return label_of
+        label_of[n, j] += solver.grade(r.problem, responses[n].tokens[:j] + r.tokens) / continuations
+    labels = torch.tensor([label_of[n, j] for n, _, j in steps])
+    outcomes = torch.tensor([label_of[n, len(responses[n].tokens)] for n, _, _ in steps])
+    place = torch.tensor([(responses[n].group, number) for n, number, _ in steps])
+    return LabelledSteps(features, counts, labels, outcomes, place)
 
 
 # ---------------------------------------------------------------- verifiers and drafter
 
 
-def train_helpers(solver: Solver, training: list[Question], held_out: list[Question], config: Config) -> None:
+def train_helpers(solver: Solver, training: list[Group], held_out: list[Group], config: Config) -> None:
     """Train both verifiers and the drafter on a policy's own attempts, write them into its folder, and print how well
     the verifiers tell good steps from bad ones.
     """
@@ -175,60 +154,50 @@ def train_helpers(solver: Solver, training: list[Question], held_out: list[Quest
         verifiers[name].save(solver.folder / name)
     held_out_steps = labelled_steps(solver, held_out, 8, 8, (config.seed, "held out"))
     print(f"{solver.folder}: AUC of steps of {len(held_out)} held-out questions   pooled   within question and step")
-    print_auc(verifiers, held_out_steps)
+    _, counts, labels, _, place = held_out_steps
+    scores = {name: verifier(held_out_steps.features, counts) for name, verifier in verifiers.items()}
+    logp = held_out_steps.features[:, -2]
+    scores["lowest log p so far"] = torch.cat([part.cummin(0).values for part in logp.split(counts)])
+    scores["lowest log p of the step"] = logp
+    for name, s in scores.items():
+        print(f"{name:>50} {auc(s, labels):9.3f} {auc(s, labels, place):9.3f}")
 
     torch.manual_seed(config.seed)
     drafter = Drafter(solver.policy)
-    groups = groups_of(training[:2000], 4, config.seed, "drafter")
+    groups = with_seeds(training[:2000], 4, config.seed, "drafter")
     solver.prepare(groups)
     sampling = Sampling(max_new=solver.max_new)
     warm_start(drafter, solver.engine, groups, sampling, config.drafter_seconds, config.seed)
     drafter.save(solver.folder / "drafter")
 
 
-def print_auc(verifiers: dict[str, Verifier], steps: LabelledSteps) -> None:
-    """Print a line for each verifier, and for the log-probabilities alone."""
-    scores = {name: verifier(steps.features, steps.counts) for name, verifier in verifiers.items()}
-    logp = steps.features[:, -2]
-    scores["lowest log p so far"] = torch.cat([part.cummin(0).values for part in logp.split(steps.counts)])
-    scores["lowest log p of the step"] = logp
-    for name, s in scores.items():
-        print(f"{name:>50} {auc(s, steps.labels):9.3f} {auc(s, steps.labels, steps.place):9.3f}")
-
-
 # ---------------------------------------------------------------- the revision policy
 
 
-def revision_examples(
-    solver: Solver, questions: list[Question], rng: random.Random, right_share: float = 0.6
-) -> dict[str, list[Example]]:
+def revision_examples(solver: Solver, questions: list[Group], rng: random.Random) -> dict[str, list[Example]]:
     """Return the examples to tune on, by name: those of "refit" have only the question in their prompts, those of
     "revise" also 0 to 4 attempts at it.
-
-    right_share: share of the prompts in which any number of the attempts are right ones, see above.
     """
     wrong: list[list[list[int]]] = [[] for _ in questions]
     right: list[list[list[int]]] = [[] for _ in questions]
-    for r in solver.generate(groups_of(questions, 8, "tries"), "attempts"):
-        is_right = solver.grade(questions[r.group].problem, r.tokens)
-        (right if is_right else wrong)[r.group].append(r.tokens)
+    for r in solver.generate(with_seeds(questions, 8, "tries"), "attempts"):
+        side = right if solver.grade(r.problem, r.tokens) else wrong
+        side[r.group].append(r.tokens)
     examples: dict[str, list[Example]] = {"revise": [], "refit": []}
     for i, question in enumerate(questions):
         if not wrong[i]:
             continue
         for target in rng.sample(right[i], min(2, len(right[i]))):
-            shown = shown_in_prompt(choose_attempts(wrong[i], target, rng, right_share), solver.separator)
+            shown = shown_in_prompt(choose_attempts(wrong[i], target, rng), solver.separator)
             examples["revise"].append((question.prompt + shown, target))
             examples["refit"].append((question.prompt, target))
     return examples
 
 
-def choose_attempts(
-    wrong: list[list[int]], target: list[int], rng: random.Random, right_share: float
-) -> list[list[int]]:
+def choose_attempts(wrong: list[list[int]], target: list[int], rng: random.Random) -> list[list[int]]:
     """Return the attempts that the prompt shows before the target, oldest first."""
     count = rng.randint(0, EARLIER_ATTEMPTS)
-    right_count = rng.randint(0, count) if rng.random() < right_share else 0
+    right_count = rng.randint(0, count) if rng.random() < RIGHT_SHARE else 0
     shown = rng.sample(wrong, min(count - right_count, len(wrong)))
     # the most similar last: what is right in it can be kept
     shown.sort(key=lambda attempt: difflib.SequenceMatcher(None, attempt, target).ratio())

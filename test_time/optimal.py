@@ -40,10 +40,8 @@ def quintiles(easiness) -> np.ndarray:
 
 
 def best_within(right: PerStrategy, cost: PerStrategy, questions: np.ndarray, budget: float) -> Hashable | None:
-    """Return the strategy that is right most often, of equal ones the cheapest, of those whose mean cost is within the
-    budget.
-
-    questions (Q,) bool: those that count. None: all strategies are too expensive, or no question counts.
+    """Return the strategy that is right most often, of equal ones the cheapest, of those whose mean cost over the
+    questions (Q,) bool is within the budget. None: all are too expensive, or there is no question.
     """
     if not questions.any():
         return None
@@ -51,21 +49,19 @@ def best_within(right: PerStrategy, cost: PerStrategy, questions: np.ndarray, bu
     return max((k for k in right if -merit[k][1] <= budget), key=merit.__getitem__, default=None)
 
 
-def allocate(
-    right: PerStrategy, cost: PerStrategy, questions: np.ndarray, bins: np.ndarray, budget: float
-) -> dict[int, Hashable] | None:
-    """Return {bin: strategy}, right most often at a mean cost within the budget, see above.
-
-    questions (Q,) bool: those that count; bins (Q,) int. None: not even the cheapest strategies are within the budget,
-    or a bin is empty.
+def allocate(right: PerStrategy, cost: PerStrategy, questions: np.ndarray, bins: np.ndarray, budget: float):
+    """Return {bin: strategy}, right most often at a mean cost over the questions (Q,) bool that is within the budget,
+    see above. bins (Q,) int. None: not even the cheapest strategies are within the budget, or a bin is empty.
     """
     names = list(right)
     labels = sorted(set(bins))
     members = [questions & (bins == b) for b in labels]
     if not all(some.any() for some in members):
         return None
-    r = np.array([[right[k][some].mean() for k in names] for some in members])  # (bins, strategies)
-    c = np.array([[cost[k][some].mean() for k in names] for some in members])
+    right_table = np.array([right[k] for k in names])  # (strategies, Q)
+    cost_table = np.array([cost[k] for k in names])
+    r = np.array([right_table[:, some].mean(1) for some in members])  # (bins, strategies)
+    c = np.array([cost_table[:, some].mean(1) for some in members])
     share = np.array([some.sum() for some in members]) / questions.sum()
     for price in np.geomspace(1e-6, 1e3, 500) / budget:
         best = (r - price * c).argmax(1)  # (bins,)
@@ -75,13 +71,7 @@ def allocate(
 
 
 def compute_optimal(
-    right: PerStrategy,
-    cost: PerStrategy,
-    bins: np.ndarray,
-    folds: np.ndarray,
-    budget: float,
-    probe_cost: float | np.ndarray = 0.0,
-    question: np.ndarray | None = None,
+    right: PerStrategy, cost: PerStrategy, bins, folds, budget: float, probe_cost=0.0, question=None
 ) -> Optimal | None:
     """Choose strategies for bins on one fold, and report them on the other. None where the budget buys nothing.
 
@@ -127,10 +117,8 @@ def beats(by_bin: dict, single: Hashable, right: PerStrategy, bins, known, quest
 
 
 def interval(x: np.ndarray, question: np.ndarray, draws: int = 1000) -> float:
-    """Return half the width of the 95 % bootstrap interval of a mean over rows x (R,). Of a difference: paired.
-
-    question (R,) int from 0: the question of each row. All rows of a question are drawn together, since they are not
-    independent.
+    """Return half the width of the 95 % bootstrap interval of a mean over rows x (R,). question (R,) int from 0: the
+    question of each row. All rows of a question are drawn together, since they are not independent.
     """
     rng = np.random.default_rng(0)
     total = np.bincount(question, x)
@@ -140,10 +128,8 @@ def interval(x: np.ndarray, question: np.ndarray, draws: int = 1000) -> float:
 
 
 def matched_samples(m: float, r: float, backward: float = 3.0) -> float:
-    """Return how many samples of a small model cost as much, training included, as one sample of an m times larger
-    model.
-
-    r: tokens inferred per token of training. backward: 3 as in the paper's first version (6 N D for training against
+    """Return how many samples of a small model cost as much, training included, as one of an m times larger model. r:
+    tokens inferred per token of training. backward: 3 as in the paper's first version (6 N D for training against
     2 N D), 1.5 as in the conference version.
     """
     return m + backward * (m - 1) / r

@@ -88,20 +88,19 @@ def print_difficulty(results: Results) -> None:
 
 def print_revisions(results: Results) -> None:
     """Print whether revisions improve attempts, and sequential against parallel at 16 attempts."""
-    chains = results.attempts[Key("revise 16", 16, "weighted")]  # (Q, 16)
+    chains = results.attempts(Key("revise 16", 16, "weighted"))  # (Q, 16)
     print(f"\nrevisions, pass@1 by attempt: {numbers(chains.mean(0))}")
-    alone = results.attempts[Key("revise 1", 16, "weighted")].mean()
-    control = results.attempts[Key("refit parallel", 16, "majority")].mean()
-    before_tuning = results.attempts[Key("parallel", 16, "majority")].mean()
+    alone = results.attempts(Key("revise 1", 16, "weighted")).mean()
+    control = results.attempts(Key("refit parallel", 16, "majority")).mean()
+    before_tuning = results.attempts(Key("parallel", 16, "majority")).mean()
     print(
         f"controls: the same policy without earlier attempts in the prompt {alone:.3f}, "
         f"tuned without them {control:.3f}, before tuning {before_tuning:.3f}"
     )
-    before = chains[:, :-1]
-    after = chains[:, 1:]
-    to_wrong = 1 - after[before == 1].mean()
-    to_right = after[before == 0].mean()
-    print(f"right attempts revised to wrong {to_wrong:.1%}, wrong ones to right {to_right:.1%}")
+    was_right = chains[:, :-1] == 1
+    revised = chains[:, 1:]
+    to_wrong = 1 - revised[was_right].mean()
+    print(f"right attempts revised to wrong {to_wrong:.1%}, wrong ones to right {revised[~was_right].mean():.1%}")
     for length in CHAIN_LENGTHS:
         keys = [Key(f"revise {length}", 16, how) for how in ("chains", "weighted", "majority")]
         cells = "  ".join(f"{key.pick} {results.right[key].mean():.3f}" for key in keys)
@@ -126,12 +125,8 @@ def print_large(results: Results) -> None:
 
 def draw(results: Results, path: Path) -> list[Path]:
     """Write each picture to STEM-NAME.png beside the file of the rows -> the pictures."""
-    panels = {
-        "tokens": partial(draw_accuracy, unit="tokens"),
-        "flops": partial(draw_accuracy, unit="flops"),
-        "noise": draw_noise,
-        "best": draw_best,
-    }
+    accuracy = {unit: partial(draw_accuracy, unit=unit) for unit in ("tokens", "flops")}
+    panels = {**accuracy, "noise": draw_noise, "best": draw_best}
     speed_rows = path.with_suffix(".speed.jsonl")
     if speed_rows.exists():
         panels["speed"] = partial(draw_speed, rows=[json.loads(line) for line in speed_rows.read_text().splitlines()])
@@ -144,7 +139,7 @@ def draw(results: Results, path: Path) -> list[Path]:
         figure, axis = pyplot().subplots(figsize=(8, 5))
         panel(axis, results)
         if name != "best":
-            axis.legend(fontsize=9 if name in ("tokens", "flops") else None)
+            axis.legend(fontsize=9 if name in accuracy else None)
         figure.tight_layout()
         written.append(path.with_name(f"{path.stem}-{name}.png"))
         figure.savefig(written[-1], dpi=100)
@@ -174,7 +169,7 @@ def draw_accuracy(axis, results: Results, unit: str) -> None:
     for name, line in LINES.items():
         draw_line(line, lambda key: results.right[key].mean(), "o-", ms=3, label=name)
     ceiling = {"color": "0.6", "label": "any of N right (ceiling)"}
-    draw_line(LINES["majority"], lambda key: results.attempts[key].max(1).mean(), ":", **ceiling)
+    draw_line(LINES["majority"], lambda key: results.attempts(key).max(1).mean(), ":", **ceiling)
     axis.plot(cost[GREEDY].mean(), results.right[GREEDY].mean(), "k*", label="greedy")
     for difficulty, style in (("predicted", "k-"), ("known", "k:")):
         choices = [results.optimal(unit, budget, difficulty) for budget in results.budgets(unit)]
@@ -197,10 +192,7 @@ def draw_speed(axis, results: Results, rows: list[dict]) -> None:
     axis.set(title=title, xlabel="seconds for a question", ylabel="right")
 
 
-def label_difficulty(axis, title: str) -> None:
-    """Label the x axis with fifths of the questions."""
-    label = "difficulty (fifths; 5: hardest)"
-    axis.set(title=title, xlabel=label, xticks=range(BINS), xticklabels=range(1, BINS + 1))
+BY_DIFFICULTY = {"xlabel": "difficulty (fifths; 5: hardest)", "xticks": range(BINS), "xticklabels": range(1, BINS + 1)}
 
 
 def draw_noise(axis, results: Results) -> None:
@@ -209,7 +201,7 @@ def draw_noise(axis, results: Results) -> None:
         for name, search in (("weighted", "parallel"), ("beam", "beam")):
             right = results.right[Key(noise + search, 16, "weighted")]
             axis.plot(results.by_bin(right), style, label=name + end)
-    label_difficulty(axis, f"N = 16; noise inverts {results.settings['noise']:.0%} of the scores")
+    axis.set(title=f"N = 16; noise inverts {results.settings['noise']:.0%} of the scores", **BY_DIFFICULTY)
 
 
 def draw_best(axis, results: Results) -> None:
@@ -249,4 +241,4 @@ def draw_large(axis, results: Results) -> None:
     for version, ratio, samples, right in results.matched():
         style = "o-" if version == "v1" else "o:"
         axis.plot(results.by_bin(right), style, label=f"small, {version}, R = {ratio} ({samples:.0f} samples)")
-    label_difficulty(axis, "small model with search, FLOPs-matched")
+    axis.set(title="small model with search, FLOPs-matched", **BY_DIFFICULTY)

@@ -32,26 +32,12 @@ LARGE = Key("large greedy", 1, "majority")
 
 # the strategies to choose from; the others are controls
 CANDIDATES = ("greedy", "parallel", "beam", "lookahead", "dvts")
-# searches whose number of attempts may differ from question to question
-UNEVEN = ("beam", "lookahead", "dvts", "noisy beam")
-
-
-def read_rows(path) -> list[dict]:
-    """Return the rows, sorted by question. Raises UserError."""
-    try:
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    except OSError as error:
-        raise UserError(f"--json {path}: {error.strerror}; `python -m test_time sweep` writes it") from error
-    if not rows:
-        raise UserError(f"--json {path}: no rows in this file")
-    return sorted(rows, key=lambda row: (row["prompt"], row["seed"]))
 
 
 class Results:
-    """Arrays over Q rows of each strategy; a row is a question with one seed.
+    """Arrays over Q rows of each strategy; a row is a question with one seed. Raises UserError.
 
     right[key] (Q,)            0 or 1
-    attempts[key] (Q, N)       1 for each attempt that is right; not of the UNEVEN searches
     cost[unit][key] (Q,)       unit: tokens or flops
     bins[difficulty] (Q,)      0 (easy) to 4: by predicted and by known difficulty
     easiness (Q,)              the score that the prediction is made from
@@ -60,30 +46,37 @@ class Results:
     """
 
     def __init__(self, path):
-        columns: dict[Key, list[dict]] = defaultdict(list)
-        for row in read_rows(path):
-            columns[Key(row["search"], row["n"], row["pick"])].append(row)
-        probes = columns[PROBE]
-        self.settings = probes[0]
+        try:
+            rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        except OSError as error:
+            raise UserError(f"--json {path}: {error.strerror}; `python -m test_time sweep` writes it") from error
+        if not rows:
+            raise UserError(f"--json {path}: no rows in this file")
+        self.columns: dict[Key, list[dict]] = defaultdict(list)  # the rows of each strategy, by question
+        for row in sorted(rows, key=lambda row: (row["prompt"], row["seed"])):
+            self.columns[Key(row["search"], row["n"], row["pick"])].append(row)
         self.right: dict[Key, np.ndarray] = {}
-        self.attempts: dict[Key, np.ndarray] = {}
         self.cost: dict[str, dict[Key, np.ndarray]] = {"tokens": {}, "flops": {}}
-        for key, column in columns.items():
+        for key, column in self.columns.items():
             self.right[key] = np.array([row["right"] for row in column], float)
-            if key.search not in UNEVEN:
-                self.attempts[key] = np.array([row["attempts"] for row in column], float)
             self.cost["tokens"][key] = np.array([row["ledger"]["decode"] for row in column], float)
             self.cost["flops"][key] = np.array([row["flops"] for row in column], float)
-        self.has_revisions = Key("revise 1", 16, "chains") in columns
+        probes = self.columns[PROBE]
+        self.settings = probes[0]
+        self.has_revisions = Key("revise 1", 16, "chains") in self.columns
         self.times_larger = 0.0  # how many times more weights the large model has; 0: there is none
-        if LARGE in columns:
-            self.times_larger = columns[LARGE][0]["weights"] / probes[0]["weights"]
+        if LARGE in self.columns:
+            self.times_larger = self.columns[LARGE][0]["weights"] / probes[0]["weights"]
         prompts = [row["prompt"] for row in probes]
         self.easiness = np.array([row["score"] for row in probes])
-        known = self.attempts[ORACLE].mean(1)
+        known = self.attempts(ORACLE).mean(1)
         self.bins = {"predicted": optimal.quintiles(self.easiness), "known": optimal.quintiles(known)}
         self.folds = np.array([zlib.crc32(prompt.encode()) % 2 for prompt in prompts])
         self.question = np.unique(prompts, return_inverse=True)[1]
+
+    def attempts(self, key: Key) -> np.ndarray:
+        """Return 1 for each attempt that is right, (Q, N), of a strategy that always makes N attempts."""
+        return np.array([row["attempts"] for row in self.columns[key]], float)
 
     def interval(self, x: np.ndarray, where=slice(None)) -> float:
         """Return half the 95 % interval of a mean over (some of) the rows, by question."""

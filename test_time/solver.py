@@ -4,9 +4,8 @@
 rollout (a Request is a Group, since its attempts share a prefix), scores what was generated, adds it to the attempts
 and sends them back, until every search has returned.
 
-There are two kinds of rollout: whole attempts end at a stop token, steps also at the token that ends a step. Steps are
-decoded without speculation: they are shorter than what the drafter would have to read before its first draft token
-(0.6 times the speed with it).
+Whole attempts end at a stop token, steps also at the token that ends a step. Steps are decoded without speculation:
+they are shorter than what the drafter would have to read before its first draft token (0.6 times the speed with it).
 
 --verifier-noise inverts a share of the verifier's scores, s -> 1 - s. Which ones depends only on the attempt's seed and
 the step's number.
@@ -16,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from parts.files import find_folder
 from rollout import Engine
 from strategy import Goodput, plans_for
 from tasks import Problem, Task, encode_prompt
-from test_time.attempts import Attempt, Ledger, ModelSizes, Request, SearchStrategy, SeedFunction, shown_in_prompt
+from test_time.attempts import Attempt, Ledger, ModelSizes, Request, SearchStrategy, shown_in_prompt
 from test_time.verifier import Verifier, step_features
 
 VERIFIERS = ("process", "outcome")
@@ -102,17 +102,13 @@ class Solver:
         """Return whether an attempt is right."""
         return self.task.grade(problem, self.tokenizer.decode(tokens)).strict
 
-    # ---------------------------------------------------------------- rollouts
-
     def prepare(self, groups: list[Group], step: bool = False) -> None:
         """Make the engine ready for these groups. step: responses also end at the end of a step."""
         self.engine.set_stop_tokens(self.ends if step else self.stops)
         self.engine.reserve(max(len(group.prompt) - group.response_prefix_len for group in groups) + self.max_new)
 
-    def generate(
-        self, groups: list[Group], title: str = "", step: bool = False, greedy: bool = False
-    ) -> Iterator[Response]:
-        """Return an iterator of responses, in the order in which they are finished. title: of a progress bar, "" for
+    def generate(self, groups: list[Group], title: str = "", step: bool = False, greedy: bool = False):
+        """Return an iterator of Responses, in the order in which they are finished. title: of a progress bar, "" for
         none; step: only to the end of the next step.
         """
         self.prepare(groups, step)
@@ -124,11 +120,12 @@ class Solver:
     def solve(self, problems: list[Problem], search: SearchStrategy, *seed) -> list[Solution]:
         """Search all problems at once -> for each its attempts and its ledger.
 
-        search: one of strategies.py, its settings bound, e.g. partial(parallel, n=8). seed: numbers and strings.
+        search: one of strategies.py, its settings bound, e.g. partial(parallel, n=8). seed: numbers and strings; with
+        the prompt and k they make the seed of attempt k, so a question does not depend on the others.
         """
         started = time.time()
         prompts = [self.encode(problem) for problem in problems]
-        searches = [search(seed_function(seed, prompt)) for prompt in prompts]
+        searches = [search(partial(sequence_seed, *seed, tuple(prompt))) for prompt in prompts]
         ledgers = [Ledger() for _ in problems]
         finished: dict[int, list[Attempt]] = {}  # index of the problem -> its attempts
         results: dict[int, list | None] = dict.fromkeys(range(len(problems)))  # what each search is sent next
@@ -145,23 +142,21 @@ class Solver:
             ledger.seconds = seconds
         return [Solution(finished[i], ledger) for i, ledger in enumerate(ledgers)]
 
-    def run_requests(
-        self, requests: dict[int, list[Request]], prompts: list[list[int]], ledgers: list[Ledger]
-    ) -> dict[int, list[list[Attempt]]]:
-        """Run the requests of each problem, those of a kind in one rollout, and charge their costs -> results of each
-        problem: the continued attempts of each request.
+    def run_requests(self, requests: dict[int, list[Request]], prompts: list[list[int]], ledgers: list[Ledger]):
+        """Run the requests of each problem, those of a kind in one rollout, and charge their costs -> {problem: for
+        each of its requests the list of continued attempts}.
         """
+        results = defaultdict(list)
         by_kind: dict[tuple[bool, bool], list[Group]] = defaultdict(list)
         for i, own in requests.items():
             for k, request in enumerate(own):
+                results[i].append(list(request.attempts))
                 first = request.attempts[0]
                 prompt = prompts[i] + shown_in_prompt(first.earlier, self.separator) + list(first.tokens)
                 ledgers[i].prefill += len(prompt) - 1  # once for all attempts of the request
                 seeds = [attempt.seed for attempt in request.attempts]
-                group = Group((i, k), prompt, seeds, response_prefix_len=len(first.tokens))
-                by_kind[request.step, request.greedy].append(group)
-        results = {i: [list(request.attempts) for request in own] for i, own in requests.items()}
-        for (step, greedy), groups in sorted(by_kind.items(), key=lambda item: item[0]):
+                by_kind[request.step, request.greedy].append(Group((i, k), prompt, seeds, len(first.tokens)))
+        for (step, greedy), groups in sorted(by_kind.items()):
             responses = list(self.generate(groups, step=step, greedy=greedy))
             before = [results[r.group[0]][r.group[1]][r.sample] for r in responses]
             for r, old, new in zip(responses, before, self.extended(before, responses)):
@@ -193,8 +188,3 @@ class Solver:
                 done=done,
                 answer=self.task.final(self.tokenizer.decode(list(tokens))) if done else None,
             )
-
-
-def seed_function(seed: tuple, prompt: list[int]) -> SeedFunction:
-    """Return the function k -> seed of attempt k at this question. It does not depend on the other questions."""
-    return lambda k: sequence_seed(*seed, tuple(prompt), k)

@@ -31,9 +31,7 @@ def parallel(seed: SeedFunction, n: int, greedy: bool = False) -> Search:
     return results[0]
 
 
-def beam(
-    seed: SeedFunction, n: int, m: int, lookahead: int = 0, diverse: bool = False, aggregate: str = "last"
-) -> Search:
+def beam(seed: SeedFunction, n: int, m: int, lookahead: int = 0, diverse: bool = False) -> Search:
     """Hold n partial attempts; after each step keep n / m of them, and continue each in m ways.
 
     lookahead: greedy steps further on at which an attempt is judged. diverse: keep the best of each of the n / m trees,
@@ -44,7 +42,7 @@ def beam(
     results = yield [Request(starts, step=True)]
     attempts = results[0]
     while not all(attempt.done for attempt in attempts):
-        values = yield from scores_ahead(attempts, lookahead, aggregate)
+        values = yield from scores_ahead(attempts, lookahead)
         ranked = sorted(range(len(attempts)), key=lambda i: -values[i])  # stable: of equal ones the earlier
         if diverse:
             best_of_tree = {attempts[i].tree: i for i in reversed(ranked)}
@@ -65,7 +63,7 @@ def continuations(attempt: Attempt, m: int) -> list[Attempt]:
     return [attempt, *others]
 
 
-def scores_ahead(attempts: list[Attempt], steps: int, aggregate: str) -> Generator[list[Request], list, list[float]]:
+def scores_ahead(attempts: list[Attempt], steps: int) -> Generator[list[Request], list, list[float]]:
     """Return each attempt's score after so many more greedy steps, which are thrown away. Part of a Search."""
     ahead = list(attempts)
     for _ in range(steps):
@@ -75,7 +73,7 @@ def scores_ahead(attempts: list[Attempt], steps: int, aggregate: str) -> Generat
         results = yield [Request([ahead[i]], step=True, greedy=True) for i in unfinished]
         for i, result in zip(unfinished, results):
             ahead[i] = result[0]
-    return [score(attempt, aggregate) for attempt in ahead]
+    return [score(attempt) for attempt in ahead]
 
 
 def revise(seed: SeedFunction, n: int, length: int = 8) -> Search:

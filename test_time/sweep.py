@@ -31,7 +31,7 @@ from test_time.strategies import SEARCHES, parallel, revise
 class Trial(NamedTuple):
     """A strategy with a number of attempts, the solver that runs it, and the ways to pick its answer."""
 
-    solver: str  # see `sweep_part`
+    solver: str  # see `sweep`
     name: str
     n: int
     search: SearchStrategy
@@ -71,9 +71,13 @@ TRIALS += trials_of("large", "large greedy", SEARCHES["greedy"], (1,), MAJORITY)
 
 def sweep(config: Config) -> None:
     """Run all trials, the questions divided among --workers processes, and write the rows. Raises UserError."""
-    if config.large and not (Path(find_folder(config.large, "--large")) / "config.json").exists():
-        raise UserError(f"--large {config.large}: no policy in this folder")
-    if not (Path(find_folder(config.model)) / "process").exists():
+    folder = Path(find_folder(config.model))
+    folders = {"base": folder, "noisy": folder, "revise": folder / "revise", "refit": folder / "refit"}
+    if config.large:
+        folders["large"] = Path(find_folder(config.large, "--large"))
+        if not folders["large"].is_dir():
+            raise UserError(f"--large {config.large}: no policy in this folder")
+    if not (folder / "process").exists():
         raise UserError(
             f"--model {config.model}: it has no verifier to search with; "
             f"`python -m test_time learn --model {config.model}` makes one"
@@ -82,7 +86,7 @@ def sweep(config: Config) -> None:
     jobs = []
     for seed in range(config.seed, config.seed + config.seeds):
         for first in range(0, len(indices), config.chunk):
-            jobs.append((config, indices[first : first + config.chunk], seed))
+            jobs.append((config, folders, indices[first : first + config.chunk], seed))
     rows = []
     with ProcessPoolExecutor(config.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         for part in tqdm(pool.map(sweep_part, *zip(*jobs)), total=len(jobs), desc="sweep", unit="part"):
@@ -101,20 +105,16 @@ def distinct(task: Task, count: int) -> list[int]:
     return list(first.values())[:count]
 
 
-def sweep_part(config: Config, indices: list[int], seed: int) -> list[dict]:
-    """Run all trials whose policies there are on some questions, in a process of its own -> rows."""
+def sweep_part(config: Config, folders: dict[str, Path], indices: list[int], seed: int) -> list[dict]:
+    """Run all trials on some questions, as far as there are policies for them, in a process of its own -> rows."""
     torch.set_num_threads(1)
     task = make_task(config.task, config.data)
     problems = [task.problem("test", i) for i in indices]
-    folder = Path(find_folder(config.model))
-    folders = {"base": folder, "noisy": folder, "revise": folder / "revise", "refit": folder / "refit"}
-    if config.large:
-        folders["large"] = Path(find_folder(config.large, "--large"))
     solvers = {}
-    for name, path in folders.items():
-        if (path / "config.json").exists():
+    for name, folder in folders.items():
+        if (folder / "config.json").exists():
             noise = config.verifier_noise if name == "noisy" else 0.0
-            solvers[name] = Solver(path, task, speculate=False, noise=noise)
+            solvers[name] = Solver(folder, task, speculate=False, noise=noise)
     rows = []
     for trial in TRIALS:
         if trial.solver in solvers:

@@ -9,30 +9,30 @@
     loss              binary cross-entropy against the SOFT label: 0.3 stays 0.3, since rounding it would teach that
                       the step is wrong
 
-Monte-Carlo labels are those of Wang et al. (2312.08935) and Snell et al. (2408.03314).
+Monte-Carlo labels are those of Wang et al. (2312.08935) and Snell et al. (2408.03314). Many questions with few
+continuations each teach more than few questions with many.
 
-Why a product? It is the structure of a chain of reasoning: all steps so far are correct, and the rest will succeed. It
-is needed because the policy is frozen and does not notice its own mistakes: after a slip it continues as confidently as
-before, so a score of step k alone cannot see the slip (within-question AUC 0.60).
+Why a product? All steps so far must be correct, and the rest must succeed. The policy is frozen and does not notice its
+own mistakes: after a slip it continues as confidently as before, so a score of step k alone cannot see the slip
+(within-question AUC 0.60).
 
 Why these features? The rollout has computed all of them anyway, so the verifier costs one small MLP per step. The
 log-probabilities matter: a hidden state encodes which token should come next, not whether the token that was sampled is
-a slip (`python -m test_time learn` prints the AUC with and without them, and of log-probabilities alone). And h*
-encodes what the policy was uncertain about, so the MLP can learn where the policy is confidently wrong: within-question
-AUC 0.89 without h*, 0.97 with it.
+a slip (`python -m test_time learn` prints the AUC with and without them, and of log-probabilities alone). h* encodes
+what the policy was uncertain about, so the MLP can learn where the policy is confidently wrong: within-question AUC
+0.89 without h*, 0.97 with it.
 
-Many questions with few continuations each teach more than few questions with many.
+The AUC over the steps of all questions together is too favourable, since easy questions have good steps. Search must
+tell good steps from bad ones within a question: `auc` with a `place` compares only steps with the same number in
+attempts at the same question.
 
-How good is it? The AUC over the steps of all questions together is too favourable: easy questions have good steps.
-Search needs to tell good steps from bad ones within a question: `auc` with a `place` compares only steps with the same
-number in attempts at the same question.
-
-Legend: R responses, N tokens of all responses, S steps of all responses, D model width.
+Legend: N tokens of all responses, S steps of all responses, D model width.
 """
 
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from parts.engine.forward import head_of
@@ -43,7 +43,7 @@ FILE = "verifier.safetensors"
 CHUNK = 8192  # tokens whose logits are in memory at once
 
 
-class Verifier(torch.nn.Module):
+class Verifier(nn.Module):
     """A model that scores each step of each attempt. width: D of the policy; hidden: width of the MLP."""
 
     def __init__(self, width: int, hidden: int = 128):
@@ -51,13 +51,8 @@ class Verifier(torch.nn.Module):
         inputs = 2 * width + 2
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("scale", torch.ones(inputs))
-        self.mlp = torch.nn.Sequential(
-            torch.nn.Linear(inputs, hidden),
-            torch.nn.GELU(),
-            torch.nn.Linear(hidden, hidden),
-            torch.nn.GELU(),
-            torch.nn.Linear(hidden, 2),
-        )
+        first, second, last = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 2)
+        self.mlp = nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
 
     def forward(self, features: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Return the scores (S,) of steps. features (S, 2 D + 2): of several attempts, one after the other; counts:
@@ -83,9 +78,7 @@ class Verifier(torch.nn.Module):
 
 
 @torch.no_grad()
-def step_features(
-    policy, responses: list[Response], starts: list[int], ends: set[int]
-) -> tuple[torch.Tensor, list[int]]:
+def step_features(policy, responses: list[Response], starts: list[int], ends: set) -> tuple[torch.Tensor, list[int]]:
     """Return the features (S, 2 D + 2) of all steps, and the number of steps of each response.
 
     responses: with their hidden states. starts: for each, where in prompt + tokens the attempt begins (its first steps
@@ -115,9 +108,8 @@ def step_features(
 
 
 def token_logprobs(policy, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log p of each token, and how far that is below the likeliest token's, both (N,).
-
-    hidden (N, D) predicts tokens (N,).
+    """Return log p of each token, and how far that is below the likeliest token's, both (N,). hidden (N, D) predicts
+    tokens (N,).
     """
     head = head_of(policy)
     logps = []
@@ -133,19 +125,11 @@ def token_logprobs(policy, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[
 # ---------------------------------------------------------------- training and quality
 
 
-def fit_verifier(
-    features: torch.Tensor,
-    counts: list[int],
-    labels: torch.Tensor,
-    steps: int = 3000,
-    lr: float = 2e-3,
-    batch: int = 64,
-    seed: int = 0,
-) -> Verifier:
+def fit_verifier(features, counts: list[int], labels, steps: int = 3000, lr: float = 2e-3, batch: int = 64) -> Verifier:
     """Return a verifier trained on features (S, 2 D + 2) and soft labels (S,) of steps. counts: steps of each attempt;
     steps: optimizer steps; batch: attempts in each of them.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     verifier = Verifier(features.shape[1] // 2 - 1)
     verifier.mean = features.mean(0)
     verifier.scale = features.std(0).clamp(min=1e-3)

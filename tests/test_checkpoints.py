@@ -1,4 +1,4 @@
-"""A run's folder: whole checkpoints or none, exact resume, and nothing destroyed by a mistake."""
+"""A run's folder: checkpoints are complete or absent, a run resumes exactly, and no mistake destroys a run."""
 
 import contextlib
 import json
@@ -27,13 +27,13 @@ from parts.running.checkpoints import claim, newest, save_folder
 
 @pytest.fixture
 def parity(monkeypatch):
-    """Rewards must vary for the weights to move."""
+    """The task is Parity: rewards must vary for the weights to change."""
     monkeypatch.setattr(train_grpo, "make_task", lambda *settings: Parity())
 
 
 @pytest.fixture(scope="module")
 def finished(model_folder, tmp_path_factory):
-    """A run that has ended."""
+    """The folder of a finished run."""
     out = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         run_main(patch, "--model", model_folder, "--out", out, *SMALL, "--steps", 1)
@@ -49,7 +49,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """All files but the lock."""
+    """Return the content of all files but the lock."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != ".lock":
@@ -58,14 +58,14 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def refused(monkeypatch, *argv) -> None:
-    """The command ends with status 2."""
+    """Assert that the command ends with status 2."""
     with pytest.raises(SystemExit) as end:
         run_main(monkeypatch, *argv)
     assert end.value.code == 2
 
 
 def checkpoint(folder: Path, step: int, content: str = "good") -> Path:
-    """A checkpoint with a file, and one in a subfolder."""
+    """Write a checkpoint with a file, and one in a subfolder -> its folder."""
 
     def fill(part):
         (part / "x").write_text(content)
@@ -80,10 +80,10 @@ def checkpoint(folder: Path, step: int, content: str = "good") -> Path:
     return folder / f"checkpoint-{step:06d}"
 
 
-# ---------------------------------------------------------------- whole or absent
+# ---------------------------------------------------------------- complete or absent
 
 
-def test_a_failed_write_leaves_the_last_one(tmp_path):
+def test_a_failed_write_leaves_the_last_checkpoint(tmp_path):
     checkpoint(tmp_path, 1)
 
     def fill(part):
@@ -95,7 +95,7 @@ def test_a_failed_write_leaves_the_last_one(tmp_path):
     assert newest(tmp_path).name == "checkpoint-000001"
 
 
-def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     checkpoint(tmp_path, 1)
 
     def full(*args):
@@ -117,18 +117,18 @@ HARMS = {
     "no state": lambda f: (f / "state.json").unlink(),
     "another format": lambda f: (f / "state.json").write_text('{"format": 0}'),
     "a list": lambda f: (f / "state.json").write_text("[]"),
-    "a strange file": lambda f: (f / "y").write_text("what is this?"),
+    "an unknown file": lambda f: (f / "y").write_text("what is this?"),
     "other content in a subfolder": lambda f: (f / "deep/y").write_text("goof"),
     "a file is gone in a subfolder": lambda f: (f / "deep/y").unlink(),
-    "a strange file in a subfolder": lambda f: (f / "deep/z").write_text("what is this?"),
+    "an unknown file in a subfolder": lambda f: (f / "deep/z").write_text("what is this?"),
     "no checksums": lambda f: (f / "checksums.json").unlink(),
-    "endless checksums": lambda f: (f / "checksums.json").write_text("[" * 100_000),
-    "checksums of another kind": lambda f: (f / "checksums.json").write_text("[]"),
+    "deeply nested checksums": lambda f: (f / "checksums.json").write_text("[" * 100_000),
+    "checksums in a list": lambda f: (f / "checksums.json").write_text("[]"),
 }
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tmp_path):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(harm, tmp_path):
     checkpoint(tmp_path, 1)
     HARMS[harm](checkpoint(tmp_path, 2))
     said = []
@@ -143,8 +143,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tmp_path
     st.integers(0, 10**6),
     st.integers(0, 255) | st.none(),
 )
-def test_a_byte_that_changes_anywhere_is_noticed(name, where, byte):
-    """byte: what one byte becomes; None: the file ends there."""
+def test_a_byte_that_changes_anywhere_is_detected(name, where, byte):
+    """byte: the new value of one byte; None: the file ends there."""
     with tempfile.TemporaryDirectory() as folder:
         whole = checkpoint(Path(folder), 1)
         file = whole / name
@@ -159,17 +159,19 @@ def test_a_byte_that_changes_anywhere_is_noticed(name, where, byte):
 
 
 def steady(row: dict) -> dict:
-    """Without what is timing."""
+    """Return a row of metrics without times."""
     return {name: value for name, value in row.items() if "seconds" not in name and name != "tokens_per_second"}
 
 
 def check_resume(folder, model_folder, monkeypatch):
-    """With a KL penalty: its reference is the policy that the whole run started from."""
+    """A resumed run equals an uninterrupted one, also with a KL penalty, whose reference is the policy that the run
+    started from.
+    """
     flags = ["--model", model_folder, *SMALL, "--eval-every", 2, "--save-every", 2, "--kl", 0.1]
     run_main(monkeypatch, *flags, "--out", folder / "whole", "--steps", 4)
     run_main(monkeypatch, *flags, "--out", folder / "parts", "--steps", 2)
     with open(folder / "parts/metrics.jsonl", "a") as file:
-        file.write('{"step": 3}\n')  # a step that was done after the last checkpoint and then lost
+        file.write('{"step": 3}\n')  # a step that was done after the last checkpoint, and is lost
     run_main(monkeypatch, *flags, "--out", folder / "parts", "--steps", 4, "--resume")
     whole = [steady(row) for row in rows_of(folder / "whole")]
     assert whole == [steady(row) for row in rows_of(folder / "parts")]
@@ -187,20 +189,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(parity, model_folder, tmp_pat
     caught(check_resume, tmp_path / "broken", model_folder, monkeypatch)  # the optimizer's moments are lost
 
 
-def test_a_resumed_run_passes_over_a_damaged_checkpoint(parity, model_folder, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_skips_a_damaged_checkpoint(parity, model_folder, tmp_path, monkeypatch, capsys):
     flags = ["--model", model_folder, "--out", tmp_path, *SMALL, "--steps", 2]
     run_main(monkeypatch, *flags)
     whole = weights(tmp_path / "policy")
     with open(tmp_path / "checkpoint-000002/model.safetensors", "r+b") as file:
         file.seek(5000)
         file.write(b"rot")
-    run_main(monkeypatch, *flags, "--resume")  # makes step 2 again
+    run_main(monkeypatch, *flags, "--resume")  # step 2 is made again
     assert "checkpoint-000002 is damaged (model.safetensors)" in capsys.readouterr().out
     assert same(whole, weights(tmp_path / "policy"))
     for step in (1, 2):
         (tmp_path / f"checkpoint-{step:06d}/optimizer.pt").unlink()
     before = snapshot(tmp_path)
-    refused(monkeypatch, *flags, "--resume")  # none is whole
+    refused(monkeypatch, *flags, "--resume")  # no checkpoint is intact
     assert "no checkpoint in" in capsys.readouterr().err
     assert snapshot(tmp_path) == before
 
@@ -210,23 +212,23 @@ def of_another_run(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [None, Path.unlink, of_another_run], ids=["as it was", "gone", "of another run"])
-def test_other_settings_are_told(harm, finished, model_folder, tmp_path, monkeypatch, capsys):
-    """As the checkpoint knows them, whatever config.json says."""
+def test_changed_settings_of_a_resumed_run_are_printed(harm, finished, model_folder, tmp_path, monkeypatch, capsys):
+    """They are compared with those in the checkpoint, whatever config.json says."""
     out = shutil.copytree(finished, tmp_path / "run")
     if harm:
         harm(out / "config.json")
     run_main(monkeypatch, "--model", model_folder, "--out", out, *SMALL, "--steps", 2, "--resume", "--lr", 0.5)
-    assert "goes on with other settings than before: lr 0.0001 -> 0.5\n" in capsys.readouterr().out
+    assert "continues with other settings than before: lr 0.0001 -> 0.5\n" in capsys.readouterr().out
     assert json.loads((out / "config.json").read_text())["lr"] == 0.5
 
 
-def test_a_restart_by_torchrun_goes_on_by_itself(parity, model_folder, tmp_path, monkeypatch, capsys):
+def test_a_run_that_torchrun_restarts_resumes_by_itself(parity, model_folder, tmp_path, monkeypatch, capsys):
     flags = ["--model", model_folder, "--out", tmp_path, *SMALL]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    run_main(monkeypatch, *flags, "--steps", 1)  # killed before the first checkpoint: there is nothing to go on from
+    run_main(monkeypatch, *flags, "--steps", 1)  # killed before the first checkpoint: nothing to resume
     first = rows_of(tmp_path)[0]
     run_main(monkeypatch, *flags, "--steps", 2)
-    assert rows_of(tmp_path)[0] == first  # with its seconds: it was not made again
+    assert rows_of(tmp_path)[0] == first  # seconds included: it was not made again
     assert "other settings" not in capsys.readouterr().out
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     run_main(monkeypatch, *flags, "--steps", 1)
@@ -260,19 +262,19 @@ def test_a_refused_command_destroys_nothing(mistake, finished, model_folder, tmp
     check_refused_command_changes_nothing(mistake, finished, model_folder, tmp_path / "good", monkeypatch)
     assert (tmp_path / "good/.lock").read_bytes() == (finished / ".lock").read_bytes()
 
-    def not_seen_until_now(self, step):
-        raise UserError("seen too late")
+    def noticed_too_late(self, step):
+        raise UserError("noticed too late")
 
-    def touch_the_folder_first(config):
+    def changing_the_folder_first(config):
         checkpoints.prepare(Path(config.out), config, None)
 
-    monkeypatch.setattr(train_grpo, "check", touch_the_folder_first)
-    monkeypatch.setattr(train_grpo.Training, "step", not_seen_until_now)  # 5000 tokens would take long
+    monkeypatch.setattr(train_grpo, "check", changing_the_folder_first)
+    monkeypatch.setattr(train_grpo.Training, "step", noticed_too_late)  # 5000 tokens would take long
     caught(check_refused_command_changes_nothing, mistake, finished, model_folder, tmp_path / "broken", monkeypatch)
 
 
 def check_earlier_run(finished, model_folder, out, monkeypatch, capsys):
-    """A run is stopped in its first step: --resume must not go on from the run that was here before."""
+    """A run is stopped in its first step: --resume must not continue the run that was here before."""
     shutil.copytree(finished, out)
     flags = ["--model", model_folder, "--out", out, *SMALL]
 
@@ -293,21 +295,21 @@ def check_earlier_run(finished, model_folder, out, monkeypatch, capsys):
     assert snapshot(out) == before
 
 
-def test_a_stopped_run_does_not_go_on_from_the_one_before(finished, model_folder, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_does_not_continue_the_one_before(finished, model_folder, tmp_path, monkeypatch, capsys):
     check_earlier_run(finished, model_folder, tmp_path / "good", monkeypatch, capsys)
     monkeypatch.setattr(checkpoints, "prepare", lambda out, config, start: None)  # they stay where they are
     caught(check_earlier_run, finished, model_folder, tmp_path / "broken", monkeypatch, capsys)
 
 
 def check_first_new_checkpoint(finished, model_folder, out, monkeypatch):
-    """Whether the earlier run is still there when the files of each new folder are written, but not yet in place."""
+    """The earlier run is still there when the files of the first new checkpoint are written, but not yet in place."""
     shutil.copytree(finished, out)
     aside = out / "earlier-run"
     flags = ["--model", model_folder, "--out", out, *SMALL, "--steps", 2, "--seed", 7]
     still_there = []
     right = checkpoints.save_folder
 
-    def watched(folder, fill):
+    def recording(folder, fill):
         def filled(part):
             fill(part)
             still_there.append((folder.name, aside.exists()))
@@ -315,13 +317,15 @@ def check_first_new_checkpoint(finished, model_folder, out, monkeypatch):
         right(folder, filled)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_folder", watched)
+        patch.setattr(checkpoints, "save_folder", recording)
         run_main(patch, *flags)
-    assert still_there == [("checkpoint-000001", True), ("checkpoint-000002", False), ("policy", False)]
+    trial, *written = still_there
+    assert trial == ("trial", True)  # of `try_to_save`
+    assert written == [("checkpoint-000001", True), ("checkpoint-000002", False), ("policy", False)]
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-000001", "checkpoint-000002"]
 
 
-def test_earlier_checkpoints_stay_until_the_first_new_one_is_whole(finished, model_folder, tmp_path, monkeypatch):
+def test_earlier_checkpoints_stay_until_the_first_new_one_is_complete(finished, model_folder, tmp_path, monkeypatch):
     check_first_new_checkpoint(finished, model_folder, tmp_path / "good", monkeypatch)
     right = checkpoints.save
 
@@ -352,15 +356,15 @@ def test_a_disk_that_is_full_at_the_first_checkpoint_keeps_the_earlier_run(
 HOLDER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from parts.checkpoints import claim
+from parts.running.checkpoints import claim
 with claim(sys.argv[2]):
     print("held", flush=True)
     time.sleep(600)
 """
 
 
-def test_two_runs_in_one_folder_do_not_race(finished, model_folder, tmp_path, monkeypatch, capsys):
-    """Also after kill -9 of the one that held it the folder is free."""
+def test_two_runs_cannot_use_one_folder(finished, model_folder, tmp_path, monkeypatch, capsys):
+    """After kill -9 of the process that held the folder, it is free."""
     out = shutil.copytree(finished, tmp_path / "run")
     before = snapshot(out)
     flags = ["--model", model_folder, "--out", out, *SMALL, "--steps", 1]
@@ -380,23 +384,23 @@ def test_two_runs_in_one_folder_do_not_race(finished, model_folder, tmp_path, mo
 
 
 def check_claim(out, hold):
-    """This process holds the folder, and then lets go of it."""
+    """A folder is held once, and is free again afterwards."""
     with hold(out), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "), hold(out):
-        raise AssertionError("two hold it")
+        raise AssertionError("it is held twice")
     with hold(out):
         pass
 
 
-def test_a_folder_is_held_once_and_is_free_afterwards(tmp_path):
+def test_a_folder_is_held_by_one_process_and_is_free_afterwards(tmp_path):
     check_claim(tmp_path, claim)
     caught(check_claim, tmp_path, lambda out: contextlib.nullcontext())
 
 
-# ---------------------------------------------------------------- leftovers
+# ---------------------------------------------------------------- old files, other errors
 
 
-def test_a_new_checkpoint_is_never_the_one_that_goes(tmp_path, monkeypatch):
-    """After a restart that found only damaged checkpoints with larger numbers."""
+def test_a_new_checkpoint_is_never_the_one_that_is_removed(tmp_path, monkeypatch):
+    """That could happen after a restart that has found only damaged checkpoints with larger numbers."""
     for step in (9, 10):
         (checkpoint(tmp_path, step) / "x").write_text("rot")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -412,7 +416,7 @@ def test_a_new_checkpoint_is_never_the_one_that_goes(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000003"]
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
     def no_locks(*args):
         raise OSError(37, "No locks available")
 
@@ -421,7 +425,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         pass
 
 
-def test_weights_that_cannot_be_read_are_noticed_before_anything_is_set_aside(model_folder, tmp_path, monkeypatch):
+def test_weights_that_cannot_be_read_end_a_run_before_anything_is_moved(model_folder, tmp_path, monkeypatch):
     flags = ["--model", model_folder, "--out", tmp_path / "run", *SMALL, "--steps", 1]
     run_main(monkeypatch, *flags)
     before = snapshot(tmp_path / "run")
@@ -433,7 +437,7 @@ def test_weights_that_cannot_be_read_are_noticed_before_anything_is_set_aside(mo
     assert {name: after[name] for name in before} == before
 
 
-def test_a_disk_that_is_full_at_the_end_gives_one_line(model_folder, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_is_full_at_the_end_is_one_line(model_folder, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""The command line: a mistake is one line and status 2, whatever is typed."""
+"""The command line: a mistake is reported in one line, with status 2, whatever is typed."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from test_loop import run_main
 
 import tlt
 import train_grpo
-from parts.cli import UserError, parse_flags
+from parts.cli import UserError, parse_flags, reason
 from train_grpo import Config
 
 MISTAKES = [
@@ -25,6 +25,7 @@ MISTAKES = [
     (["--model", __file__], "this is a file"),
     (["--task", "sudoku"], "--task sudoku"),
     (["--prompts", 0], "--prompts 0"),
+    (["--samples", 1], "--samples 1"),
     (["--temperature", 0], "--temperature 0"),
     (["--lr", "nan"], "--lr nan"),
     (["--grad-clip", 0], "--grad-clip 0"),
@@ -32,14 +33,14 @@ MISTAKES = [
     (["--max-new", 5000], "context of 256"),
     (["--resume"], "no checkpoint"),
     (["--out", __file__], "cannot write"),
-    (["--task", "gsm8k", "--data", "no/such"], "no/such/"),
+    (["--task", "gsm8k", "--data", "no/such/folder"], "no/such/folder"),
     (["--task", "gsm8k"], "no trace form|cannot load"),
     (["--device", "cuda"], "no GPU"),
 ]
 
 
 @pytest.mark.parametrize("argv, words", MISTAKES, ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
-def test_mistakes_get_one_line_and_status_2(argv, words, model_folder, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line_and_status_2(argv, words, model_folder, tmp_path, monkeypatch, capsys):
     if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     model = [] if "--model" in argv else ["--model", model_folder]
@@ -93,8 +94,8 @@ def test_flags_become_a_config():
 # ---------------------------------------------------------------- --config
 
 
-def check_order(parse, path):
-    """The command line overrides the file, the file the demo's settings, these the defaults."""
+def check_precedence(parse, path):
+    """The command line overrides the file, the file the demo's settings, and these the defaults."""
     wanted = replace(Config(device="cpu"), lr=3e-5, kl=1.0, mask_truncated=True, steps=7)
     path.write_text(json.dumps({**asdict(wanted), "kl": 1}))  # a whole number is a number
     demo = ["--steps", "5", "--slots", "3", "--lr", "1.0"]
@@ -107,31 +108,31 @@ def check_order(parse, path):
     assert parse(["--lr", "0.25"], demo).lr == 0.25
 
 
-def test_a_file_with_settings_stands_between_defaults_and_flags(tmp_path):
+def test_a_file_with_settings_overrides_defaults_and_is_overridden_by_flags(tmp_path):
     def parse(argv, demo):
         return parse_flags(Config, "", argv, demo)
 
-    check_order(parse, tmp_path / "config.json")
-    caught(check_order, lambda argv, demo: parse(demo + argv, []), tmp_path / "config.json")
-    caught(check_order, lambda argv, demo: parse(argv, []), tmp_path / "config.json")
+    check_precedence(parse, tmp_path / "config.json")
+    caught(check_precedence, lambda argv, demo: parse(demo + argv, []), tmp_path / "config.json")
+    caught(check_precedence, lambda argv, demo: parse(argv, []), tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("script", [train_grpo, tlt])
-def test_what_a_run_wrote_repeats_it(script, model_folder, tmp_path, monkeypatch):
+def test_the_config_json_of_a_run_repeats_it(script, model_folder, tmp_path, monkeypatch):
     out = tmp_path / "first"
     flags = ["--prompts", 2, "--samples", 2, "--max-new", 9, "--device", "cpu", "--eval-every", 0, "--steps", 1]
     if script is tlt:
         flags += ["--workers", 1, "--warm-start", 0]
-    here(script, "--model", model_folder, "--out", out, *flags, monkeypatch=monkeypatch)
+    run_script(script, "--model", model_folder, "--out", out, *flags, monkeypatch=monkeypatch)
     seen = []
     monkeypatch.setattr(script, "train", lambda config, worker: seen.append(config))
-    here(script, "--config", out / "config.json", "--out", tmp_path / "second", monkeypatch=monkeypatch)
+    run_script(script, "--config", out / "config.json", "--out", tmp_path / "second", monkeypatch=monkeypatch)
     settings = asdict(seen[0])
     assert settings.pop("out") == str(tmp_path / "second")
     assert settings.items() <= json.loads((out / "config.json").read_text()).items()
 
 
-def here(script, *argv, monkeypatch) -> None:
+def run_script(script, *argv, monkeypatch) -> None:
     """Run a script in this process."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, argv)])
     script.main()
@@ -141,9 +142,9 @@ FILES = {
     "no JSON": "lr: 1",
     "a list": "[1, 2]",
     "null": "null",
-    "deep": "[" * 100_000,
+    "deeply nested": "[" * 100_000,
     "an unknown name": '{"lr": 0.1, "learning_rate": 0.1}',
-    "of another script": '{"drafter": "off"}',
+    "a setting of another script": '{"drafter": "off"}',
     "a text": '{"steps": "30"}',
     "not whole": '{"steps": 1.5}',
     "true as a number": '{"steps": true}',
@@ -157,7 +158,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("text", FILES.values(), ids=FILES)
-def test_a_file_that_holds_no_settings_is_one_line(text, tmp_path, monkeypatch, capsys):
+def test_a_file_without_valid_settings_is_one_line(text, tmp_path, monkeypatch, capsys):
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(SystemExit) as end:
@@ -167,7 +168,7 @@ def test_a_file_that_holds_no_settings_is_one_line(text, tmp_path, monkeypatch, 
     assert line.startswith(("train_grpo.py: --config ", "train_grpo.py: --steps 0", "train_grpo.py: --lr nan"))
 
 
-def test_a_file_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_missing_file_is_one_line(tmp_path, monkeypatch, capsys):
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(SystemExit) as end:
             run_main(monkeypatch, "--config", path)
@@ -192,3 +193,12 @@ def test_any_file_is_a_config_or_a_mistake(tmp_path_factory, content):
     else:
         assert config.device == "cpu"
         assert math.isfinite(config.lr)
+
+
+# ---------------------------------------------------------------- reasons
+
+
+def test_a_reason_is_one_line_and_never_empty():
+    assert reason(RuntimeError("Errors in loading:\n\tsize mismatch")) == "Errors in loading: size mismatch"
+    assert reason(KeyError()) == "KeyError"
+    assert len(reason(ValueError("long " * 1000))) == 300

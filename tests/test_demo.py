@@ -1,4 +1,4 @@
-"""What the demo runs on which machine. GPUs and the model hub are faked."""
+"""What the demo runs on which machine. The GPUs and the model hub are faked."""
 
 import re
 from types import MethodType, SimpleNamespace
@@ -6,8 +6,7 @@ from types import MethodType, SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, caught
-from test_group import fake_gpus
+from conftest import ROOT, caught, fake_gpus
 from transformers import AutoModelForCausalLM
 
 from parts.cli import UserError, parse_flags
@@ -28,8 +27,8 @@ CARDS = {
 }
 
 
-def machine(monkeypatch, cards: list[str], hub: bool = True) -> None:
-    """A machine with these GPUs; hub: whether it answers."""
+def fake_machine(monkeypatch, cards: list[str], hub: bool | None = True) -> None:
+    """Fake a machine with these GPUs. hub: whether the model hub answers; None: it must not be asked."""
     fake_gpus(monkeypatch, len(cards))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: cards[i])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=CARDS[cards[i]]))
@@ -43,12 +42,12 @@ def machine(monkeypatch, cards: list[str], hub: bool = True) -> None:
 
 
 def settings(*argv) -> TLTConfig:
-    """Of a demo with these flags by hand, as tlt.main parses them."""
+    """Return the settings of a demo with these flags given by hand, parsed as tlt.main does."""
     argv = list(map(str, argv))
     return parse_flags(TLTConfig, "", demo.demo_flags(argv) + argv)
 
 
-def test_without_a_gpu_it_is_the_tiny_policy(monkeypatch, capsys):
+def test_without_a_gpu_the_demo_runs_the_tiny_policy(monkeypatch, capsys):
     fake_gpus(monkeypatch, 0)
     sizes = {"max_new": 960, "prompts": 5, "samples": 8, "steps": 54}
     wanted = TLTConfig(model="base", device="cpu", workers=2, lr=2e-4, eval_every=54, save_every=9, **sizes)
@@ -65,8 +64,8 @@ def test_without_a_gpu_it_is_the_tiny_policy(monkeypatch, capsys):
         (["H100"], None, ["--device", "cpu"], "--device cpu was given"),
     ],
 )
-def test_else_the_tiny_policy_with_a_reason(cards, hub, argv, why, monkeypatch, capsys):
-    machine(monkeypatch, cards, hub)
+def test_if_no_model_can_be_had_the_demo_runs_the_tiny_policy_and_says_why(cards, hub, argv, why, monkeypatch, capsys):
+    fake_machine(monkeypatch, cards, hub)
     assert (settings(*argv).model, settings(*argv).device) == ("base", "cpu")
     assert why in capsys.readouterr().out
 
@@ -75,7 +74,7 @@ def test_else_the_tiny_policy_with_a_reason(cards, hub, argv, why, monkeypatch, 
     "cards, argv, model, shard",
     [
         (["H100"], [], "3B", False),
-        (["H100", "L40S"], [], "1.5B", False),  # the smallest decides
+        (["H100", "L40S"], [], "1.5B", False),  # the smallest GPU counts
         (["H100"], ["--workers-per-gpu", 2], "1.5B", False),
         (["A100-40"], [], "1.5B", False),
         (["4090"] * 4, [], "1.5B", True),
@@ -84,7 +83,7 @@ def test_else_the_tiny_policy_with_a_reason(cards, hub, argv, why, monkeypatch, 
     ],
 )
 def test_the_model_is_the_largest_that_fits(cards, argv, model, shard, monkeypatch, capsys):
-    machine(monkeypatch, cards)
+    fake_machine(monkeypatch, cards)
     config = settings(*argv)
     text = capsys.readouterr().out
     assert config.model == f"Qwen/Qwen2.5-{model}"
@@ -97,14 +96,14 @@ def test_the_model_is_the_largest_that_fits(cards, argv, model, shard, monkeypat
     assert max(map(len, text.splitlines())) <= 110
 
 
-def test_what_is_given_by_hand_wins(monkeypatch):
-    machine(monkeypatch, ["H100"])
+def test_flags_given_by_hand_override_the_demos(monkeypatch):
+    fake_machine(monkeypatch, ["H100"])
     config = settings("--steps", 3, "--max-new", 200, "--prompt-style", "chat")
     assert (config.steps, config.max_new, config.prompt_style) == (3, 200, "chat")
 
 
-def test_a_folder_needs_no_hub(model_folder, monkeypatch, capsys):
-    machine(monkeypatch, ["T4"], hub=None)
+def test_the_hub_is_not_asked_about_a_folder(model_folder, monkeypatch, capsys):
+    fake_machine(monkeypatch, ["T4"], hub=None)
     config = settings("--model", model_folder)
     assert (config.model, config.device, config.task) == (str(model_folder), "auto", "countdown-hard")
     assert config.micro_tokens == 16384
@@ -115,7 +114,7 @@ def test_a_folder_needs_no_hub(model_folder, monkeypatch, capsys):
 
 
 def test_a_folder_without_a_language_model_is_one_line(tmp_path, monkeypatch):
-    machine(monkeypatch, ["T4"], hub=None)
+    fake_machine(monkeypatch, ["T4"], hub=None)
     for text in ("no JSON", '{"model_type": "t5"}'):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=f"--model {tmp_path}"):
@@ -129,7 +128,7 @@ ROW = re.compile(
 
 
 def check_page(page: str) -> None:
-    """The table of what the demo takes."""
+    """The page's table says what the demo takes."""
     lines = ROW.findall(page)
     assert len(lines) == 6
     for name, size, *line in lines:
@@ -138,7 +137,7 @@ def check_page(page: str) -> None:
         assert line == [model, f"{found.taken / GB:.0f}", f"{found.micro_tokens:,}", str(found.rows)], name
 
 
-def test_the_table_of_the_page_is_what_the_demo_takes():
+def test_the_table_in_the_docs_is_what_the_demo_takes():
     check_page(PAGE)
     caught(check_page, PAGE.replace("142", "141"))
 
@@ -147,7 +146,7 @@ def test_the_table_of_the_page_is_what_the_demo_takes():
 
 
 def check_rows_are_those_of_the_engine(plan):
-    """What is promised is what a run finds: the engine's own count on a GPU of that size, with all that lies there."""
+    """The planned number of sequences is what the engine counts on a GPU of that size, beside all that lies there."""
     for candidate in demo.MODELS[:2] + demo.MODELS[3:]:
         for gpu in CARDS.values():
             found = plan(candidate.config, gpu)
@@ -162,13 +161,13 @@ def check_rows_are_those_of_the_engine(plan):
             engine = SimpleNamespace(model=model, slots=4096, slots_wanted=4096, proposers={"eagle": None})
             engine.slot_bytes = MethodType(Engine.slot_bytes, engine)
             engine.keep_hidden = True
-            engine.max_logits = 0  # they are among what CUDA takes
+            engine.max_logits = 0  # these logits are among CUDA_BYTES
             engine.reserve_bytes = layout.update_bytes(model, found.micro_tokens) + layout.moment_bytes(model)
             free = gpu - demo.CUDA_BYTES - 6 * found.weights - 18 * drafter
-            room = demo.PROMPT + demo.MAX_NEW + 17
+            max_len = demo.PROMPT + demo.MAX_NEW + 17
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("rollout.free_memory", lambda device, free=free: free)
-                assert Engine.affordable(engine, room) == min(4096, found.rows)
+                assert Engine.affordable(engine, max_len) == min(4096, found.rows)
 
 
 def test_the_demo_counts_as_a_run_does(monkeypatch):
@@ -183,6 +182,6 @@ def test_the_demo_counts_as_a_run_does(monkeypatch):
 
 
 @pytest.mark.parametrize("i, billions", [(0, 3.09), (1, 1.54), (3, 0.494)])
-def test_the_models_are_as_large_as_they_say(i, billions):
+def test_the_sizes_of_the_models_are_right(i, billions):
     found = demo.plan(demo.MODELS[i].config, 200 * GB)
     assert found.weights / 1e9 == pytest.approx(billions, rel=3e-3)

@@ -1,4 +1,4 @@
-"""Runs with two workers that are interrupted, hang or are killed: no process is left behind, and they can be resumed."""
+"""Runs with two workers that are interrupted, hang or are killed: no process is left, and the run can be resumed."""
 
 import os
 import signal

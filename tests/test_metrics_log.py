@@ -1,5 +1,6 @@
-"""--track: what a run sends to TensorBoard is what it writes into metrics.jsonl. And the hook for each row."""
+"""metrics.jsonl and --track: a tracker gets the same numbers as the file, each row once, from one worker."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -7,10 +8,10 @@ import pytest
 from conftest import LEARN, caught, finish, launch, rows_of
 from test_loop import SMALL, Parity, run_main
 
-import report as journal
 import train_grpo
 from parts.cli import UserError
-from parts.running.metrics_log import open_tracker, scalars
+from parts.running import metrics_log
+from parts.running.metrics_log import MetricsLog, open_tracker, scalars
 from report import RunReport
 from train_grpo import Config
 
@@ -32,64 +33,87 @@ def check_names(scalars):
 
 def test_rows_become_named_numbers():
     check_names(scalars)
-    caught(check_names, lambda row: scalars({**row, "eval": {}}))  # as if all were evaluations
+    caught(check_names, lambda row: scalars({**row, "eval": {}}))  # as if all rows were evaluations
     caught(check_names, lambda row: scalars({"reward" if name == "eval" else name: v for name, v in row.items()}))
 
 
-# ---------------------------------------------------------------- the hook
+# ---------------------------------------------------------------- which rows, from which worker
 
 
-class Fake:
-    """A tracker that keeps what it is told."""
+class FakeTracker:
+    """A tracker that keeps what it gets."""
 
     def __init__(self):
-        self.told = []
-        self.finished = False
+        self.logged = []
 
     def log(self, values, step):
-        self.told.append((step, values))
-
-    def finish(self):
-        self.finished = True
+        self.logged.append((step, values))
 
 
 def check_rank(writes: bool, out, monkeypatch):
-    """Only the worker that writes has a tracker, and tells it each row once."""
-    tracker = Fake()
-    monkeypatch.setattr(journal, "open_tracker", lambda config, first_step: tracker)
-    kept = RunReport(Config(out=str(out), device="cpu"), [], 0, writes)
-    kept.keep({"step": 1, "reward": 0.5})
-    kept.evaluation({**EVALUATION, "problems": 1, "seconds": 0.0})
-    kept.bar.close()
-    assert [step for step, _ in tracker.told] == ([1, 3] if writes else [])
+    """Only the worker that writes has a tracker, which gets each row once."""
+    tracker = FakeTracker()
+    monkeypatch.setattr(metrics_log, "open_tracker", lambda config, first_step: tracker)
+    report = RunReport(Config(out=str(out), device="cpu"), [], 0, writes)
+    report.add_row({"step": 1, "reward": 0.5})
+    report.add_evaluation({**EVALUATION, "problems": 1, "seconds": 0.0})
+    report.bar.close()
+    assert [step for step, _ in tracker.logged] == ([1, 3] if writes else [])
 
 
-def test_rank_0_alone_tracks(tmp_path, monkeypatch):
+def test_only_rank_0_has_a_tracker(tmp_path, monkeypatch):
     check_rank(True, tmp_path, monkeypatch)
     check_rank(False, tmp_path, monkeypatch)
-    right = RunReport.keep
+    right = RunReport.add_row
 
-    def everywhere(self, row):
+    def on_every_worker(self, row):
         right(self, row)
-        (self.tracker or journal.open_tracker(None, 0)).log(row, row["step"])
+        tracker = self.log.tracker if self.log else metrics_log.open_tracker(None, 0)
+        tracker.log(row, row["step"])
 
-    monkeypatch.setattr(RunReport, "keep", everywhere)
+    monkeypatch.setattr(RunReport, "add_row", on_every_worker)
     caught(check_rank, False, tmp_path, monkeypatch)
 
 
-def test_a_fork_hears_of_every_row(model_folder, tmp_path, monkeypatch):
-    heard = []
-    monkeypatch.setattr(RunReport, "on_row", lambda self, row: heard.append(row))
+def test_every_row_is_written_by_one_function(model_folder, tmp_path, monkeypatch):
+    """So that a row can be sent elsewhere by a change in one place."""
+    written = []
+    right = MetricsLog.write
+
+    def write(self, row):
+        written.append(row)
+        right(self, row)
+
+    monkeypatch.setattr(MetricsLog, "write", write)
     flags = [*SMALL, "--steps", 2, "--eval-every", 2]
     run_main(monkeypatch, "--model", model_folder, "--out", tmp_path, *flags)
-    assert heard == rows_of(tmp_path)
-    assert [row["step"] for row in heard] == [0, 1, 2, 2]
+    assert written == rows_of(tmp_path)
+    assert [row["step"] for row in written] == [0, 1, 2, 2]
+
+
+def check_valid_json(out):
+    """Numbers that are not finite become null, since JSON has no NaN."""
+
+    def no_json(name):
+        raise AssertionError(name)
+
+    log = MetricsLog(Config(out=str(out), device="cpu"), [], 0)
+    log.write({"step": 1, "loss": float("nan"), "seconds": {"step": float("inf")}, "acceptance": [0.5, float("nan")]})
+    log.close()
+    row = json.loads((out / "metrics.jsonl").read_text(), parse_constant=no_json)
+    assert row == {"step": 1, "loss": None, "seconds": {"step": None}, "acceptance": [0.5, None]}
+
+
+def test_metrics_are_valid_json(tmp_path, monkeypatch):
+    check_valid_json(tmp_path)
+    monkeypatch.setattr(metrics_log, "to_json", json.dumps)
+    caught(check_valid_json, tmp_path)
 
 
 # ---------------------------------------------------------------- mistakes
 
 
-def test_a_missing_package_is_one_line_before_anything_is_touched(model_folder, tmp_path, monkeypatch, capsys):
+def test_a_missing_package_is_one_line_before_anything_is_written(model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in ("tensorboard", "wandb"):
         with pytest.raises(SystemExit) as end:
@@ -109,7 +133,7 @@ def test_an_unknown_tracker_is_refused(monkeypatch, capsys):
 
 
 def test_a_tracker_that_does_not_start_is_one_line(tmp_path, monkeypatch):
-    """No login, no network."""
+    """Such as one without a login or a network."""
 
     def refuse(self):
         raise RuntimeError("api key not configured\n(no-tty). call wandb.login()")
@@ -125,7 +149,7 @@ def test_a_tracker_that_does_not_start_is_one_line(tmp_path, monkeypatch):
 
 
 def events(out) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a run: name -> (step, value)s."""
+    """Return what TensorBoard shows of a run: name -> (step, value) pairs."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(out / "tensorboard"))
@@ -134,7 +158,7 @@ def events(out) -> dict[str, list[tuple[int, float]]]:
 
 
 def check_events(out, shown):
-    """Every number of metrics.jsonl, once."""
+    """TensorBoard shows every number of metrics.jsonl, once."""
     wanted: dict[str, list[tuple[int, float]]] = {}
     for row in rows_of(out):
         for name, value in scalars(row).items():
@@ -143,7 +167,7 @@ def check_events(out, shown):
     assert shown == wanted
 
 
-def test_tensorboard_shows_a_run_and_what_was_made_again_once(model_folder, tmp_path, monkeypatch):
+def test_tensorboard_shows_every_step_once_also_those_that_were_made_again(model_folder, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setattr(train_grpo, "make_task", lambda *args: Parity())
     flags = ["--model", model_folder, "--out", tmp_path, *SMALL, "--eval-every", 1, "--track", "tensorboard"]
@@ -158,13 +182,13 @@ def test_tensorboard_shows_a_run_and_what_was_made_again_once(model_folder, tmp_
     assert [row["step"] for row in rows_of(tmp_path)] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
     check_events(tmp_path, events(tmp_path))
 
-    run_main(monkeypatch, *flags, "--steps", 1)  # a new run: nothing of the earlier one is left
+    run_main(monkeypatch, *flags, "--steps", 1)  # a new run: the files of the earlier one are removed
     check_events(tmp_path, events(tmp_path))
 
 
-def test_a_team_is_tracked_once(able, tmp_path):
+def test_a_run_of_two_workers_is_tracked_once(chain_policy, tmp_path):
     pytest.importorskip("tensorboard")
     flags = (*LEARN, "--workers", 2, "--steps", 1, "--eval-every", 0, "--track", "tensorboard")
-    finish(launch(able, tmp_path, *flags))
+    finish(launch(chain_policy, tmp_path, *flags))
     check_events(tmp_path, events(tmp_path))
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1

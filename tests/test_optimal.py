@@ -54,7 +54,8 @@ def test_budgets_are_kept_and_the_best_is_found():
     rng = np.random.default_rng(0)
     bins = np.repeat(np.arange(5), 40)
     folds = np.tile([0, 1], 100)
-    right = {"cheap": (rng.random(200) < 0.5).astype(float), "expensive": np.ones(200), "odd": (bins == 2).astype(float)}
+    cheap = (rng.random(200) < 0.5).astype(float)
+    right = {"cheap": cheap, "expensive": np.ones(200), "odd": (bins == 2).astype(float)}
     cost = {"cheap": np.full(200, 1.0), "expensive": np.full(200, 10.0), "odd": np.full(200, 2.0)}
     _, paid, chosen = compute_optimal(right, cost, bins, folds, 3.0)
     assert paid.mean() <= 3.0

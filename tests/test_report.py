@@ -1,4 +1,4 @@
-"""What a run tells: the clock, the timelines, idle time, rows and summaries."""
+"""What a run reports: timers, timelines, idle time, rows of metrics, summaries, pictures."""
 
 import itertools
 import json
@@ -11,66 +11,71 @@ from conftest import caught
 from hypothesis import given
 from hypothesis import strategies as st
 
-import report
 from parts.engine.interfaces import Response, Stats
-from parts.running.pictures import gantt, trace
+from parts.running import timers
+from parts.running.pictures import draw_curves, draw_timeline, gantt, trace
 from parts.running.timers import Span, WorkerTimer
-from report import SpeculationStats, describe, evaluation, model_card, pass_at_k, speculation, summarise
+from report import (
+    SpeculationStats,
+    evaluation,
+    metrics_row,
+    model_card,
+    pass_at_k,
+    speculation_figures,
+    summarise,
+)
 from tasks import Grade
 from train_grpo import Config
 
 
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=8))
-def test_a_clock_accounts_for_every_second(durations):
-    class Time:
+def test_a_timer_accounts_for_every_second(durations):
+    class FakeTime:
         now = 100.0
 
         def time(self):
             return self.now
 
-    fake = Time()
-    right = report.time
-    report.time = fake
-    try:
+    fake = FakeTime()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timers, "time", fake)
         timer = WorkerTimer()
         for i, seconds in enumerate(durations):
             timer.enter(f"state {i % 3}")
             fake.now += seconds
-        spans = timer.take()
-    finally:
-        report.time = right
+        spans = timer.take_spans()
     assert math.isclose(sum(span.seconds for span in spans), sum(durations), abs_tol=1e-6)
     assert all(a.end == b.start for a, b in zip(spans, spans[1:]))
 
 
-def test_a_clock_gives_signs_of_life():
-    heard = []
-    timer = WorkerTimer(heard.append)
+def test_a_timer_sends_heartbeats():
+    states = []
+    timer = WorkerTimer(states.append)
     for state in ("rollout", "rollout", "idle"):
         timer.enter(state)
-    assert heard == ["rollout", "rollout", "idle"]
+    assert states == ["rollout", "rollout", "idle"]
 
 
-def test_a_clock_knows_how_many_rows_ran():
-    """A new span begins where their number changes; what does not name it keeps it."""
+def test_a_timer_records_how_many_sequences_ran():
+    """A new span begins where their number changes; a call without the number keeps it within a rollout."""
     timer = WorkerTimer()
     for state, rows in (("rollout", None), ("rollout", 8), ("rollout", 8), ("rollout", 3), ("reward", None)):
         timer.enter(state, rows)
-    spans = [(span.state, span.rows) for span in timer.take()]
+    spans = [(span.state, span.rows) for span in timer.take_spans()]
     assert spans == [("idle", 0), ("rollout", 0), ("rollout", 8), ("rollout", 3), ("reward", 3)]
-    for state in ("update", "rollout"):  # the next rollout has no rows yet
+    for state in ("update", "rollout"):  # the next rollout has no sequences yet
         timer.enter(state)
-    assert [(span.state, span.rows) for span in timer.take()] == [("reward", 3), ("update", 0), ("rollout", 0)]
+    assert [(span.state, span.rows) for span in timer.take_spans()] == [("reward", 3), ("update", 0), ("rollout", 0)]
 
 
-def test_gantt_shows_what_held_most_of_each_moment():
+def test_a_timeline_shows_the_state_that_took_most_of_each_moment():
     spans = [Span("rollout", 0, 5), Span("idle", 5, 8), Span("update", 8, 10)]
     assert gantt(spans, 0, 10, 10) == "#####...uu"
 
 
 # ---------------------------------------------------------------- speculation and idle time
 
-NOTES = SpeculationStats(10, 5, 20, 60, 80, [20, 15, 0], [15, 10, 0], 4, 2.0)
+STATS = SpeculationStats(10, 5, 20, 60, 80, [20, 15, 0], [15, 10, 0], 4, 2.0)
 WORKERS = [
     [Span("rollout", 0, 4), Span("drafter", 4, 10.1), Span("update", 10.1, 12)],
     [Span("speculative", 0, 9), Span("reward", 9, 10), Span("idle", 10, 10.2), Span("update", 10.2, 12)],
@@ -78,41 +83,41 @@ WORKERS = [
 
 
 def check_idle_time(row: dict):
-    """Two workers: one trains the drafter from 4 to 10.1, while the other generates until 10. Of 6.3 idle seconds 6.1
-    are used, and training ends 0.1 s after the last response.
+    """One of two workers trains its drafter from 4 to 10.1 s, while the other one generates until 10. Of 6.3 idle
+    seconds 6.1 are used, and training ends 0.1 s after the last response.
     """
     assert math.isclose(row["reclaimed"], 6.1 / 6.3)
     assert math.isclose(row["preempted"], 0.1, abs_tol=1e-9)
 
 
 def test_idle_time_by_hand():
-    check_idle_time(speculation(WORKERS, [NOTES, NOTES])["drafter"])
+    check_idle_time(speculation_figures(WORKERS, [STATS, STATS])["drafter"])
     first, second = WORKERS
-    caught(check_idle_time, speculation([first[:1] + second[2:], first], [NOTES, NOTES])["drafter"])
+    caught(check_idle_time, speculation_figures([first[:1] + second[2:], first], [STATS, STATS])["drafter"])
 
 
 def test_speculation_by_hand():
-    row = speculation(WORKERS, [NOTES, NOTES])
+    row = speculation_figures(WORKERS, [STATS, STATS])
     assert row["speculation"] == {"tokens_per_round": 3.0, "k": 4.0, "share": 0.5, "acceptance": [0.75, 10 / 15, None]}
     assert row["drafter"]["steps"] == 8
     assert row["drafter"]["loss"] == 0.5
-    assert speculation(WORKERS, [None, None]) == {}
+    assert speculation_figures(WORKERS, [None, None]) == {}
 
 
-def test_notes_add_up_rollouts():
-    notes = SpeculationStats()
+def test_the_rollouts_of_a_step_are_summed():
+    total = SpeculationStats()
     stats = Stats(rounds=3, spec_rounds=2, spec_sequence_rounds=5, spec_tokens=9, spec_drafts=8)
-    notes.add_rollout(stats)
-    notes.add_rollout(stats)
-    assert (notes.rounds, notes.spec_rounds, notes.spec_sequence_rounds) == (6, 4, 10)
-    assert (notes.spec_tokens, notes.spec_drafts) == (18, 16)
+    total.add_rollout(stats)
+    total.add_rollout(stats)
+    assert (total.rounds, total.spec_rounds, total.spec_sequence_rounds) == (6, 4, 10)
+    assert (total.spec_tokens, total.spec_drafts) == (18, 16)
 
 
 # ---------------------------------------------------------------- rows
 
 
 def step_of(rewards: list[list[float]], lengths: list[int], stopped: list[bool]):
-    """Responses with these grades, lengths and ends -> (responses, rewards)."""
+    """Return responses with these rewards, lengths and ends, and the rewards as a tensor."""
     responses = []
     grades = [reward for group in rewards for reward in group]
     for i, (reward, length, end) in enumerate(zip(grades, lengths, stopped)):
@@ -121,11 +126,11 @@ def step_of(rewards: list[list[float]], lengths: list[int], stopped: list[bool])
     return responses, torch.tensor(rewards)
 
 
-def check_description(describe):
-    """Three groups of two; in two of them the rewards are equal. The last response is truncated."""
+def check_row(metrics_row):
+    """There are three groups of two; in two of them the rewards are equal. The last response is truncated."""
     grades = [[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]]
     responses, rewards = step_of(grades, [2, 4, 6, 8, 10, 12], [True] * 5 + [False])
-    row = describe(7, responses, rewards, {"loss": 0.5}, WORKERS, [NOTES, NOTES])
+    row = metrics_row(7, responses, rewards, {"loss": 0.5}, WORKERS, [STATS, STATS])
     assert (row["step"], row["reward"], row["solved"], row["zero_variance_groups"]) == (7, 0.5, pytest.approx(2 / 3), 2)
     assert (row["lenient"], row["truncated"], row["tokens"], row["loss"]) == (1.0, 1 / 6, 42, 0.5)
     assert row["length"] == {"mean": 7.0, "p50": 8, "p95": 12, "p99": 12, "max": 12}
@@ -139,22 +144,22 @@ def check_description(describe):
     assert row["drafter"]["steps"] == 8
 
 
-def test_a_step_by_hand():
-    check_description(describe)
+def test_the_row_of_a_step_by_hand():
+    check_row(metrics_row)
 
-    def of_the_first_worker(step, responses, rewards, stats, spans, notes):
-        return describe(step, responses, rewards, stats, spans[:1], notes)
+    def of_the_first_worker(step, responses, rewards, stats, spans, speculation):
+        return metrics_row(step, responses, rewards, stats, spans[:1], speculation)
 
-    def groups_the_other_way(step, responses, rewards, *rest):
-        return describe(step, responses, rewards.T, *rest)
+    def with_transposed_groups(step, responses, rewards, *rest):
+        return metrics_row(step, responses, rewards.T, *rest)
 
-    caught(check_description, of_the_first_worker)
-    caught(check_description, groups_the_other_way)
+    caught(check_row, of_the_first_worker)
+    caught(check_row, with_transposed_groups)
 
 
 def test_equal_digests_mean_equal_tokens():
     def digest(responses) -> int:
-        return describe(1, responses, rewards, {}, WORKERS, [None, None])["digest"]
+        return metrics_row(1, responses, rewards, {}, WORKERS, [None, None])["digest"]
 
     responses, rewards = step_of([[1.0, 0.0]], [3, 5], [True, True])
     first = digest(responses)
@@ -167,7 +172,7 @@ def test_equal_digests_mean_equal_tokens():
 
 
 def check_pass_at_k(estimator):
-    """Against all draws of k samples out of 5."""
+    """The estimate equals the mean over all draws of k samples out of 5."""
     for right in range(6):
         for k in range(1, 6):
             draws = list(itertools.combinations([1] * right + [0] * (5 - right), k))
@@ -184,7 +189,7 @@ def responses(*grades: bool) -> list[Response]:
     return [Response(0, i, [1], [2, 3], None, True, grade=Grade(good, True)) for i, good in enumerate(grades)]
 
 
-def test_an_evaluation_by_hand():
+def test_the_row_of_an_evaluation_by_hand():
     row = evaluation(5, responses(True, False, False, False), 2, 1.5)
     assert row["eval"] == {"pass@1": 0.25, "pass@2": 0.5}
     assert row["lenient"] == 1.0
@@ -196,7 +201,7 @@ def step_row(step: int) -> dict:
     return {"step": step, "seconds": seconds, "speculation": {"share": 0.5, "tokens_per_round": 3.0, "k": 4.0}}
 
 
-def test_summary_and_card_tell_the_runs_figures():
+def test_summary_and_model_card_show_the_figures_of_the_run():
     first = evaluation(0, responses(False, True), 2, 1.0)
     last = evaluation(2, responses(True, True), 2, 1.0)
     config = replace(Config(device="cpu"), out="somewhere")
@@ -209,7 +214,7 @@ def test_summary_and_card_tell_the_runs_figures():
     assert "3.00 tokens per round" in card
 
 
-def test_a_run_without_steps_or_evaluations_can_be_told():
+def test_a_run_without_steps_or_evaluations_has_a_summary():
     config = Config(device="cpu")
     assert "0 steps in 0 s" in summarise([], config)["text"]
     assert "0 GRPO steps" in model_card([], config)
@@ -220,8 +225,8 @@ def test_a_run_without_steps_or_evaluations_can_be_told():
 def test_pictures_are_drawn(metrics, tmp_path):
     for row in metrics:
         row.update(reward=0.5, length={"mean": 1, "p50": 1, "p95": 1, "max": 1})
-    report.draw_curves(metrics, tmp_path / "curves.png", Config(device="cpu"))
+    draw_curves(metrics, tmp_path / "curves.png", Config(device="cpu"))
     counted = [[span._replace(rows=7) for span in worker] for worker in WORKERS]
-    report.draw_timeline({"one": WORKERS, "two": counted}, tmp_path / "timeline.png")
+    draw_timeline({"one": WORKERS, "two": counted}, tmp_path / "timeline.png")
     assert (tmp_path / "curves.png").exists()
     assert (tmp_path / "timeline.png").exists()

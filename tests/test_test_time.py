@@ -85,7 +85,7 @@ def test_lookahead_of_no_steps_is_beam_search(solver):
 
 
 def run_by_hand(strategy, extend):
-    """Run a strategy with a function from attempt to attempt instead of a model -> (attempts, its lists of requests)."""
+    """Run a strategy with a function that extends an attempt instead of a model -> (attempts, lists of requests)."""
     search = strategy(hash)
     history = []
     results = None
@@ -242,7 +242,9 @@ def test_sampling_noise_that_restarts_gives_another_response(solver):
         list(solver.engine.generate([Group(0, prompt + [5] * 48, [1], 48)], Sampling(max_new=48)))
 
 
-@pytest.mark.parametrize("strategy", [partial(parallel, n=1), partial(beam, n=1, m=1), partial(beam, n=1, m=1, lookahead=1)])
+@pytest.mark.parametrize(
+    "strategy", [partial(parallel, n=1), partial(beam, n=1, m=1), partial(beam, n=1, m=1, lookahead=1)]
+)
 @pytest.mark.parametrize("which", ["solver", "speculative"])
 def test_ledger_equals_an_independent_count(strategy, which, monkeypatch, request):
     """With one sequence nothing is padded: the policy tokens in the ledger are exactly those that the model was fed."""
@@ -301,7 +303,7 @@ def plain_features(policy, response, start, ends):
 
 
 def test_step_features_are_those_of_a_plain_forward(solver):
-    """Responses of unequal length, some with their first steps in the prompt, against the stock model, one at a time."""
+    """Responses of unequal length, some with first steps in the prompt, against the stock model, one at a time."""
     prompts = [solver.encode(problem) for problem in PROBLEMS]
     whole = list(solver.generate([Group(i, prompt, [1, 2]) for i, prompt in enumerate(prompts)]))
     long = [r for r in whole if len(r.tokens) > 3]

@@ -58,7 +58,7 @@ def claim(out) -> Iterator[None]:
     path = Path(out) / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115 (closed below)
+        file = open(path, "a+", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"--out {out}: {cannot_write(out, error)}") from error
     with file:
@@ -234,9 +234,9 @@ def save(
             also(part)
         torch.save(moments, part / "optimizer.pt")
         state = {"format": FORMAT, "step": step, "config": asdict(config) if config else {}, "metrics": metrics}
-        (part / "state.json").write_text(to_json(state))
+        (part / "state.json").write_text(to_json(state), encoding="utf-8")
         sums = {name: checksum(part / name) for name in files_of(part)}
-        (part / "checksums.json").write_text(json.dumps(sums))
+        (part / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
 
     try:
         save_folder(folder, fill)
@@ -268,7 +268,7 @@ def checksum(path: Path) -> str:
 def damage(folder: Path) -> str:
     """Return what is wrong with a checkpoint, as text; empty if it is intact."""
     try:
-        sums = json.loads((folder / "checksums.json").read_text())
+        sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
         files = set(files_of(folder)) - {"checksums.json"}
         if files != sums.keys():
             return "missing or unknown: " + ", ".join(sorted(files ^ sums.keys()))
@@ -281,9 +281,14 @@ def damage(folder: Path) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps that were done when a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def read_state(checkpoint: Path) -> dict:
     """Return the content of state.json of a checkpoint."""
-    return json.loads((checkpoint / "state.json").read_text())
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
 def newest(out: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:

@@ -43,7 +43,7 @@ class MetricsLog:
 
     def write(self, row: dict) -> None:
         """Write a row, of a step or of an evaluation (which has the key "eval"). Add here what else should get it."""
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(to_json(row) + "\n")
         if self.tracker:
             self.tracker.log(scalars(row), step=row["step"])

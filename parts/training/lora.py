@@ -92,7 +92,7 @@ def save(folder: Path, model) -> None:
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.name_or_path, "r": rank}
     names = sorted({name.split(".")[-1] for name in layers_of(model)})
     settings |= {"lora_alpha": 2 * rank, "lora_dropout": 0.0, "bias": "none", "target_modules": names}
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=1))
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 @torch.no_grad()
