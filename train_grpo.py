@@ -17,9 +17,8 @@ One step:
     cispo     as dapo                                         as grpo             MiniMax-M1, 2506.13585 (4)
 
     (1) no bias towards short right and long wrong answers   (2) every token counts the same
-    (3) rho is the ratio of the whole response, the geometric mean of its tokens' (parts/training/losses.py). Equals
-    grpo
-        in the first update of a rollout, where rho = 1, so always with one update per rollout
+    (3) rho is the ratio of the whole response, the geometric mean of its tokens' (parts/training/losses.py). It equals
+        grpo in the first update of a rollout, where rho = 1, so always with one update per rollout
     (4) w * clip(rho) A log p instead of w * min(...), no gradient through clip(rho): no token is left out. Its gradient
         equals dapo's in the first update of a rollout
 

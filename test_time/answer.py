@@ -28,10 +28,8 @@ def answer(config: Config) -> None:
     problem = Problem(config.prompt, config.prompt, None)
     solver.encode(problem)  # raises UserError for a symbol that the tokenizer does not have
     if not solver.verifiers and config.strategy not in ("majority", "greedy"):
-        raise UserError(
-            f"--strategy {config.strategy}: {config.model} has no verifier (`python -m test_time learn`); "
-            "only majority and greedy work without one"
-        )
+        need = f"{config.model} has no verifier (`python -m test_time learn`)"
+        raise UserError(f"--strategy {config.strategy}: {need}; only majority and greedy work without one")
     if not 1 <= config.n <= solver.engine.slots:
         raise UserError(f"--n {config.n}: must be 1 to {solver.engine.slots}")
     search, n, aggregate = config.strategy, config.n, config.aggregate

@@ -42,12 +42,8 @@ class Request:
 
 # A search yields lists of Requests. For each it is sent the continued attempts, in order. It returns its attempts.
 Search = Generator[list[Request], list[list[Attempt]], list[Attempt]]
-
-# k -> the seed of attempt k: all randomness of a search
-SeedFunction = Callable[[Hashable], int]
-
-# A strategy with its settings bound, e.g. `partial(parallel, n=8)`
-SearchStrategy = Callable[[SeedFunction], Search]
+SeedFunction = Callable[[Hashable], int]  # k -> the seed of attempt k: all randomness of a search
+SearchStrategy = Callable[[SeedFunction], Search]  # a strategy with its settings bound: `partial(parallel, n=8)`
 
 
 def shown_in_prompt(attempts: Iterable[Sequence[int]], separator: Sequence[int]) -> list[int]:
@@ -56,9 +52,6 @@ def shown_in_prompt(attempts: Iterable[Sequence[int]], separator: Sequence[int])
     for tokens in attempts:
         shown += [*tokens[:-1], *separator]
     return shown
-
-
-# ---------------------------------------------------------------- the answer
 
 
 def score(attempt: Attempt, aggregate: str = "last") -> float:
@@ -95,9 +88,6 @@ def pick(attempts: Sequence[Attempt], how: str, aggregate: str = "last") -> str 
             votes.append(vote([answers[i] for i in members], [scores[i] for i in members]))
         answers, scores = zip(*votes)
     return vote(answers, [1.0] * len(attempts) if how == "majority" else scores)[0]
-
-
-# ---------------------------------------------------------------- costs
 
 
 class ModelSizes(NamedTuple):

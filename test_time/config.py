@@ -38,8 +38,8 @@ class Config:
 
 
 def writable_folder(model: str) -> Path:
-    """Return --model as a folder to write into. It must be the policy's folder exactly as given: unlike folders that
-    are only read, it is not looked for beside the scripts. Raises UserError.
+    """Return --model as a folder to write into. Unlike folders that are only read, it is not looked for beside the
+    scripts. Raises UserError.
     """
     folder = Path(model).expanduser()
     if not (folder / "config.json").exists():

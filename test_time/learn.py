@@ -41,9 +41,7 @@ from test_time.verifier import auc, fit_verifier, step_features
 
 MILLION = 10**6  # the parts of `learn` use different questions: each begins at another million
 RIGHT_SHARE = 0.6  # of the revision policy's prompts: any number of the attempts in them are right ones
-
-# one example to tune on: (prompt ids, ids of a right attempt)
-Example = tuple[list[int], list[int]]
+Example = tuple[list[int], list[int]]  # to tune on: prompt ids, ids of a right attempt
 
 
 def learn(config: Config) -> None:
@@ -152,11 +150,10 @@ def train_helpers(solver: Solver, training: list[Group], held_out: list[Group], 
     }
     for name in VERIFIERS:
         verifiers[name].save(solver.folder / name)
-    held_out_steps = labelled_steps(solver, held_out, 8, 8, (config.seed, "held out"))
+    features, counts, labels, _, place = labelled_steps(solver, held_out, 8, 8, (config.seed, "held out"))
     print(f"{solver.folder}: AUC of steps of {len(held_out)} held-out questions   pooled   within question and step")
-    _, counts, labels, _, place = held_out_steps
-    scores = {name: verifier(held_out_steps.features, counts) for name, verifier in verifiers.items()}
-    logp = held_out_steps.features[:, -2]
+    scores = {name: verifier(features, counts) for name, verifier in verifiers.items()}
+    logp = features[:, -2]
     scores["lowest log p so far"] = torch.cat([part.cummin(0).values for part in logp.split(counts)])
     scores["lowest log p of the step"] = logp
     for name, s in scores.items():
@@ -166,8 +163,7 @@ def train_helpers(solver: Solver, training: list[Group], held_out: list[Group], 
     drafter = Drafter(solver.policy)
     groups = with_seeds(training[:2000], 4, config.seed, "drafter")
     solver.prepare(groups)
-    sampling = Sampling(max_new=solver.max_new)
-    warm_start(drafter, solver.engine, groups, sampling, config.drafter_seconds, config.seed)
+    warm_start(drafter, solver.engine, groups, Sampling(max_new=solver.max_new), config.drafter_seconds, config.seed)
     drafter.save(solver.folder / "drafter")
 
 

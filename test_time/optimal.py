@@ -17,9 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 BINS = 5
-
-# strategy -> array (Q,)
-PerStrategy = Mapping[Hashable, np.ndarray]
+PerStrategy = Mapping[Hashable, np.ndarray]  # strategy -> array (Q,)
 
 
 class Optimal(NamedTuple):
@@ -45,8 +43,9 @@ def best_within(right: PerStrategy, cost: PerStrategy, questions: np.ndarray, bu
     """
     if not questions.any():
         return None
-    merit = {k: (right[k][questions].mean(), -cost[k][questions].mean()) for k in right}
-    return max((k for k in right if -merit[k][1] <= budget), key=merit.__getitem__, default=None)
+    mean_cost = {k: cost[k][questions].mean() for k in right}
+    affordable = [k for k in right if mean_cost[k] <= budget]
+    return max(affordable, key=lambda k: (right[k][questions].mean(), -mean_cost[k]), default=None)
 
 
 def allocate(right: PerStrategy, cost: PerStrategy, questions: np.ndarray, bins: np.ndarray, budget: float):
@@ -70,13 +69,11 @@ def allocate(right: PerStrategy, cost: PerStrategy, questions: np.ndarray, bins:
     return None
 
 
-def compute_optimal(
-    right: PerStrategy, cost: PerStrategy, bins, folds, budget: float, probe_cost=0.0, question=None
-) -> Optimal | None:
+def compute_optimal(right, cost, bins, folds, budget: float, probe_cost=0.0, question=None) -> Optimal | None:
     """Choose strategies for bins on one fold, and report them on the other. None where the budget buys nothing.
 
-    bins, folds (Q,) int. probe_cost: what it costs to predict the bin, a number or (Q,), paid where the bins are used.
-    question (Q,): the question of each row, see `interval`; None: each row is a question.
+    right, cost: PerStrategy. bins, folds (Q,) int. probe_cost: cost of predicting the bin, a number or (Q,), paid where
+    the bins are used. question (Q,): the question of each row, see `interval`; None: each row is a question.
 
     The bins are used if, on the first fold, they beat the best single strategy (which needs no prediction) by three
     standard errors: they are the best of many choices, so they look better than they are.

@@ -161,15 +161,13 @@ LINES = {
 def draw_accuracy(axis, results: Results, unit: str) -> None:
     """Draw all strategies, the ceiling, and the compute-optimal choice. unit: tokens or flops."""
     cost = results.cost[unit]
-
-    def draw_line(line: tuple[str, str], value, style: str, **how) -> None:
-        keys = [key for key in results.right if (key.search, key.pick) == line]
-        axis.plot(*zip(*sorted((cost[key].mean(), value(key)) for key in keys)), style, **how)
-
     for name, line in LINES.items():
-        draw_line(line, lambda key: results.right[key].mean(), "o-", ms=3, label=name)
-    ceiling = {"color": "0.6", "label": "any of N right (ceiling)"}
-    draw_line(LINES["majority"], lambda key: results.attempts(key).max(1).mean(), ":", **ceiling)
+        keys = [key for key in results.right if (key.search, key.pick) == line]
+        points = sorted((cost[key].mean(), results.right[key].mean()) for key in keys)
+        axis.plot(*zip(*points), "o-", ms=3, label=name)
+    keys = [key for key in results.right if (key.search, key.pick) == LINES["majority"]]
+    points = sorted((cost[key].mean(), results.attempts(key).max(1).mean()) for key in keys)
+    axis.plot(*zip(*points), ":", color="0.6", label="any of N right (ceiling)")
     axis.plot(cost[GREEDY].mean(), results.right[GREEDY].mean(), "k*", label="greedy")
     for difficulty, style in (("predicted", "k-"), ("known", "k:")):
         choices = [results.optimal(unit, budget, difficulty) for budget in results.budgets(unit)]

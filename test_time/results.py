@@ -148,7 +148,7 @@ def write_choices(results: Results, folder: Path) -> None:
     choices = {}
     for budget in results.budgets("tokens"):
         by_bin = optimal.allocate(right, cost, np.ones(len(bins), bool), bins, budget) or {}
-        choices[float(budget)] = [by_bin.get(b, GREEDY) for b in range(BINS)]
+        choices[str(float(budget))] = [by_bin.get(b, GREEDY) for b in range(BINS)]
     edges = [float(results.easiness[bins == b].min()) for b in range(BINS - 1)]
     contents = Choices(results.settings["aggregate"], edges, choices)
     write_atomically(folder / CHOICE_FILE, json.dumps(contents._asdict()))

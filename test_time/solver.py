@@ -50,13 +50,6 @@ def weights_of(module: torch.nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 
-def matrix_weights(policy) -> int:
-    """Return the number of weights that a token is multiplied with: all but an embedding that is not also the head."""
-    embedding = policy.get_input_embeddings().weight
-    tied = embedding is policy.get_output_embeddings().weight
-    return weights_of(policy) - (0 if tied else embedding.numel())
-
-
 class Solver:
     """A policy, its verifiers and its drafter, as far as they are in its folder.
 
@@ -91,8 +84,10 @@ class Solver:
         proposers = {"eagle": EagleProposer(drafter)} if drafter else {}
         self.strategy = Goodput(plans_for(["eagle"])) if drafter else None  # how far to draft in whole attempts
         self.engine = Engine(self.policy, self.stops, slots, keep_hidden=True, proposers=proposers, frozen=True)
-        verifier = self.verifiers.get("process")
-        self.sizes = ModelSizes(matrix_weights(self.policy), weights_of(drafter), weights_of(verifier))
+        embedding = self.policy.get_input_embeddings()
+        tied = embedding.weight is self.policy.get_output_embeddings().weight
+        multiplied = weights_of(self.policy) - (0 if tied else weights_of(embedding))  # an embedding is only looked up
+        self.sizes = ModelSizes(multiplied, weights_of(drafter), weights_of(self.verifiers.get("process")))
 
     def encode(self, problem: Problem) -> list[int]:
         """Return the token ids of a problem's prompt."""
@@ -146,7 +141,7 @@ class Solver:
         """Run the requests of each problem, those of a kind in one rollout, and charge their costs -> {problem: for
         each of its requests the list of continued attempts}.
         """
-        results = defaultdict(list)
+        results: dict[int, list[list[Attempt]]] = {i: [] for i in requests}
         by_kind: dict[tuple[bool, bool], list[Group]] = defaultdict(list)
         for i, own in requests.items():
             for k, request in enumerate(own):

@@ -35,8 +35,7 @@ def beam(seed: SeedFunction, n: int, m: int, lookahead: int = 0, diverse: bool =
     """Hold n partial attempts; after each step keep n / m of them, and continue each in m ways.
 
     lookahead: greedy steps further on at which an attempt is judged. diverse: keep the best of each of the n / m trees,
-    instead of the best of all. With m = 1 this is parallel(n), token by token, since a first continuation keeps its
-    seed.
+    instead of the best of all. With m = 1 this is parallel(n), token by token: a first continuation keeps its seed.
     """
     starts = [Attempt(seed(k), tree=k // m) for k in range(n)]
     results = yield [Request(starts, step=True)]
@@ -45,8 +44,7 @@ def beam(seed: SeedFunction, n: int, m: int, lookahead: int = 0, diverse: bool =
         values = yield from scores_ahead(attempts, lookahead)
         ranked = sorted(range(len(attempts)), key=lambda i: -values[i])  # stable: of equal ones the earlier
         if diverse:
-            best_of_tree = {attempts[i].tree: i for i in reversed(ranked)}
-            chosen = best_of_tree.values()
+            chosen = {attempts[i].tree: i for i in reversed(ranked)}.values()  # of each tree the best one, written last
         else:
             chosen = ranked[: max(1, n // m)]
         kept = [attempts[i] for i in sorted(chosen)]

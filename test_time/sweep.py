@@ -78,10 +78,7 @@ def sweep(config: Config) -> None:
         if not folders["large"].is_dir():
             raise UserError(f"--large {config.large}: no policy in this folder")
     if not (folder / "process").exists():
-        raise UserError(
-            f"--model {config.model}: it has no verifier to search with; "
-            f"`python -m test_time learn --model {config.model}` makes one"
-        )
+        raise UserError(f"--model {config.model}: no verifier to search with; `python -m test_time learn` makes one")
     indices = distinct(make_task(config.task, config.data), config.count)
     jobs = []
     for seed in range(config.seed, config.seed + config.seeds):

@@ -74,9 +74,6 @@ class Verifier(nn.Module):
         return verifier
 
 
-# ---------------------------------------------------------------- features
-
-
 @torch.no_grad()
 def step_features(policy, responses: list[Response], starts: list[int], ends: set) -> tuple[torch.Tensor, list[int]]:
     """Return the features (S, 2 D + 2) of all steps, and the number of steps of each response.
@@ -120,9 +117,6 @@ def token_logprobs(policy, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[
         logps.append(logp)
         gaps.append(logits.amax(1) - logp)
     return torch.cat(logps), torch.cat(gaps)
-
-
-# ---------------------------------------------------------------- training and quality
 
 
 def fit_verifier(features, counts: list[int], labels, steps: int = 3000, lr: float = 2e-3, batch: int = 64) -> Verifier:

@@ -1,4 +1,6 @@
-"""Answers found in texts: numbers as a person reads them, brackets in pairs, equal answers by a child that may hang."""
+"""Answers in texts: numbers are read as a person reads them, boxes with their brackets in pairs, and answers in LaTeX
+are compared by a child process, which may hang.
+"""
 
 import random
 import threading
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parts.cli import UserError
-from parts.tasks import answers as grading
+from parts.tasks import answers
 from parts.tasks.answers import LOOKED_AT, LatexChecker, answer_tag, boxed_answer, last_number
 from parts.tasks.latex_worker import only_a_word
 from tasks import Chain, Countdown, Problem, make_task
@@ -45,17 +47,17 @@ def check_numbers(read):
 
 def test_numbers_are_read_as_a_person_reads_them(monkeypatch):
     check_numbers(last_number)
-    caught(check_numbers, lambda text: Fraction((grading.NUMBER.findall(text) or "0")[-1].replace(",", "")))
+    caught(check_numbers, lambda text: Fraction((answers.NUMBER.findall(text) or "0")[-1].replace(",", "")))
     for name, broken in [
         ("joins", lambda gap: False),
         ("JOINS_WITHOUT_SPACE", set()),
         ("SPELLINGS", {}),
         ("sign_before", lambda text, start, previous: 1),
-        ("LATEX_FRACTION", grading.re.compile("(x)(y)(?!)")),
+        ("LATEX_FRACTION", answers.re.compile("(x)(y)(?!)")),
         ("OPENING", ""),
     ]:
         with monkeypatch.context() as patch:
-            patch.setattr(grading, name, broken)
+            patch.setattr(answers, name, broken)
             caught(check_numbers, last_number)
 
 
@@ -79,7 +81,7 @@ def test_any_number_is_read_in_any_spelling(whole, cents, sign, space, before, a
 
 @cases(200)
 @given(st.integers(0, 10**6), st.sampled_from("+ - * / ^ x e : . , '".split()), st.integers(0, 10**6))
-def test_no_number_is_read_out_of_an_expression(a, operator, b):
+def test_no_number_is_read_from_an_expression(a, operator, b):
     got = last_number(f"{a}{operator}{b}")
     spellings = {"/": Fraction(a, b) if b else None}
     if operator in ".,":
@@ -87,7 +89,7 @@ def test_no_number_is_read_out_of_an_expression(a, operator, b):
     assert got == spellings.get(operator)
 
 
-def test_a_number_that_the_cut_may_have_shortened_is_none():
+def test_a_number_that_may_begin_before_the_part_that_is_read_is_none():
     assert last_number("9" * 400) == int("9" * 400)
     assert last_number("1" + "9" * 400) is None
     assert last_number("x" * 399 + " 42") == 42
@@ -98,7 +100,7 @@ def test_a_number_that_the_cut_may_have_shortened_is_none():
 
 
 class Long:
-    """A text of which only the last characters can be had, and nothing else done with it."""
+    """A long text that only allows its last characters to be taken."""
 
     def __init__(self, end: str):
         self.end = end
@@ -129,7 +131,7 @@ def test_a_grade_looks_at_a_bounded_number_of_characters(monkeypatch):
     good = (Countdown(), Chain(), make_task("gsm8k"))
     check_looks_at_the_end(*good)
     assert boxed_answer(Long("\\boxed{7}")) == "7"
-    assert boxed_answer("\\boxed{" + "{}" * 300 + "}") is None  # nor further than an answer is long
+    assert boxed_answer("\\boxed{" + "{}" * 300 + "}") is None  # longer than an answer may be
 
     class WholeChain(Chain):
         def final(self, text):
@@ -141,7 +143,7 @@ def test_a_grade_looks_at_a_bounded_number_of_characters(monkeypatch):
 
 
 def check_evaluations(task, monkeypatch):
-    """However many stretches of arithmetic there are."""
+    """A text with thousands of expressions has at most 21 of them evaluated."""
     calls = []
     with monkeypatch.context() as patch:
         patch.setattr("tasks.evaluate", lambda text: calls.append(text))
@@ -150,19 +152,19 @@ def check_evaluations(task, monkeypatch):
 
 
 def test_a_grade_evaluates_a_bounded_number_of_expressions(monkeypatch):
-    class All(Countdown):
+    class EveryExpression(Countdown):
         def grade(self, problem, text):
-            found = [super(All, self).grade(problem, part) for part in text.split("x")]
+            found = [super(EveryExpression, self).grade(problem, part) for part in text.split("x")]
             return found[-1]
 
     check_evaluations(Countdown(), monkeypatch)
-    caught(check_evaluations, All(), monkeypatch)
+    caught(check_evaluations, EveryExpression(), monkeypatch)
 
 
 # ---------------------------------------------------------------- answers between tags and in boxes
 
 
-def test_what_stands_between_the_last_tags():
+def test_the_text_between_the_last_answer_tags():
     assert answer_tag("<answer>1</answer> <answer>\n2\n</answer>") == "\n2\n"
     assert answer_tag("<answer>1</answer><answer>2") is None
     assert answer_tag("</answer>") is answer_tag("") is None
@@ -176,17 +178,22 @@ BOXES = {
     "\\boxed{\\\\}": "\\\\",
     "\\boxed{\\boxed{3}}": "3",
     "\\boxed{}": "",
+    "\\boxed{1} \\boxed{2": "1",
+    "\\boxed{1} \\fbox{2}": "2",
+    "\\boxed 5.": "5",
+    "\\boxed2.5 it is": "2.5",
+    "\\boxed {7}": "7",
 }
 
 
 def check_boxes(read):
     for text, content in BOXES.items():
         assert read(text) == content
-    for text in ("", "42", "\\boxed", "\\boxed{", "\\boxed{{1}", "\\boxed{1\\}", "\\boxed{1} \\boxed{2"):
+    for text in ("", "42", "\\boxed", "\\boxed{", "\\boxed{{1}", "\\boxed{1\\}"):
         assert read(text) is None
 
 
-def test_what_stands_in_the_last_box():
+def test_the_content_of_the_last_box():
     def to_the_first_bracket(text):
         start = text.rfind("\\boxed{")
         end = text.find("}", start)
@@ -198,7 +205,7 @@ def test_what_stands_in_the_last_box():
 
 
 def paired(parts):
-    """(a, b) -> "{a}b"."""
+    """Return "{a}b" for (a, b)."""
     return "{" + parts[0] + "}" + parts[1]
 
 
@@ -212,7 +219,7 @@ def test_brackets_in_pairs_are_one_answer(content, rest):
     assert boxed_answer("see \\boxed{" + content + "}" + rest) == content.strip()
 
 
-# ---------------------------------------------------------------- the child that compares answers
+# ---------------------------------------------------------------- the child process that compares answers
 
 STUB = """
 import __main__
@@ -242,7 +249,7 @@ def verify(gold, given, timeout_seconds):
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """A math_verify whose texts say what it does -> a function that writes another one."""
+    """Install a fake math_verify, which does what the texts say -> a function that writes another one."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def write(seconds: float = 0.1, more: str = "") -> None:
@@ -253,33 +260,33 @@ def stub(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def referee():
-    referee = LatexChecker()
-    yield referee
-    referee.close()
+def checker():
+    checker = LatexChecker()
+    yield checker
+    checker.close()
 
 
-def check_slow(referee):
-    """It would say yes, half a second later."""
-    assert not referee.equal("1", "slow bounded same")
+def check_slow(checker):
+    """The answer is no, though the child process would say yes half a second later."""
+    assert not checker.equal("1", "slow bounded same")
 
 
-def test_a_child_whose_time_is_up_is_replaced(stub, referee, monkeypatch):
+def test_a_child_process_whose_time_is_up_is_replaced(stub, checker, monkeypatch):
     starts = []
-    start = grading.start_child
-    monkeypatch.setattr(grading, "start_child", lambda: starts.append(1) or start())
-    assert referee.equal("1", "same")
-    assert not referee.equal("1", "another")
-    assert not referee.equal("1", "raise same")
+    start = answers.start_child
+    monkeypatch.setattr(answers, "start_child", lambda: starts.append(1) or start())
+    assert checker.equal("1", "same")
+    assert not checker.equal("1", "another")
+    assert not checker.equal("1", "raise same")
     assert len(starts) == 1
-    check_slow(referee)
-    check_slow(referee)  # that is remembered
-    assert referee.equal("2", "same")
+    check_slow(checker)
+    check_slow(checker)  # the answer is remembered
+    assert checker.equal("2", "same")
     assert len(starts) == 2
     stub(seconds=60)
-    referee.close()
-    referee.ask.cache_clear()
-    caught(check_slow, referee)
+    checker.close()
+    checker.ask.cache_clear()
+    caught(check_slow, checker)
 
 
 FORGETFUL = """
@@ -291,10 +298,10 @@ functools.lru_cache = lambda maxsize: lambda function: function
 
 
 def check_gold_is_parsed_once():
-    referee = LatexChecker()
-    verdicts = [referee.equal("1", text) for text in ("another", "once", "and once more")]
-    referee.close()
-    assert verdicts == [False, True, True]
+    checker = LatexChecker()
+    replies = [checker.equal("1", text) for text in ("another", "once", "and once more")]
+    checker.close()
+    assert replies == [False, True, True]
 
 
 def test_a_gold_answer_is_parsed_once(stub):
@@ -303,24 +310,24 @@ def test_a_gold_answer_is_parsed_once(stub):
     caught(check_gold_is_parsed_once)
 
 
-def test_answers_are_compared_in_threads_and_whatever_they_hold(stub, referee):
-    verdicts = []
-    thread = threading.Thread(target=lambda: verdicts.append(referee.equal("1", "same")))
+def test_any_answer_is_compared_and_from_any_thread(stub, checker):
+    replies = []
+    thread = threading.Thread(target=lambda: replies.append(checker.equal("1", "same")))
     thread.start()
     thread.join()
-    assert verdicts == [True]
-    assert referee.found("1", "x" * 5000 + "same") and not referee.found("1", "same" + "x" * 5000)
+    assert replies == [True]
+    assert checker.found("1", "x" * 5000 + "same") and not checker.found("1", "same" + "x" * 5000)
     for text in ("\ud800", "\x00", "\n", "yes\nyes", '"]', "\u2028"):
-        assert not referee.equal("1", text)
-        assert referee.equal("1", text + "same")
+        assert not checker.equal("1", text)
+        assert checker.equal("1", text + "same")
 
 
-def test_equal_texts_need_no_child(monkeypatch):
-    monkeypatch.setattr(grading, "start_child", lambda: pytest.fail("a child"))
+def test_equal_texts_need_no_child_process(monkeypatch):
+    monkeypatch.setattr(answers, "start_child", lambda: pytest.fail("a child process was started"))
     assert LatexChecker().equal("\\frac{1}{2}", " \\frac {1} {2}")
 
 
-def test_a_child_that_does_not_start_is_one_line(tmp_path, monkeypatch):
+def test_a_child_process_that_does_not_start_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "math_verify.py").write_text("raise ImportError('antlr is\\nof another version')")
     with pytest.raises(UserError, match="antlr is of another version.*pip install math-verify"):
@@ -346,7 +353,7 @@ def check_guard(guard):
             raise AssertionError(code)
 
 
-def test_no_more_than_a_word_is_evaluated():
+def test_only_single_numbers_and_names_are_evaluated():
     check_guard(only_a_word)
     caught(check_guard, lambda evaluate: evaluate)
 
@@ -378,9 +385,9 @@ UNEQUAL = [
 @pytest.fixture(scope="module")
 def real():
     pytest.importorskip("math_verify")
-    referee = LatexChecker()
-    yield referee
-    referee.close()
+    checker = LatexChecker()
+    yield checker
+    checker.close()
 
 
 def test_answers_in_latex_are_compared_by_value(real):
@@ -393,7 +400,7 @@ def test_answers_in_latex_are_compared_by_value(real):
     assert not real.found("42", "I know nothing")
 
 
-def test_no_text_runs_as_code(real, tmp_path):
+def test_no_text_is_run_as_code(real, tmp_path):
     harm = tmp_path / "harm"
     rng = random.Random(0)
     for code in (

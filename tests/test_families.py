@@ -1,6 +1,6 @@
-"""Which models are let in, and what the others are told: tiny models of many families, through the front door.
+"""Which models run, and why the others are refused: tiny models of many families, loaded as a user loads them.
 
-The trial must tell rounding from error, also in a model whose weights amplify rounding as training makes them do.
+The trial must distinguish rounding from errors, also in a model that amplifies rounding as trained models do.
 """
 
 import json
@@ -18,11 +18,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 import generate
 from base.pretrain import make_tokenizer
 from parts.cli import UserError, run
-from parts.engine import kv_cache as modeling
-from parts.engine import model_loading as loading
+from parts.engine import forward as forward_module
+from parts.engine import fused_layers, parity
 from parts.engine.forward import forward, head_of, logit_scale
 from parts.engine.fused_layers import fuse_model
-from parts.engine.kv_cache import KVCache
+from parts.engine.kv_cache import KVCache, attention_inputs, slot_attention
 from parts.engine.model_loading import cast_weights, check_supported, load_model
 from parts.engine.parity import CLEAR, matches_own_code
 from parts.engine.sampling import Sampling
@@ -110,12 +110,12 @@ REFUSED = {
     "falcon": ("Falcon", {}, "a list of its own"),
     "gpt-j": ("GPTJ", {**OLD_NAMES, "rotary_dim": 8}, "a list of its own"),
 }
-# more words than the tokenizer has, to which AutoTokenizer adds some in a few families
+# more ids than the tokenizer has: in a few families AutoTokenizer adds tokens to it
 SHAPE = {**TINY_SHAPE, "vocab_size": 128}
 
 
 def family(name: str):
-    """A tiny random model of that family, as transformers makes it."""
+    """Return a tiny random model of that family, as transformers makes it."""
     kind, changes = (ACCEPTED | REFUSED)[name][:2]
     torch.manual_seed(0)
     config = getattr(transformers, kind + "Config")(**{**SHAPE, **changes})
@@ -127,14 +127,14 @@ def family(name: str):
 
 
 def saved(model, folder) -> str:
-    """Its folder, with the tiny tokenizer, which has as many words as the tiny models."""
+    """Save a model with the tiny tokenizer -> its folder."""
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 def refusal(name: str) -> str:
-    """What `load_model` says, which must be one line that names the folder."""
+    """Return the error of `load_model`, which must be one line that names the folder."""
     with pytest.raises(UserError) as error:
         load_model(name)
     text = str(error.value)
@@ -144,7 +144,7 @@ def refusal(name: str) -> str:
 
 
 def check_logprobs(model) -> None:
-    """Each log-probability equals what the model's own code says of the whole sequence."""
+    """Each log-probability equals the one that the model's own code computes over the whole sequence."""
     for r in Engine(model, {1}, 4, 60).generate(groups_of(2, random.Random(1), samples=2), Sampling(max_new=10)):
         ids = torch.tensor([r.prompt + r.tokens])
         with torch.no_grad():
@@ -155,7 +155,7 @@ def check_logprobs(model) -> None:
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_families_that_run(name, tmp_path):
-    """Plainly with the model's own log-probabilities, and speculatively with the same tokens."""
+    """Plain decoding has the model's own log-probabilities, speculative decoding the same tokens."""
     model, _ = load_model(saved(family(name), tmp_path))
     assert 0 < matches_own_code(model, None)[1] < CLEAR
     check_logprobs(model)
@@ -166,11 +166,11 @@ def test_families_that_run(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_families_that_do_not_run_are_told_why(name, tmp_path):
+def test_families_that_do_not_run_are_refused_with_the_reason(name, tmp_path):
     assert re.search(REFUSED[name][2], refusal(saved(family(name), tmp_path)))
 
 
-def test_logits_have_the_model_s_scale():
+def test_logits_are_scaled_as_the_model_scales_them():
     for name, factor in (("granite", 1 / 8), ("cohere", 0.0625), ("granite experts", 1 / 6), ("llama", 1)):
         model = family(name)
         assert logit_scale(model.config) == factor
@@ -181,7 +181,7 @@ def test_logits_have_the_model_s_scale():
 
 
 def test_fused_layers_that_leave_out_the_embedding_s_factor_are_not_used():
-    """A Granite whose layers are Llama's: only the embedding differs, which no layer shows."""
+    """The layers of this Granite compute what Llama's do; only its embedding is scaled, which no layer shows."""
     model = family("granite, scaled embedding")
     model.set_attn_implementation("slots")
     layers = fuse_model(model)
@@ -190,16 +190,16 @@ def test_fused_layers_that_leave_out_the_embedding_s_factor_are_not_used():
     assert Engine(model, {1}, 2, 30).fused_layers is None
 
 
-# ---------------------------------------------------------------- rounding and error
+# ---------------------------------------------------------------- rounding and errors
 
 
-def trained():
-    """A deep, sharp model, one of whose channels holds 1000 at every token, as in trained models. It amplifies rounding
-    a thousand times more than `tiny` does.
+def like_trained():
+    """Return a deep, sharp model, one of whose channels holds 1000 at every token, as in trained models. It amplifies
+    rounding a thousand times more than `tiny` does.
     """
     model = tiny(LlamaConfig, num_hidden_layers=28)
     big = 1000.0
-    level = big / model.config.hidden_size**0.5  # what a norm divides by, so its weights make that good
+    level = big / model.config.hidden_size**0.5  # what a norm divides by; its weights compensate it
     torch.manual_seed(10)
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_()
@@ -214,12 +214,12 @@ def trained():
     return model
 
 
-MODELS = {"plain": tiny, "trained": trained}
+MODELS = {"plain": tiny, "like trained": like_trained}
 
 
 @torch.inference_mode()
 def absolute_gap(model) -> float:
-    """What was once compared with 1e-3: the largest gap on the tokens 1 to 5."""
+    """Return the largest absolute difference of logits on the tokens 1 to 5."""
     ids = torch.arange(1, 6)[None]
     cache = KVCache(model.config, 1, 8, model.dtype, model.device)
     first = forward(model, cache, slice(0, 1), ids[:, :3], torch.tensor([0]), 3)
@@ -228,48 +228,42 @@ def absolute_gap(model) -> float:
     return (logits - model(input_ids=ids, use_cache=False).logits).abs().max().item()
 
 
-def test_a_trained_model_is_let_in_though_it_amplifies_rounding(monkeypatch):
-    model = trained()
+def test_a_model_that_amplifies_rounding_runs(monkeypatch):
+    model = like_trained()
     assert absolute_gap(model) > 1e-3
     check_supported(model)
     layers = fuse_model(model)
     assert layers is not None
     assert matches_own_code(model, layers)[0]
-    assert matches_own_code(cast_weights(trained(), torch.bfloat16), None)[0]
-    # and what lets it in is float64
-    monkeypatch.setattr(loading, "CLEAR_IN_FLOAT64", -1)
+    assert matches_own_code(cast_weights(like_trained(), torch.bfloat16), None)[0]
+    # float64 makes the difference
+    monkeypatch.setattr(parity, "CLEAR_IN_FLOAT64", -1)
     with pytest.raises(UserError, match="logits differ"):
         check_supported(model)
 
 
 def wrong_positions(monkeypatch):
-    right = modeling.attention_inputs
+    def shifted(cache, slots, lens, *rest):
+        inputs = attention_inputs(cache, slots, lens, *rest)
+        return inputs._replace(positions=inputs.positions + (lens > 0).long()[:, None])
 
-    def shifted(cache, rows, lens, view, columns, tree=None):
-        positions, mask = right(cache, rows, lens, view, columns, tree)
-        return positions + (lens > 0).long()[:, None], mask
-
-    monkeypatch.setattr(modeling, "attend", shifted)
+    monkeypatch.setattr(forward_module, "attention_inputs", shifted)
 
 
 def one_entry_too_many(monkeypatch):
-    right = modeling.attention_inputs
+    def leaky(*args):
+        inputs = attention_inputs(*args)
+        mask = torch.cat([inputs.mask[..., :1], inputs.mask[..., :-1]], -1)  # what sees an entry sees the next one
+        return inputs._replace(mask=mask)
 
-    def leaky(cache, rows, lens, view, columns, tree=None):
-        positions, mask = right(cache, rows, lens, view, columns, tree)
-        mask = torch.cat([mask[..., :1], mask[..., :-1]], -1)  # who sees an entry sees the next
-        return positions, mask
-
-    monkeypatch.setattr(modeling, "attend", leaky)
+    monkeypatch.setattr(forward_module, "attention_inputs", leaky)
 
 
 def wrong_scaling(monkeypatch):
-    right = modeling.slot_attention
-
     def scaled(module, query, key, value, mask, scaling=None, **rest):
-        return right(module, query, key, value, mask, scaling=1.1 * scaling, **rest)
+        return slot_attention(module, query, key, value, mask, scaling=1.1 * scaling, **rest)
 
-    monkeypatch.setattr(modeling, "slot_attention", scaled)  # where the fused layers look it up
+    monkeypatch.setattr(fused_layers, "slot_attention", scaled)  # where the fused layers look it up
     monkeypatch.setitem(AttentionInterface._global_mapping, "slots", scaled)
 
 
@@ -287,16 +281,19 @@ def test_broken_engines_are_refused(harm, model, monkeypatch):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_fused_layers_alone_may_be_wrong(model, monkeypatch):
+def test_wrong_fused_layers_are_found_where_the_modules_are_right(model, monkeypatch):
     model = MODELS[model]()
     layers = fuse_model(model)
-    right = modeling.slot_attention
-    monkeypatch.setattr(modeling, "slot_attention", lambda *args, scaling: right(*args, scaling=1.1 * scaling))
+
+    def scaled(*args, scaling):
+        return slot_attention(*args, scaling=1.1 * scaling)
+
+    monkeypatch.setattr(fused_layers, "slot_attention", scaled)
     assert matches_own_code(model, None)[0]
     assert not matches_own_code(model, layers)[0]
 
 
-def test_the_trial_leaves_the_model_as_it_was():
+def test_the_trial_does_not_change_the_model():
     for name in ("llama", "mixtral"):
         model = family(name)
         model.set_attn_implementation("slots")
@@ -339,7 +336,7 @@ def infinite(folder, weights):
     weights["model.embed_tokens.weight"][91, 4] = -torch.inf
 
 
-def more_words(folder, weights):
+def more_tokens(folder, weights):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["one", "two"])
     tokenizer.save_pretrained(folder)
@@ -351,7 +348,7 @@ DAMAGE = {
     other_shape: r"weight model.layers.1.mlp.up_proj.weight has the shape .50, 32., config.json asks for .48, 32.",
     not_a_number: "weight model.layers.1.mlp.up_proj.weight holds nan or inf",
     infinite: "weight model.embed_tokens.weight holds nan or inf",
-    more_words: "its tokenizer makes 'two' number 119, but the model's vocab_size is 118",
+    more_tokens: "its tokenizer makes 'two' number 119, but the model's vocab_size is 118",
 }
 
 
@@ -363,11 +360,11 @@ def test_damaged_folders_are_refused(damage, tmp_path, capfd):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert re.search(DAMAGE[damage], refusal(name))
     out, err = capfd.readouterr()
-    assert out + err == ""  # no table of transformers' own
+    assert out + err == ""  # transformers prints no table
 
 
-def test_what_is_missing_or_left_over_for_a_reason_is_no_damage(tmp_path):
-    """A head that is tied to the embedding, and the angles that old files held."""
+def test_tied_heads_and_the_buffers_of_old_files_are_no_damage(tmp_path):
+    """A file need not hold a head that is tied to the embedding, and may hold rotary angles, as old files do."""
     load_model(saved(tiny(LlamaConfig, tie_word_embeddings=True), tmp_path))
     weights = weights_of(tmp_path)
     assert "lm_head.weight" not in weights

@@ -1,4 +1,4 @@
-"""The task math: problems from any data set with the columns, and grades that math-verify decides."""
+"""The task math: problems come from any data set with the right columns, and math-verify decides about the answers."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from test_loop import SMALL, run_main
 
 import tasks
 from parts.cli import UserError, check_package
-from parts.tasks import data_files as rows
+from parts.tasks.data_files import read_jsonl
 from tasks import Math, Problem, make_task
 
 ROWS = [{"problem": f"{n} + 1 = ?", "solution": f"Add: $\\boxed{{{n + 1}}}$.", "answer": str(n + 1)} for n in range(40)]
 
 
 class Equality:
-    """A referee without math-verify: answers are equal as texts, and nothing is found."""
+    """A LatexChecker without math-verify: answers are equal if their texts are."""
 
     def equal(self, gold, answer):
         return gold == answer
@@ -38,13 +38,14 @@ def installed(request, monkeypatch):
 
 
 def write(path, rows):
+    """Write rows into a .jsonl file -> its path as a text."""
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return str(path)
 
 
 def pairs(task, split, count=100):
-    """(question, gold answer)"""
+    """Return the set of (question, gold answer) of the first problems of a split."""
     problems = [task.problem(split, i) for i in range(count)]
     return {(p.prompt.splitlines()[0], p.answer) for p in problems}
 
@@ -56,7 +57,7 @@ WANTED = {(row["problem"], row["answer"]) for row in ROWS}
 
 
 def check_division(data):
-    """Nothing is lost, an eighth or so is held out, and a problem that comes twice is twice in the same split."""
+    """No problem is lost, about an eighth is held out, and a problem that occurs twice is in one split."""
     task = make_task("math", data)
     train = pairs(task, "train")
     test = pairs(task, "test")
@@ -65,7 +66,7 @@ def check_division(data):
     assert 1 <= len(test) <= 12
 
 
-def test_a_file_or_a_folder_with_one_is_divided(tmp_path, monkeypatch):
+def test_a_single_file_is_divided_into_train_and_test(tmp_path, monkeypatch):
     data = write(tmp_path / "data" / "all.jsonl", ROWS + ROWS)
     check_division(data)
     check_division(str(tmp_path / "data"))
@@ -90,7 +91,7 @@ def test_a_folder_with_both_splits_keeps_them(tmp_path):
 
 
 def test_problems_are_shuffled(tmp_path):
-    """Such files are often sorted by subject."""
+    """Data files are often sorted by subject."""
     write(tmp_path / "train.jsonl", ROWS)
     write(tmp_path / "test.jsonl", ROWS)
     task = make_task("math", str(tmp_path))
@@ -98,7 +99,7 @@ def test_problems_are_shuffled(tmp_path):
     assert sorted(order, key=int) == [row["answer"] for row in ROWS] != order
 
 
-def test_a_hub_data_set_by_name_and_config(monkeypatch):
+def test_a_data_set_of_the_hub_is_loaded_by_name_and_config(monkeypatch):
     asked = []
 
     def load_dataset(path, config):
@@ -127,7 +128,7 @@ GOLD = [
 def check_columns(columns):
     task = make_task("math", "unused", columns)
     for row, gold in GOLD:
-        assert task.take(row, "here") == ("p", gold)
+        assert task.take(row, "place") == ("p", gold, "place")
 
 
 def test_columns_are_found_by_their_names(monkeypatch):
@@ -136,7 +137,8 @@ def test_columns_are_found_by_their_names(monkeypatch):
         patch.setitem(Math.COLUMNS, "answer", ("solution", "answer", "final_answer"))
         caught(check_columns, "")
     task = make_task("math", "unused", "text, gold")
-    assert task.take({"problem": "x", "text": "p", "answer": "1", "gold": "2"}, "here") == ("p", "2")
+    row = {"problem": "x", "text": "p", "answer": "1", "gold": "2"}
+    assert task.take(row, "place") == ("p", "2", "place")
 
 
 def test_mistakes_in_the_data_are_one_line(tmp_path):
@@ -155,26 +157,26 @@ def test_mistakes_in_the_data_are_one_line(tmp_path):
     assert "no column for the problem (text)" in error(write(tmp_path / "bad.jsonl", [good]), "text,answer")
     assert "line 1: no column for the problem" in error(write(tmp_path / "bad.jsonl", [[1]]))
     assert "answer must be a text that is not empty" in error(write(tmp_path / "bad.jsonl", [{**good, "answer": " "}]))
-    assert "answer must be a text" in error(write(tmp_path / "bad.jsonl", [{**good, "answer": ["1"]}]))
+    assert "answer: wants messages" in error(write(tmp_path / "bad.jsonl", [{**good, "answer": ["1"]}]))
     assert "too few problems" in error(write(tmp_path / "bad.jsonl", [trained]))
     assert "two names are wanted" in error("x.jsonl", "problem")
     assert "two names are wanted" in error("x.jsonl", "problem,")
     assert "--data FOLDER" in error("")
     (tmp_path / "empty").mkdir()
-    assert "has no .jsonl file" in error(str(tmp_path / "empty"))
+    assert "has no such file" in error(str(tmp_path / "empty"))
     write(tmp_path / "two" / "a.jsonl", ROWS)
     write(tmp_path / "two" / "b.jsonl", ROWS)
     assert "has a.jsonl, b.jsonl" in error(str(tmp_path / "two"))
     nowhere = ["no-such", "no/such/folder", "no/such.jsonl", str(tmp_path / "no"), "~nobody/x", "a/", "x" * 5000]
-    for name in [*nowhere, "tests/no"]:  # its owner is a folder here
+    for name in [*nowhere, "tests/no"]:  # tests/ is a folder, so it is no owner on the hub
         assert "no such file or folder" in error(name), name
 
 
-def test_an_end_of_line_inside_a_text_is_none(tmp_path):
+def test_line_separators_inside_a_text_do_not_end_a_row(tmp_path):
     """JSON may hold characters that Python's splitlines takes for the end of a line."""
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"problem": "a\u2028b\x85c"}, ensure_ascii=False), encoding="utf-8")
-    assert rows.read_jsonl(path, lambda row, where: row) == [{"problem": "a\u2028b\x85c"}]
+    assert read_jsonl(path, lambda row, where: row) == [{"problem": "a\u2028b\x85c"}]
     assert len(path.read_text(encoding="utf-8").splitlines()) == 3
 
 
@@ -193,7 +195,7 @@ def test_a_missing_package_is_one_line_at_the_start(model_folder, tmp_path, monk
 
 
 def check_cases(task, cases) -> None:
-    """cases: (gold, text, strict, lenient)."""
+    """Check the grades of cases (gold, text, strict, lenient)."""
     for gold, text, strict, lenient in cases:
         grade = task.grade(Problem("", "", gold), text)
         assert (grade.strict, grade.lenient) == (strict, lenient), text[:40]
@@ -206,7 +208,7 @@ def check_grades(task):
         ("7", "\\boxed{7} no, \\boxed{8}", False, False),
         ("7", "<think>\\boxed{8}</think>\\boxed{7}", True, True),
         ("7", "<think>\\boxed{7}</think> It is 8.", False, False),
-        ("7", "<think>\\boxed{7}", True, True),  # a model that does not know </think>
+        ("7", "<think>\\boxed{7}", True, True),  # the thinking is never closed
         ("7", "It is 7.", False, True),
         ("7", "It is 77.", False, False),
         ("1,234", "It is 1234.", False, True),
@@ -219,7 +221,7 @@ def check_grades(task):
     check_cases(task, cases)
 
 
-def test_the_last_box_behind_the_thinking_is_graded(monkeypatch):
+def test_the_last_box_after_the_thinking_is_graded(monkeypatch):
     check_grades(make_task("math", "unused"))
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "boxed_answer", lambda text: text.partition("\\boxed{")[2].partition("}")[0] or None)
@@ -231,7 +233,7 @@ def test_the_last_box_behind_the_thinking_is_graded(monkeypatch):
 
 @pytest.fixture
 def real():
-    """Where math-verify is installed."""
+    """A task with math-verify itself, where that is installed."""
     pytest.importorskip("math_verify")
     task = make_task("math", "unused")
     yield task

@@ -1,4 +1,4 @@
-"""An update in little memory: head and loss in slices, layers that are computed twice, sums in small messages."""
+"""An update in little memory: head and loss in slices, gradient checkpointing, sums in small messages."""
 
 import random
 from dataclasses import replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LEARN, caught, here, tiny
+from conftest import LEARN, caught, run_in_process, tiny
 from helpers import FAMILIES, by_name, check_equal, groups_of
 from test_grpo import CONFIG, close, equal, gradient, logprobs_by_hand, make_responses
 from test_runs import check_same_run
@@ -17,24 +17,24 @@ from transformers import GraniteConfig
 import train_grpo
 from parts.cli import UserError
 from parts.engine.sampling import Sampling
-from parts.running import communication as sums
-from parts.running import launcher as supervise
+from parts.running import communication
+from parts.running.launcher import spawn
 from parts.training import logprobs
-from parts.training.logprobs import checkpoint_layers, forward_bytes, token_logprobs, token_scores
+from parts.training.logprobs import checkpoint_layers, forward_bytes, token_logprobs, token_scores, update_mode
 from rollout import Engine
 
 VOCAB = 1009  # a prime, so that no other dimension has this size
-ROWS = 40  # of a slice: more than the head is wide
+SLICE_TOKENS = 40  # more than the width of the head
 
 
 @pytest.fixture
-def scale_and_filter(monkeypatch):
-    """Slices of ROWS tokens."""
-    monkeypatch.setattr(logprobs, "SLICE", VOCAB * ROWS)
+def small_slices(monkeypatch):
+    """Slices have SLICE_TOKENS tokens."""
+    monkeypatch.setattr(logprobs, "SLICE", VOCAB * SLICE_TOKENS)
 
 
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor, in numbers, that has the vocabulary as a dimension."""
+class LargestTensor(TorchDispatchMode):
+    """While active, notes the size of the largest tensor that has the vocabulary as a dimension."""
 
     def __init__(self):
         super().__init__()
@@ -48,8 +48,8 @@ class Largest(TorchDispatchMode):
         return result
 
 
-class Kept:
-    """While it is on: what a forward keeps for its backward, beside the weights. Storages, by address."""
+class KeptTensors:
+    """While active, collects what a forward keeps for its backward, beside the weights: storages, by address."""
 
     def __init__(self, model):
         self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -57,9 +57,9 @@ class Kept:
         self.hooks = saved_tensors_hooks(self.note, lambda x: x)
 
     def note(self, x: torch.Tensor) -> torch.Tensor:
-        place = x.untyped_storage().data_ptr()
-        if place not in self.weights:
-            self.tensors[place] = x
+        address = x.untyped_storage().data_ptr()
+        if address not in self.weights:
+            self.tensors[address] = x
         return x
 
     def bytes(self) -> int:
@@ -77,33 +77,35 @@ class Kept:
 
 
 def check_logits_are_never_whole(model, responses):
-    """Neither made nor kept, neither forward nor backward; float32 or not; with and without gradients."""
+    """The logits of all tokens are never computed at once nor kept: in forward and backward, in float32 and bfloat16,
+    with and without gradients.
+    """
     for bf16 in (False, True):
-        kept = Kept(model)
-        with Largest() as largest:
+        kept = KeptTensors(model)
+        with LargestTensor() as largest:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False), kept:
                 logp = token_logprobs(model, responses, 0.7)
-            assert len(logp) > 5 * ROWS
+            assert len(logp) > 5 * SLICE_TOKENS
             assert not [x for x in kept.tensors.values() if VOCAB in x.shape]
             logp.sum().backward()
             with torch.no_grad():
                 token_logprobs(model, responses, 0.7)
-        assert 0 < largest.numbers <= VOCAB * ROWS
+        assert 0 < largest.numbers <= VOCAB * SLICE_TOKENS
 
 
-def test_the_logits_of_a_micro_batch_never_exist(scale_and_filter, monkeypatch):
+def test_the_logits_of_a_micro_batch_never_exist_at_once(small_slices, monkeypatch):
     model = tiny(vocab_size=VOCAB)
     responses = make_responses(model)
     check_logits_are_never_whole(model, responses)
-    with monkeypatch.context() as patch:  # slices that are all kept
+    with monkeypatch.context() as patch:  # all slices are kept
         patch.setattr(logprobs, "checkpoint", lambda work, *args, **kwargs: work(*args))
         caught(check_logits_are_never_whole, model, responses)
     monkeypatch.setattr(logprobs, "SLICE", 1 << 24)
     caught(check_logits_are_never_whole, model, responses)
 
 
-class LoRALayout(torch.nn.Module):
-    """A head that is no linear layer: a frozen one with something small beside it that learns."""
+class AdaptedHead(torch.nn.Module):
+    """A head that is not a linear layer: a frozen one with a small adapter beside it that learns."""
 
     def __init__(self, head):
         super().__init__()
@@ -116,31 +118,32 @@ class LoRALayout(torch.nn.Module):
 
 
 def model_with(head: str):
-    """A tiny model whose head is tied to the embedding, its own, biased, or an adapted one."""
+    """Return a tiny model with a head tied to the embedding, of its own, with a bias, or with an adapter."""
     model = tiny(vocab_size=VOCAB, tie_word_embeddings=head == "tied")
     torch.manual_seed(1)
     if head == "biased":
         model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB))
     if head == "adapted":
-        model.lm_head = LoRALayout(model.lm_head)
+        model.lm_head = AdaptedHead(model.lm_head)
     return model
 
 
 def check_slices_change_nothing(head, monkeypatch, **changes):
+    """With slices, an update has the gradients and the figures that it has without them."""
     model = model_with(head)
     reference = tiny(vocab_size=VOCAB)
     config = replace(CONFIG, kl=0.1, temperature=0.7, micro_tokens=1000, **changes)
     responses = make_responses(reference)
     whole, stats = gradient(model, responses, config, reference=reference)
     with monkeypatch.context() as patch:
-        patch.setattr(logprobs, "SLICE", VOCAB * ROWS)
+        patch.setattr(logprobs, "SLICE", VOCAB * SLICE_TOKENS)
         slices, their_stats = gradient(model, responses, config, reference=reference)
     assert close(whole, slices)
     assert all(abs(stats[name] - their_stats[name]) < 1e-4 for name in stats)
 
 
 @pytest.mark.parametrize("head", ["own", "tied", "biased", "adapted"])
-def test_slices_have_the_gradients_of_the_whole(head, monkeypatch):
+def test_gradients_are_the_same_with_slices(head, monkeypatch):
     check_slices_change_nothing(head, monkeypatch)
     right = logprobs.checkpoint
 
@@ -158,7 +161,7 @@ def test_slices_have_the_gradients_of_the_whole(head, monkeypatch):
 
 
 def check_bfloat16_sums(monkeypatch):
-    """The head's gradient in bfloat16: with a slice for each token as near to float32 as in one piece."""
+    """The head's gradient in bfloat16 is as near to float32 with a slice for each token as with one slice."""
     model = tiny()
     config = replace(CONFIG, micro_tokens=10_000)
     responses = make_responses(model)
@@ -175,7 +178,7 @@ def check_bfloat16_sums(monkeypatch):
         assert error() < 1.5 * whole
 
 
-def test_slices_are_summed_in_float32(monkeypatch):
+def test_gradients_of_slices_are_summed_in_float32(monkeypatch):
     check_bfloat16_sums(monkeypatch)
     right = torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: right(*args, **{**kwargs, "cache_enabled": True}))
@@ -183,13 +186,13 @@ def test_slices_are_summed_in_float32(monkeypatch):
 
 
 def check_one_slice_is_computed_once(model, responses):
-    """Where all fits one slice, nothing is made twice, and every bit is that of cross entropy on all logits."""
-    rows = []
-    hook = model.lm_head.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    """If all tokens fit one slice, nothing is computed twice, and every bit is that of cross entropy on all logits."""
+    calls = []  # tokens of each
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: calls.append(len(out)))
     logp = token_logprobs(model, responses, 0.7)
     logp.sum().backward()
     hook.remove()
-    assert rows == [len(logp)]
+    assert calls == [len(logp)]
     got = [p.grad for p in model.parameters()]
     model.zero_grad()
     longest = max(len(r.prompt) + len(r.tokens) for r in responses)
@@ -206,30 +209,30 @@ def check_one_slice_is_computed_once(model, responses):
     model.zero_grad()
 
 
-def test_a_small_vocabulary_is_neither_cut_nor_computed_twice(monkeypatch):
+def test_with_a_small_vocabulary_nothing_is_cut_or_computed_twice(monkeypatch):
     model = tiny()
     responses = make_responses(model)
     check_one_slice_is_computed_once(model, responses)
-    monkeypatch.setattr(logprobs, "SLICE", 118 * ROWS)
+    monkeypatch.setattr(logprobs, "SLICE", 118 * SLICE_TOKENS)
     caught(check_one_slice_is_computed_once, model, responses)
 
 
 def check_scaled_logits():
-    """Granite divides its logits by a number."""
+    """The log-probabilities of a Granite, which divides its logits by a number, equal those computed by hand."""
     model = tiny(GraniteConfig, logits_scaling=4.0)
     responses = make_responses(model)
     wanted = torch.cat([logprobs_by_hand(model, r, 0.7) for r in responses])
     assert torch.allclose(token_logprobs(model, responses, 0.7), wanted, atol=1e-4)
 
 
-def test_scaled_logits_are_scaled(monkeypatch):
+def test_logits_are_scaled_as_the_model_scales_them(monkeypatch):
     check_scaled_logits()
     monkeypatch.setattr(logprobs, "head_of", lambda model: model.get_output_embeddings())
     caught(check_scaled_logits)
 
 
 def check_entropies(scores):
-    """By hand, at the sampling temperature; a gradient through them is not wanted."""
+    """Entropies equal those computed by hand at the sampling temperature, and have no gradient."""
     model = tiny(vocab_size=VOCAB)
     responses = make_responses(model)
     wanted = []
@@ -242,15 +245,15 @@ def check_entropies(scores):
     assert not entropy.requires_grad
 
 
-@pytest.mark.parametrize("rows", [ROWS, 1 << 20])
-def test_entropies_by_hand(rows, monkeypatch):
-    monkeypatch.setattr(logprobs, "SLICE", VOCAB * rows)
+@pytest.mark.parametrize("slice_tokens", [SLICE_TOKENS, 1 << 20])
+def test_entropies_equal_those_by_hand(slice_tokens, monkeypatch):
+    monkeypatch.setattr(logprobs, "SLICE", VOCAB * slice_tokens)
     check_entropies(token_scores)
     caught(check_entropies, lambda model, responses, temperature: token_scores(model, responses, 1.0))
 
 
 class Exponentials(TorchDispatchMode):
-    """Counts those of tensors that have the vocabulary as a dimension."""
+    """Counts calls of exp on tensors that have the vocabulary as a dimension."""
 
     count = 0
 
@@ -260,36 +263,34 @@ class Exponentials(TorchDispatchMode):
         return result
 
 
-def check_entropies_are_made_once():
-    """Although the backward makes the slices' logits once more."""
+def check_entropies_are_computed_once():
+    """Although the backward computes the logits of each slice again."""
     model = tiny(vocab_size=VOCAB)
     responses = make_responses(model)
     tokens = sum(len(r.tokens) for r in responses)
     with Exponentials() as exponentials:
         token_scores(model, responses, 0.7)[0].sum().backward()
-    assert exponentials.count == -(-tokens // ROWS)
+    assert exponentials.count == -(-tokens // SLICE_TOKENS)
 
 
-def test_the_backward_leaves_entropies_out(scale_and_filter):
-    check_entropies_are_made_once()
+def test_the_backward_does_not_compute_entropies_again(small_slices):
+    check_entropies_are_computed_once()
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
-        caught(check_entropies_are_made_once)
+        caught(check_entropies_are_computed_once)
 
 
-# ---------------------------------------------------------------- layers that are computed twice
+# ---------------------------------------------------------------- gradient checkpointing
 
 
 def kept_bytes(model, tokens: int = 80) -> int:
-    """What the forward of so many tokens keeps in training mode."""
-    model.train()
-    with Kept(model) as kept:
+    """Return the bytes that the forward of so many tokens keeps in an update."""
+    with update_mode(model), KeptTensors(model) as kept:
         model.get_decoder()(input_ids=torch.ones(2, tokens // 2, dtype=torch.long), use_cache=False)
-    model.eval()
     return kept.bytes()
 
 
 def check_checkpointed_update(enable):
-    """The gradients are the same, bit for bit, and the forward keeps less than a quarter."""
+    """The gradients are the same bit for bit, and the forward keeps less than a quarter of the bytes."""
     model = tiny(num_hidden_layers=4)
     responses = make_responses(model)
     wanted, _ = gradient(model, responses)
@@ -299,19 +300,19 @@ def check_checkpointed_update(enable):
     assert kept_bytes(model) < before / 4
 
 
-def test_checkpointed_layers_have_the_same_gradients():
+def test_gradients_are_the_same_with_checkpointed_layers():
     check_checkpointed_update(checkpoint_layers)
     caught(check_checkpointed_update, lambda model: None)
 
-    def constant(model):  # a layer that is not computed again, but taken as a constant
+    def without_gradients(model):  # layers are not computed again, but treated as constants
         for layer in model.get_decoder().layers:
             layer._gradient_checkpointing_func = lambda work, *args: torch.no_grad()(work)(*args) + 0 * args[0]
             layer.gradient_checkpointing = True
 
-    caught(check_checkpointed_update, constant)
+    caught(check_checkpointed_update, without_gradients)
 
 
-def test_a_policy_without_such_layers_is_refused(monkeypatch):
+def test_a_policy_that_cannot_checkpoint_layers_is_refused(monkeypatch):
     model = tiny()
     monkeypatch.setattr(model, "supports_gradient_checkpointing", False)
     with pytest.raises(UserError, match="--gradient-checkpointing: Qwen2ForCausalLM"):
@@ -319,7 +320,7 @@ def test_a_policy_without_such_layers_is_refused(monkeypatch):
 
 
 def check_rollout_stays(model, change, fused: bool):
-    """What is generated before and after the change, with fused layers or the model's own."""
+    """The same responses are generated before and after the change, with fused layers or the model's own."""
     groups = groups_of(6, random.Random(2))
 
     def responses() -> dict:
@@ -336,10 +337,10 @@ def check_rollout_stays(model, change, fused: bool):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_checkpointed_layers_leave_the_rollout_alone(fused):
+def test_checkpointed_layers_do_not_change_the_rollout(fused):
     check_rollout_stays(tiny(), checkpoint_layers, fused)
 
-    def left_in_training_mode(model):  # then a layer that is checkpointed gets no cache
+    def left_in_training_mode(model):  # then checkpointed layers get no cache
         checkpoint_layers(model)
         model.train()
 
@@ -348,45 +349,47 @@ def test_checkpointed_layers_leave_the_rollout_alone(fused):
             check_rollout_stays(tiny(), left_in_training_mode, fused)
 
 
-def test_a_run_with_checkpointed_layers_makes_the_same_policy(able, tmp_path, monkeypatch):
+def test_a_run_with_checkpointed_layers_makes_the_same_policy(chain_policy, tmp_path, monkeypatch):
     enabled = []
     monkeypatch.setattr(train_grpo, "checkpoint_layers", lambda model: enabled.append(checkpoint_layers(model)))
     flags = (*LEARN, "--steps", 2, "--eval-every", 0)
-    here(train_grpo.main, able, tmp_path / "whole", *flags)
+    run_in_process(train_grpo.main, chain_policy, tmp_path / "plain", *flags)
     assert not enabled
-    here(train_grpo.main, able, tmp_path / "twice", *flags, "--gradient-checkpointing")
+    run_in_process(train_grpo.main, chain_policy, tmp_path / "checkpointed", *flags, "--gradient-checkpointing")
     assert enabled
-    check_same_run(tmp_path / "whole", tmp_path / "twice")
+    check_same_run(tmp_path / "plain", tmp_path / "checkpointed")
 
 
-def check_count(count):
-    """What is left for an update covers what its forward keeps, and the layer that is computed again; not much more."""
+def check_estimate(estimate):
+    """The estimated memory of an update covers what its forward keeps, and the layer that is computed again, and is not
+    much more.
+    """
     for family, (config_class, changes) in FAMILIES.items():
         model = tiny(config_class, **changes, num_hidden_layers=6)
         head = 4 * 5 * 80 * 118  # logits of 80 tokens and their gradients
-        whole = kept_bytes(model)
-        assert whole <= count(model, 80) - count(model, 0) - head <= 2 * whole, family
+        all_layers = kept_bytes(model)
+        assert all_layers <= estimate(model, 80) - estimate(model, 0) - head <= 2 * all_layers, family
         checkpoint_layers(model)
-        twice = kept_bytes(model) + whole / 6
-        assert twice <= count(model, 80) - count(model, 0) - head <= 3 * twice, family
+        checkpointed = kept_bytes(model) + all_layers / 6
+        assert checkpointed <= estimate(model, 80) - estimate(model, 0) - head <= 3 * checkpointed, family
 
 
-def test_the_memory_of_an_update_is_counted():
-    check_count(forward_bytes)
-    caught(check_count, lambda model, tokens: 12 * tokens * model.config.vocab_size)  # the logits alone
+def test_the_memory_of_an_update_is_estimated():
+    check_estimate(forward_bytes)
+    caught(check_estimate, lambda model, tokens: 12 * tokens * model.config.vocab_size)  # the logits alone
 
 
 # ---------------------------------------------------------------- sums over the workers
 
 
 def shapes_of(seed: int) -> list[tuple[int, ...]]:
-    """Random shapes: from numbers to tensors of several messages, some of them empty."""
+    """Return random shapes, from those of single numbers to tensors of several messages; some are empty."""
     rng = random.Random(seed)
     return [tuple(rng.choice([0, 1, 2, 5, 13]) for _ in range(rng.randint(0, 4))) for _ in range(30)] + [(), (90, 70)]
 
 
 def tensors_of(seed: int, rank: int) -> list[torch.Tensor]:
-    """A worker's tensors of these shapes. On worker 1 they are not contiguous, on worker 0 some of them."""
+    """Return a worker's tensors of these shapes. On worker 1 none is contiguous, on worker 0 some are."""
     generator = torch.Generator().manual_seed(seed * 10 + rank)
     tensors = []
     for i, shape in enumerate(shapes_of(seed)):
@@ -396,6 +399,7 @@ def tensors_of(seed: int, rank: int) -> list[torch.Tensor]:
 
 
 def one_message(tensors):
+    """Sum all tensors in one message."""
     flat = torch.cat([t.flatten() for t in tensors])
     torch.distributed.all_reduce(flat)
     for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
@@ -403,32 +407,34 @@ def one_message(tensors):
 
 
 def a_message_each(tensors):
+    """Sum each tensor in a message of its own."""
     for t in tensors:
         one_message([t])
 
 
 def not_copied_back(tensors):
+    """Sum copies, and leave the tensors as they are."""
     for t in tensors:
         torch.distributed.all_reduce(t.contiguous())
 
 
-WAYS = {way.__name__: way for way in (sums.sum_up, one_message, a_message_each, not_copied_back)}
+WAYS = {way.__name__: way for way in (communication.sum_up, one_message, a_message_each, not_copied_back)}
 MESSAGE = 1000
 
 
-def sum_in_all_ways(folder: Path, tell) -> None:
-    """A worker process: writes the sums, and the sizes of the messages, for each way."""
+def sum_in_all_ways(folder: Path, heartbeat) -> None:
+    """Run a worker process: write the sums and the sizes of the messages of each way into the folder."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    sums.MESSAGE = MESSAGE
+    communication.MESSAGE = MESSAGE
     right = torch.distributed.all_reduce
     sizes = []
 
-    def noted(tensor):
+    def all_reduce(tensor):
         sizes.append(tensor.numel())
         right(tensor)
 
-    torch.distributed.all_reduce = noted
+    torch.distributed.all_reduce = all_reduce
     results = {}
     for name, way in WAYS.items():
         for seed in range(4):
@@ -441,7 +447,7 @@ def sum_in_all_ways(folder: Path, tell) -> None:
 
 
 def check_sums(results: list[dict], way: str) -> None:
-    """Each worker has the sums, bit for bit, and few messages, none of them large."""
+    """Each worker has the sums bit for bit, from few messages, none of them large."""
     for seed in range(4):
         wanted = [a + b for a, b in zip(tensors_of(seed, 0), tensors_of(seed, 1))]
         for result in results:
@@ -451,8 +457,8 @@ def check_sums(results: list[dict], way: str) -> None:
             assert len(sizes) <= 2 * sum(sizes) / MESSAGE + 1
 
 
-def test_sums_over_workers_come_in_small_messages(tmp_path):
-    supervise.spawn(sum_in_all_ways, tmp_path, 2, 60, False)
+def test_sums_over_workers_use_few_messages_of_bounded_size(tmp_path):
+    spawn(sum_in_all_ways, tmp_path, 2, 60, False)
     results = [torch.load(tmp_path / f"rank {rank}", weights_only=True) for rank in range(2)]
     check_sums(results, "sum_up")
     for way in WAYS.keys() - {"sum_up"}:

@@ -22,13 +22,26 @@ def step_rows(out: Path) -> list[dict]:
     return [row for row in rows_of(out) if "eval" not in row]
 
 
+# of a script that starts tlt.py as if a rollout took a minute: then a warm start is worth its time even in a short run
+LONG_ROLLOUTS = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import tlt
+from parts.cli import run
+tlt.TLTWorker.all_max = lambda self, seconds: 60.0
+run(tlt.main)
+"""
+
+
 def two_agents(chain_policy, out, *flags) -> str:
     """Start torchrun with two agents, as on two hosts -> what both have printed."""
+    file = out.parent / "long_rollouts.py"
+    file.write_text(LONG_ROLLOUTS)
     port = str(free_port())
     agents = []
     for rank in ("0", "1"):
         host = ("--nnodes", "2", "--node-rank", rank, "--master-addr", "127.0.0.1", "--master-port", port)
-        script = ("-m", "torch.distributed.run", *host, "--nproc-per-node", "1", "tlt.py")
+        script = ("-m", "torch.distributed.run", *host, "--nproc-per-node", "1", str(file))
         agents.append(launch(chain_policy, out, *LEARN, "--steps", 2, *flags, script=script))
     return "".join(finish(agent) for agent in agents)
 

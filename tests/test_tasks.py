@@ -1,3 +1,7 @@
+"""Tasks: verifiers give every text a grade, splits are disjoint, prompts have the style that was asked for, and rewards
+reach the update.
+"""
+
 import json
 import random
 import re
@@ -61,7 +65,7 @@ HOSTILE = [
 ]
 
 
-def test_verifiers_are_total():
+def test_hostile_texts_get_a_grade():
     for text in HOSTILE:
         for wrapped in (text, f"<answer>{text}</answer>", f"#### {text}"):
             Countdown().grade(PROBLEM, wrapped)
@@ -78,7 +82,7 @@ def test_any_text_gets_a_grade(text):
 
 
 def stack_machine(text: str):
-    """(value, numbers) of fully bracketed text, by the shunting-yard algorithm; None for a division by 0."""
+    """Return (value, numbers) of a fully bracketed expression, by the shunting-yard algorithm; None if it divides by 0."""
     values = []
     operators = []
     numbers = []
@@ -99,7 +103,7 @@ def stack_machine(text: str):
 
 
 def bracketed(parts):
-    """(a, operator, b) -> "(a operator b)"."""
+    """Return "(a operator b)" for (a, operator, b)."""
     return f"({''.join(parts)})"
 
 
@@ -138,18 +142,18 @@ def test_countdown_grades(text, strict, lenient):
     assert (grade.strict, grade.lenient) == (strict, lenient)
 
 
-def check_line_of_its_own():
+def check_answer_on_its_own_line():
     assert Countdown().grade(PROBLEM, "<answer>\n7*3+8\n</answer>").strict
 
 
-def test_an_answer_on_a_line_of_its_own_gets_the_reward(monkeypatch):
+def test_an_answer_on_its_own_line_gets_the_reward(monkeypatch):
     class Unstripped(str):
         def strip(self):
             return self
 
-    check_line_of_its_own()
+    check_answer_on_its_own_line()
     monkeypatch.setattr("tasks.answer_tag", lambda text: Unstripped(answer_tag(text)))
-    caught(check_line_of_its_own)
+    caught(check_answer_on_its_own_line)
 
 
 def check_every_number_once(task):
@@ -157,7 +161,7 @@ def check_every_number_once(task):
     assert not task.grade(PROBLEM, "<answer>7*3+8*1</answer>").strict
 
 
-def test_numbers_must_be_used_once_and_a_lax_verifier_is_caught(monkeypatch):
+def test_each_number_must_be_used_exactly_once(monkeypatch):
     check_every_number_once(Countdown())
     monkeypatch.setattr(
         Countdown,
@@ -192,7 +196,7 @@ def test_gsm8k_grades(monkeypatch):
     check_gsm8k(GSM8K())
 
     def by_pattern(text):
-        """Whatever looks like a number."""
+        """Return what looks like a number."""
         numbers = re.findall(r"[-+]?[0-9]{1,15}(?:,[0-9]{3})*(?:\.[0-9]+)?", text)
         return Fraction(numbers[-1].replace(",", "")) if numbers else None
 
@@ -239,7 +243,7 @@ TEXT_FILES = st.lists(st.sampled_from(LINES) | st.text(max_size=40), max_size=5)
 
 @cases(60)
 @given(TEXT_FILES | st.binary(max_size=60))
-def test_any_file_is_problems_or_a_named_mistake(content):
+def test_any_file_gives_problems_or_an_error_that_names_it(content):
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         file.write(content)
         file.flush()
@@ -265,7 +269,7 @@ def check_splits(task):
 def test_held_out_problems_are_disjoint_from_training(monkeypatch):
     check_splits(Countdown())
     assert Countdown().problem("train", 7) == Countdown().problem("train", 7) != Countdown().problem("train", 8)
-    # a split that ignores the problem
+    # splits that ignore the problem
     monkeypatch.setattr("tasks.zlib.crc32", lambda data: 0 if random.random() < 0.5 else 1)
     caught(check_splits, Countdown())
 
@@ -278,7 +282,7 @@ def test_demonstrations_are_right_and_tokens_round_trip():
         problem = task.problem("train", i)
         text = trace(*problem.answer, rng)
         assert tokenizer.decode(tokenizer.encode(problem.trace + text)) == problem.trace + text
-        gave_up = text.endswith("</think><eos>")  # a search over 4 numbers may
+        gave_up = text.endswith("</think><eos>")  # a search over 4 numbers may end so
         assert gave_up or task.grade(problem, text).strict
     right = 0
     for i in range(400):
@@ -292,7 +296,7 @@ def test_prompt_styles(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
     problem = Countdown().problem("train", 0)
-    assert tokenizer.decode(encode_prompt(problem, saved)) == problem.trace  # the style survives saving
+    assert tokenizer.decode(encode_prompt(problem, saved)) == problem.trace  # the style is saved with the tokenizer
     with pytest.raises(UserError, match="no token for 'A'"):
         encode_prompt(problem, tokenizer, "base")
     with pytest.raises(UserError, match="chat template"):
@@ -300,14 +304,14 @@ def test_prompt_styles(tmp_path):
     with pytest.raises(UserError, match="no trace form"):
         encode_prompt(Problem("1+1?", "", 2), tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    assert encode_prompt(Problem("<pad>3,4=7", "", 7), tokenizer, "chat")  # a <pad> that is written is meant
+    assert encode_prompt(Problem("<pad>3,4=7", "", 7), tokenizer, "chat")  # <pad> may be written in a text
     with pytest.raises(UserError, match="no token for 'U'"):
         encode_prompt(problem, tokenizer, "chat")
 
 
 # ---------------------------------------------------------------- chat templates
 
-TEMPLATE = (  # such as a model has that thinks unless it is told not to
+TEMPLATE = (  # of a model that thinks unless it is told not to
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]<think>"
     "{% if enable_thinking is defined and enable_thinking is false %}</think>{% endif %}{% endif %}"
 )
@@ -315,7 +319,7 @@ NO_THINKING = '{"enable_thinking": false}'
 
 
 def chat_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character."""
+    """Return a tokenizer with one token per printable ASCII character, and this chat template."""
     words = ["<pad>", "<eos>", "\n", *map(chr, range(32, 127))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -337,7 +341,7 @@ def check_chat(encode_prompt):
         assert tokenizer.decode(encode_prompt(problem, tokenizer, "auto", system, chat_args)) == text
 
 
-def test_a_chat_template_gets_system_prompt_and_arguments_and_ends_as_it_says():
+def test_a_chat_template_gets_the_system_prompt_and_its_arguments():
     check_chat(encode_prompt)
     caught(check_chat, lambda problem, tokenizer, style, system, args: encode_prompt(problem, tokenizer, style, system))
     caught(
@@ -375,24 +379,26 @@ def test_mistakes_in_chat_settings_are_one_line():
 
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory):
-    """A random policy with a chat template."""
+    """The folder of a random policy with a chat template."""
     folder = tmp_path_factory.mktemp("chat")
     tiny(LlamaConfig, max_position_embeddings=512).save_pretrained(folder)
     chat_tokenizer().save_pretrained(folder)
     return folder
 
 
-def listener(prompts, keep=3, last=None):
-    """An encode_prompt that notes what it makes. keep: of its settings; last: prompts after which it ends the run."""
+def recording_encoder(prompts, keep=3, last=None):
+    """Return an encode_prompt that records the prompts. keep: how many of its settings it passes on; last: the number
+    of prompts after which it ends the run.
+    """
 
-    def listen(problem, tokenizer, *settings):
+    def encode_and_record(problem, tokenizer, *settings):
         ids = encode_prompt(problem, tokenizer, *settings[:keep])
         prompts.append(tokenizer.decode(ids))
         if len(prompts) == last:
             raise UserError("enough")
         return ids
 
-    return listen
+    return encode_and_record
 
 
 CHAT_FLAGS = ["--system", "Be brief.", "--chat-args", NO_THINKING]
@@ -405,22 +411,22 @@ def check_prompts(prompts):
         assert prompt.endswith("[assistant]<think></think>")
 
 
-def test_training_asks_with_system_prompt_and_arguments(chat_folder, tmp_path, monkeypatch):
+def test_training_uses_the_system_prompt_and_the_templates_arguments(chat_folder, tmp_path, monkeypatch):
     for keep in (3, 2):
         prompts = []
-        monkeypatch.setattr(train_grpo, "encode_prompt", listener(prompts, keep))
+        monkeypatch.setattr(train_grpo, "encode_prompt", recording_encoder(prompts, keep))
         flags = [*SMALL, "--steps", 1, "--max-new", 4, "--out", tmp_path / str(keep), *CHAT_FLAGS]
         run_main(monkeypatch, "--model", chat_folder, *flags)
-        assert len(prompts) == 2 + 3  # in the check at the start, and in the step
+        assert len(prompts) == 2 + 3  # by `check`, and in the step
         if keep == 3:
             check_prompts(prompts)
         else:
             caught(check_prompts, prompts)
 
 
-def test_the_drafter_is_warmed_up_with_system_prompt_and_arguments(chat_folder, tmp_path, monkeypatch):
+def test_drafter_py_uses_the_system_prompt_and_the_templates_arguments(chat_folder, tmp_path, monkeypatch):
     prompts = []
-    monkeypatch.setattr(drafter, "encode_prompt", listener(prompts, last=2))
+    monkeypatch.setattr(drafter, "encode_prompt", recording_encoder(prompts, last=2))
     monkeypatch.setattr("sys.argv", ["drafter.py", "--model", str(chat_folder), "--out", str(tmp_path), *CHAT_FLAGS])
     with pytest.raises(UserError, match="enough"):
         drafter.main()
@@ -450,33 +456,33 @@ def test_a_grade_has_a_reward():
 
 
 class Measured(Countdown):
-    """Right is a text of even length; the reward is another thing, and often below 0."""
+    """A text of even length is right; the reward does not depend on that, and is often below 0."""
 
     def grade(self, problem, text):
         return Grade(len(text) % 2 == 0, True, reward=0.3 - len(text) / 40)
 
 
-def check_numbers(model_folder, out, monkeypatch):
-    """The update gets the rewards; what counts right ones counts right ones."""
+def check_rewards(model_folder, out, monkeypatch):
+    """The update gets the rewards, and shares of right responses count the right ones."""
     seen = []
+    responses_of = {True: [], False: []}  # learn -> responses
+    right_rollout = Worker.rollout
 
-    def listen(rewards, loss):
+    def recording_advantages(rewards, loss):
         seen.append(rewards)
         return advantages(rewards, loss)
 
-    def rollout(*args, **settings):
-        responses = whole(*args, **settings)
-        (held_out if not settings["learn"] else taught).extend(responses)
+    def rollout(self, engine, groups, sampling, grade, progress, learn):
+        responses = right_rollout(self, engine, groups, sampling, grade, progress, learn)
+        responses_of[learn] += responses
         return responses
 
-    taught, held_out = [], []
-    whole = Worker.rollout
     with monkeypatch.context() as patch:
         patch.setattr(train_grpo, "make_task", lambda *settings: Measured())
-        patch.setattr(train_grpo, "advantages", listen)
+        patch.setattr(train_grpo, "advantages", recording_advantages)
         patch.setattr(Worker, "rollout", rollout)
         run_main(patch, "--model", model_folder, "--out", out, *SMALL, "--steps", 1, "--eval-every", 1)
-    lengths = [len(make_tokenizer().decode(r.tokens)) for r in taught]
+    lengths = [len(make_tokenizer().decode(r.tokens)) for r in responses_of[True]]
     wanted = torch.tensor([0.3 - n / 40 for n in lengths]).view(3, 4)
     assert torch.equal(torch.cat(seen), wanted)
     assert len({n % 2 for n in lengths}) == 2 and (wanted < 0).any()
@@ -484,14 +490,15 @@ def check_numbers(model_folder, out, monkeypatch):
     assert step["reward"] == pytest.approx(wanted.mean().item())
     even = torch.tensor([n % 2 == 0 for n in lengths]).view(3, 4)
     assert step["solved"] == pytest.approx(even.any(1).float().mean().item())
-    assert before["eval"]["pass@1"] == pytest.approx(sum(r.grade.strict for r in held_out[:8]) / 8)
+    held_out = responses_of[False][:8]
+    assert before["eval"]["pass@1"] == pytest.approx(sum(r.grade.strict for r in held_out) / 8)
 
 
 def test_rewards_may_be_any_numbers(model_folder, tmp_path, monkeypatch):
-    check_numbers(model_folder, tmp_path / "good", monkeypatch)
+    check_rewards(model_folder, tmp_path / "good", monkeypatch)
 
-    def only_right_or_wrong(self):
+    def right_or_wrong(self):
         object.__setattr__(self, "reward", float(self.strict))
 
-    monkeypatch.setattr(Grade, "__post_init__", only_right_or_wrong)
-    caught(check_numbers, model_folder, tmp_path / "broken", monkeypatch)
+    monkeypatch.setattr(Grade, "__post_init__", right_or_wrong)
+    caught(check_rewards, model_folder, tmp_path / "broken", monkeypatch)

@@ -273,6 +273,16 @@ def test_speculation_changes_only_seconds(solver, speculative):
         assert total(plain, "decode") == total(drafted, "decode")
 
 
+def test_a_search_may_yield_no_request(solver):
+    """A beam search does so when all that it keeps is finished."""
+
+    def hesitating(seed):
+        assert (yield []) == []
+        return (yield from parallel(seed, 2))
+
+    assert tokens(solve(solver, hesitating)) == tokens(solve(solver, partial(parallel, n=2)))
+
+
 def test_questions_do_not_depend_on_each_other(solver):
     together = tokens(solve(solver, partial(beam, n=4, m=2)))
     alone = [tokens(solve(solver, partial(beam, n=4, m=2), [problem]))[0] for problem in PROBLEMS]

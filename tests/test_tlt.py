@@ -201,9 +201,9 @@ def single_worker(**settings) -> tlt.TLTWorker:
     return tlt.TLTWorker(TLTConfig(device="cpu", model="base/chain/refit", **settings))
 
 
-def worker_after_rollout(split: str, learn: bool | None = None) -> tlt.TLTWorker:
+def worker_after_rollout(split: str, learn: bool | None = None, **settings) -> tlt.TLTWorker:
     """Return a worker that has made a rollout of a split. learn: as in Worker.rollout; None: as the loop sets it."""
-    worker = single_worker(warm_start=0.2, prompts=1)
+    worker = single_worker(**{"warm_start": 0.2, "prompts": 1, **settings})
     engine = worker.make_engine(tiny(), {1}, 8, 0, None)
     engine.reserve(60)
     groups = [Group((split, i), [5 + i, 9, 30], [7 * i + k for k in range(4)]) for i in range(3)]
@@ -218,10 +218,35 @@ def check_nothing_learned(worker: tlt.TLTWorker) -> None:
     assert worker.spot_trainer.needs_warm_start
 
 
-def test_the_drafter_does_not_learn_from_held_out_responses():
+def test_the_drafter_does_not_learn_from_held_out_responses(monkeypatch):
+    monkeypatch.setattr(SpotTrainer, "AVERAGE_EVERY", 0.05)  # seconds: then a short warm start is worth it
     check_nothing_learned(worker_after_rollout("test"))
     caught(check_nothing_learned, worker_after_rollout("test", learn=True))
     assert worker_after_rollout("train").spot_trainer.trainer.steps > 0
+
+
+def check_warm_start_limit(monkeypatch):
+    """A warm start lasts at most half as long as the rollouts of the steps that are left."""
+    durations = []
+    with monkeypatch.context() as patch:
+        patch.setattr(SpotTrainer, "warm_start", lambda self, seconds, *rest: durations.append(seconds))
+        patch.setattr(tlt.TLTWorker, "all_max", lambda self, seconds: 10.0)
+        for steps in (1, 5, 100):
+            worker_after_rollout("train", warm_start=120.0, steps=steps)
+    assert durations == [0.0, 20.0, 120.0]
+
+
+def test_a_warm_start_lasts_no_longer_than_the_steps_left_can_win_back(monkeypatch):
+    check_warm_start_limit(monkeypatch)
+    right = tlt.TLTWorker.make_engine
+
+    def with_endless_steps(self, *args):
+        engine = right(self, *args)
+        self.steps_left = 1000
+        return engine
+
+    monkeypatch.setattr(tlt.TLTWorker, "make_engine", with_endless_steps)
+    caught(check_warm_start_limit, monkeypatch)
 
 
 def test_draft_tokens_of_the_eagle_drafter_are_counted_by_depth():

@@ -134,7 +134,7 @@ def check_text(text: str, place: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{place}: {text[error.start : error.end]!r} is half a character: mend or remove the row"
+            f"{place}: {text[error.start : error.end]!r} is half a character (a lone surrogate): correct or remove the row"
         ) from error
 
 
