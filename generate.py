@@ -92,14 +92,23 @@ class RoundMarks:
             n += 1
         own = trace.emitted[n:]  # none where the response ends inside the accepted run
         rejected = trace.drafts[n:] if own else []
-        parts = (("accepted", trace.emitted[:n]), ("own", own), ("rejected", rejected))
-        print("".join(self.marked(kind, tokens) for kind, tokens in parts), end="", flush=True)
+        tokens = trace.sequence.tokens
+        before = tokens[: len(tokens) - len(trace.emitted)]
+        line = self.marked("accepted", before, trace.emitted[:n])
+        line += self.marked("own", before + trace.emitted[:n], own)
+        line += self.marked("rejected", tokens, rejected)
+        print(line, end="", flush=True)
         self.emitted[len(trace.emitted)] += 1
 
-    def marked(self, kind: str, tokens: list[int]) -> str:
-        """Return the text of tokens between the marks of their kind."""
-        before, after = self.marks[kind]
-        return before + self.tokenizer.decode(tokens) + after if tokens else ""
+    def marked(self, kind: str, before: list[int], tokens: list[int]) -> str:
+        """Return the text of tokens between the marks of their kind. before: the tokens of the response in front of
+        them; all are decoded together, since some tokenizers join or drop spaces at the begin of a text.
+        """
+        if not tokens:
+            return ""
+        front = self.tokenizer.decode(before)
+        opening, closing = self.marks[kind]
+        return opening + self.tokenizer.decode(before + tokens)[len(front) :] + closing
 
     def table(self) -> str:
         """Return how many rounds gave how many tokens."""

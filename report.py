@@ -195,8 +195,8 @@ class Table:
     def drafting(self, speculation: dict, drafter: dict) -> str:
         """Return a line about speculation and drafter training in a step."""
         text = (
-            f"{speculation['tokens_per_round']:.2f} tokens per sequence and speculative round, k {speculation['k']:.1f}, "
-            f"{speculation['share']:.0%} of the rounds speculative"
+            f"{speculation['tokens_per_round']:.2f} tokens per sequence and speculative round, "
+            f"k {speculation['k']:.1f}, {speculation['share']:.0%} of the rounds speculative"
         )
         if drafter["steps"]:
             text += (

@@ -190,8 +190,8 @@ def make_traces(job: Job) -> list[tuple[list[int], list[int]]]:
     rng = random.Random(job.seed)
     task = Countdown(sizes=(3, 4)) if job.task == "countdown" else Chain()
     tokenizer = make_tokenizer(job.task)
-    rows = []
-    while len(rows) < job.count:
+    examples = []
+    while len(examples) < job.count:
         problem = task.problem("train", rng.getrandbits(40))
         if job.task == "countdown":
             text = trace(*problem.answer, rng, **job.noise)
@@ -199,24 +199,24 @@ def make_traces(job: Job) -> list[tuple[list[int], list[int]]]:
             text = chain_trace(*problem.answer[:2], rng, **job.noise)
         completion = tokenizer.encode(text)
         if len(completion) <= MAX_TRACE:
-            rows.append((tokenizer.encode(problem.trace), completion))
-    return rows
+            examples.append((tokenizer.encode(problem.trace), completion))
+    return examples
 
 
 # ---------------------------------------------------------------- training
 
 
-def batches(rows: list, tokens: int, rng: random.Random) -> list[list]:
+def batches(examples: list, tokens: int, rng: random.Random) -> list[list]:
     """Return batches of at most `tokens` tokens, padding included, of sequences of similar length, in random order."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]) + 8 * rng.random())
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][1]) + 8 * rng.random())
     found = []
     batch = []
     for i in order:
-        longest = len(rows[i][0]) + len(rows[i][1])
+        longest = len(examples[i][0]) + len(examples[i][1])
         if batch and longest * (len(batch) + 1) > tokens:
             found.append(batch)
             batch = []
-        batch.append(rows[i])
+        batch.append(examples[i])
     if batch:
         found.append(batch)
     rng.shuffle(found)
@@ -341,10 +341,10 @@ def plan_of(command: Command) -> list[list]:
     rng = random.Random(command.seed)
     plan = []
     for kind in ("clean", "noisy"):
-        rows = []
+        examples = []
         for part, job in zip(parts, jobs):
-            rows += part if job.kind == kind else []
-        plan += batches(rows, command.tokens, rng)
+            examples += part if job.kind == kind else []
+        plan += batches(examples, command.tokens, rng)
     return plan
 
 

@@ -23,8 +23,6 @@ COLUMNS = {"steps": "", "static": ".2f", "adaptive": ".2f", "ratio": ".2f"}
 
 @dataclass(frozen=True)
 class Config(Output):
-    """Settings of this table."""
-
     adaptive: str = flag("runs/adaptive", "folder of a run with --drafter adaptive")
     static: str = flag("runs/static", "folder of a run with --drafter static")
 

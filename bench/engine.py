@@ -31,8 +31,6 @@ COLUMNS = {"batch": "", **dict.fromkeys(("engine", *RIVALS, "with drafter"), ".0
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Settings of this table."""
-
     rounds: int = flag(3, "turns of each party")
     batches: tuple[int, ...] = flag((1, 8, 32, 128), "responses at once")
 

@@ -176,8 +176,8 @@ def seconds_per_call(function: Callable[[], object], calls: int = 1, warmup: boo
 
 
 class Watch(Strategy):
-    """Passes on another strategy's choices and keeps the reports of all rounds. Their seconds are right on a GPU, too: the
-    engine waits for its tokens before it reports.
+    """Passes on another strategy's choices and keeps the reports of all rounds. Their seconds are right on a GPU, too:
+    the engine waits for its tokens before it reports.
     """
 
     def __init__(self, inner: Strategy):

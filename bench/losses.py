@@ -36,8 +36,6 @@ COLUMNS = {"variant": "", "pass@1": ".3f", "length": ".0f", "seconds": ".2f", "t
 
 @dataclass(frozen=True)
 class Config(Output):
-    """Settings of this table."""
-
     variants: tuple[str, ...] = flag(tuple(VARIANTS), "losses and settings, see above", tuple(VARIANTS))
     seeds: tuple[int, ...] = flag((0, 1, 2), "seeds of the runs")
     model: str = flag("base", "the policy: a folder or a hub name")
@@ -50,7 +48,6 @@ class Config(Output):
     out: str = flag("runs/losses", "folder for the runs")
 
     def __post_init__(self):
-        """Raises UserError."""
         super().__post_init__()
         if not 2 <= len(self.seeds) <= max(T_95):
             raise UserError(f"--seeds: {len(self.seeds)} are given; 2 to {max(T_95)} make an interval")

@@ -43,8 +43,6 @@ WITHOUT_TLT = ("--drafter", "off", "--strategy", "off", "--drafter-from", "")
 
 @dataclass(frozen=True)
 class Config(Output):
-    """Settings of this table."""
-
     run: str = flag("runs/demo", "folder of the run")
     plain: str = flag("", "folder of a finished plain run; without it the steps are made here")
     whole: bool = flag(False, "compare from the first step")

@@ -9,9 +9,8 @@
     update        peak memory of an update of 4,096 tokens, with and without --gradient-checkpointing
     step          one GRPO step, plain and TLT, phase by phase
 
-`make smollm2` makes the model (runs/smollm2). Where two responses differ at a token whose scores are less than 0.001
-apart, which is the rounding of float32 kernels of other shapes, that is counted as a tie; any other difference is an
-error. (So on a GPU `greedy` and `identity` need --actor-dtype float32.)
+`make smollm2` makes the model (runs/smollm2). Ties are counted as in identity.py (so on a GPU `greedy` and `identity`
+need --actor-dtype float32).
 
 Ratio: speculative over plain rollout at batch 1, the best fixed length.
 """
@@ -28,7 +27,6 @@ from tqdm import tqdm
 from bench import engine as engine_table
 from bench import step as step_table
 from bench.harness import (
-    Policy,
     Result,
     Settings,
     batch_groups,
@@ -41,12 +39,14 @@ from bench.harness import (
     text_table,
     tokens_per_round,
 )
-from bench.speculation import Rollout, compare
+from bench.identity import compare as compare_tokens
+from bench.identity import differences
+from bench.speculation import compare as compare_speeds
 from drafter import Drafter, DrafterTrainer, collect, fit
 from parts.cli import UserError, flag
 from parts.engine import acceptance
-from parts.engine.interfaces import Group, Response
-from parts.engine.sampling import Sampling, all_token_ids, noise_for, split_seeds
+from parts.engine.interfaces import Group
+from parts.engine.sampling import Sampling
 from parts.files import ROOT
 from parts.training.drafter_data import FeatureBuffer, TokenCounts
 from rollout import Engine
@@ -54,14 +54,11 @@ from strategy import Goodput, plans_for
 from tasks import make_task
 
 PARTS = ("greedy", "identity", "generate", "training", "round", "speculation", "update", "step")
-TIE = 1e-3  # of two scores
 COLUMNS = {}
 
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Settings of this table."""
-
     model: str = flag("runs/smollm2", "the policy: a folder or a hub name")
     parts: tuple[str, ...] = flag(PARTS, "what is measured", PARTS)
     task: str = flag("countdown-hard", "whose prompts: countdown-hard, gsm8k")
@@ -75,7 +72,6 @@ class Config(Settings):
     rounds: int = flag(3, "turns of each party")
 
     def __post_init__(self):
-        """Raises UserError."""
         super().__post_init__()
         if list(self.train) != sorted(self.train) or not self.train[0] > 0:
             raise UserError(f"--train {self.train}: seconds above 0, in ascending order")
@@ -103,33 +99,6 @@ class Bench:
 # ---------------------------------------------------------------- right?
 
 
-@torch.no_grad()
-def margin(policy: Policy, group: Group, ours: Response, theirs: list[int], sampling: Sampling) -> float:
-    """Return how far apart the scores of two responses' tokens are where they first differ, by an ordinary forward."""
-    place = next((i for i, (a, b) in enumerate(zip(ours.tokens, theirs)) if a != b), None)
-    if place is None:
-        return torch.inf  # one is just longer
-    ids = torch.tensor([group.prompt + ours.tokens[:place]], device=policy.model.device)
-    scores = policy.model(input_ids=ids, use_cache=False).logits[:, -1].float() / (sampling.temperature or 1)
-    seeds = split_seeds(torch.tensor([group.seeds[ours.sample]], device=ids.device))
-    token_ids = all_token_ids(scores.shape[1], ids.device)
-    scores = scores + noise_for(sampling, seeds, torch.full_like(ids[:, :1], place), token_ids).view(-1, 1).T
-    return (scores[0, ours.tokens[place]] - scores[0, theirs[place]]).abs().item()
-
-
-def differences(policy: Policy, groups: list[Group], responses: dict, theirs: dict, sampling: Sampling) -> dict:
-    """Count the responses that are the same, that differ after a tie, and that are wrong. theirs: name -> tokens."""
-    counts = {"of": len(responses), "same": 0, "ties": 0, "wrong": 0}
-    by_key = {group.key: group for group in groups}
-    for name, response in responses.items():
-        kind = "same"
-        if response.tokens != theirs[name]:
-            gap = margin(policy, by_key[response.group], response, theirs[name], sampling)
-            kind = "ties" if gap < TIE else "wrong"
-        counts[kind] += 1
-    return counts
-
-
 def greedy(bench: Bench) -> list[dict]:
     """Compare 20 prompts x 80 tokens with `generate`, one by one."""
     groups = bench.groups(20, 1)
@@ -144,22 +113,16 @@ def greedy(bench: Bench) -> list[dict]:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), repetition_penalty=1.0, **settings)
         theirs[group.key, 0] = out[0, len(group.prompt) :].tolist()
     model.set_attn_implementation("slots")
-    return [{"name": "equal to generate", **differences(policy, groups, ours, theirs, sampling)}]
+    return [{"mode": "as generate", **differences(policy, groups, ours, theirs, sampling)}]
 
 
 def identity(bench: Bench) -> list[dict]:
     """Compare speculative with plain tokens."""
     groups = bench.groups(32, 4)
-    sampling = Sampling(max_new=100)
     engine = bench.engine(32, groups, 100)
-    plain = {name: response.tokens for name, response in by_name(engine.generate(groups, sampling)).items()}
-    strategies = {f"chain {k}": fixed(k) for k in (2, 4, 8)}
-    strategies["goodput"] = Goodput(plans_for(["eagle"]))
-    rows = []
-    for name, strategy in tqdm(strategies.items(), desc="identity", unit="way"):
-        responses = by_name(engine.generate(groups, sampling, strategy))
-        rows.append({"name": name, **differences(bench.policy, groups, responses, plain, sampling)})
-    return rows
+    ways = {f"chain {k}": (engine, fixed(k)) for k in (2, 4, 8)}
+    ways["goodput"] = (engine, Goodput(plans_for(["eagle"])))
+    return compare_tokens(bench.policy, ways, groups, Sampling(max_new=100), "identity")
 
 
 # ---------------------------------------------------------------- fast?
@@ -237,14 +200,12 @@ def rounds(bench: Bench) -> list[dict]:
             acceptance.sample, acceptance.sample_columns = own
             stats = engine.stats
             whole = (stats.draft_seconds + stats.verify_seconds) / stats.rounds
+            draft = stats.draft_seconds / stats.rounds if k else None
+            plain = plain if k else whole
             row = {"name": f"batch {batch}, k = {k}", "ms": whole * 1e3}
             row["sampling"] = sum(watch.seconds for watch in watches) / stats.rounds / whole
-            if k:
-                draft = stats.draft_seconds / stats.rounds
-                row |= {"draft_ms": draft * 1e3, "draft_step_over_plain": draft / k / plain}
-            else:
-                plain = whole
-            rows.append(row)
+            row["draft_ms"] = draft and draft * 1e3
+            rows.append({**row, "draft_step_over_plain": draft and draft / k / plain})
     return rows
 
 
@@ -256,10 +217,10 @@ def speculation(bench: Bench) -> list[dict]:
         groups = bench.groups(4 if batch == 1 else batch, 1)
         sampling = Sampling(temperature, max_new=config.max_new)
         engine = bench.engine(batch, groups, config.max_new)
-        strategies = {"plain": fixed(0), **{f"chain {k}": fixed(k) for k in (1, 2, 3, 4, 6)}}
-        strategies["goodput"] = Goodput(plans_for(["eagle"]))
-        parties = {name: Rollout(engine, strategy, groups, sampling) for name, strategy in strategies.items()}
-        compared = compare(parties, config.rounds, f"speculation, batch {batch}, temperature {temperature}")
+        ways = {"plain": (engine, fixed(0)), **{f"chain {k}": (engine, fixed(k)) for k in (1, 2, 3, 4, 6)}}
+        ways["goodput"] = (engine, Goodput(plans_for(["eagle"])))
+        title = f"speculation, batch {batch}, temperature {temperature}"
+        compared = compare_speeds(ways, groups, sampling, config.rounds, title)
         best = max(row["ratio"] for row in compared[:-1])
         for row in compared:
             over_best = row["ratio"] / best if row["mode"] == "goodput" else None

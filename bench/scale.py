@@ -29,8 +29,6 @@ COLUMNS = {"workers": "", "plain": ".1f", "speculative": ".1f", "ratio": ".2f", 
 
 @dataclass(frozen=True)
 class Config(DrafterSettings):
-    """Settings of this table."""
-
     slots: int = flag(64, "sequences of a worker at once")
     responses: int = flag(1024, "how many")
 

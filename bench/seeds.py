@@ -1,25 +1,21 @@
 """Learning curves of the same run with several seeds: how much of a result is chance.
 
-Read from finished training runs (`make seeds`). Held-out scores at each evaluation, mean and range over the seeds;
-and the seconds of the last ten steps. The curves are drawn into FIRST RUN/seeds.png. Ratio: mean pass@1 after
-training over before.
+Read from finished training runs (`make seeds`): held-out scores at each evaluation, mean and range over the seeds. The
+curves are drawn into FIRST RUN/seeds.png. Ratio: mean pass@1 after training over before.
 """
 
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.harness import Metrics, Output, Result, cell, device_of, picture, read_metrics
+from bench.harness import Metrics, Output, Result, device_of, picture, read_metrics
 from parts.cli import UserError, flag
 
-LAST = 10  # steps
 COLUMNS = {}
 
 
 @dataclass(frozen=True)
 class Config(Output):
-    """Settings of this table."""
-
     runs: tuple[str, ...] = flag(("runs/seed-0", "runs/seed-1", "runs/seed-2"), "folders of runs that differ in --seed")
 
 
@@ -56,11 +52,7 @@ def measure(config: Config) -> Result:
         for name in evaluations[0]["eval"]:
             row[name] = spread([e["eval"][name] for e in evaluations])
         rows.append(row)
-    seconds = []
-    for metrics in runs.values():
-        last = list(metrics.steps.values())[-LAST:]
-        seconds.append(statistics.mean(row["seconds"]["step"] for row in last))
-    draw(runs, rows, Path(config.runs[0]) / "seeds.png")
+    picture_path = Path(config.runs[0]) / "seeds.png"
+    draw(runs, rows, picture_path)
     ratio = rows[-1]["pass@1"]["mean"] / max(1e-9, rows[0]["pass@1"]["mean"])
-    remarks = f"{len(runs)} runs, mean (range); seconds per step, last {LAST}: {cell(spread(seconds), '.2f')}"
-    return Result(ratio, rows, device_of(config.runs[0]), f"{remarks}; wrote {config.runs[0]}/seeds.png")
+    return Result(ratio, rows, device_of(config.runs[0]), f"mean (range) of {len(runs)} runs; wrote {picture_path}")

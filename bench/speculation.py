@@ -31,7 +31,7 @@ from bench.harness import (
     tokens_per_round,
 )
 from parts.cli import flag
-from parts.engine.acceptance import Coupled, Ratio, Tree
+from parts.engine.acceptance import Ratio, Tree
 from parts.engine.interfaces import Group, Stats, Strategy
 from parts.engine.sampling import Sampling
 from rollout import Engine
@@ -44,40 +44,32 @@ COLUMNS |= {"draft_share": ".0%", "rounds": ""}
 
 @dataclass(frozen=True)
 class Config(DrafterSettings):
-    """Settings of this table."""
-
     rounds: int = flag(3, "turns of each party")
     workloads: tuple[str, ...] = flag(WORKLOADS, "which workloads", WORKLOADS)
     slots: int = flag(64, "sequences at once, of bulk and mixed")
     responses: int = flag(128, "how many, of bulk and mixed")
 
 
-class Rollout:
-    """A party: the same groups, drafted in one way. A call rolls them out and returns the number of tokens."""
+Ways = dict[str, tuple[Engine, Strategy]]  # by mode
 
-    def __init__(self, engine: Engine, strategy: Strategy, groups: list[Group], sampling: Sampling):
-        self.engine = engine
-        self.strategy = strategy
-        self.groups = groups
-        self.sampling = sampling
-        self.stats = Stats()  # of the last rollout
 
-    def __call__(self) -> int:
-        responses = self.engine.generate(self.groups, self.sampling, self.strategy)
-        tokens = sum(len(response.tokens) for response in responses)
-        self.stats = self.engine.stats
+def compare(ways: Ways, groups: list[Group], sampling: Sampling, rounds: int, title: str) -> list[dict]:
+    """Return a row for each mode, of which the first is plain decoding."""
+    last: dict[str, Stats] = {}  # of the last rollout of each mode
+
+    def roll_out(mode: str) -> int:
+        engine, strategy = ways[mode]
+        tokens = sum(len(response.tokens) for response in engine.generate(groups, sampling, strategy))
+        last[mode] = engine.stats
         return tokens
 
-
-def compare(parties: dict[str, Rollout], rounds: int, title: str) -> list[dict]:
-    """Return a row for each mode, of which the first is plain decoding."""
-    for party in parties.values():
-        party()  # the turn that does not count
-    speeds = take_turns(parties, rounds, title)
+    for mode in ways:
+        roll_out(mode)  # the turn that does not count
+    speeds = take_turns({mode: partial(roll_out, mode) for mode in ways}, rounds, title)
     plain = next(iter(speeds.values()))
     rows = []
     for mode, speed in speeds.items():
-        stats = parties[mode].stats
+        stats = last[mode]
         row = {"mode": mode, "tokens_per_second": speed, "ratio": speed / plain}
         row["tokens_per_round"] = tokens_per_round(stats)
         row["draft_share"] = stats.draft_seconds / stats.seconds
@@ -85,16 +77,8 @@ def compare(parties: dict[str, Rollout], rounds: int, title: str) -> list[dict]:
     return rows
 
 
-def parties_of(policy: Policy, workload: str, config: Config) -> dict[str, Rollout]:
-    """Return mode -> party."""
-    sizes = {"one": (1, 1), "tail": (8, 8)}  # responses, slots
-    batch, slots = sizes.get(workload, (config.responses, config.slots))
-    groups = batch_groups(policy.tokenizer, batch, config.seed)
-    sampling = Sampling(max_new=48 if workload == "bulk" else config.max_new)
-    engines = {}
-    for name, rule in {"coupled": Coupled, "tree 4x2": partial(Tree, width=2), "ratio 4": Ratio}.items():
-        engines[name] = make_engine(policy, slots, groups, config.max_new, rule=rule)
-
+def ways_of(policy: Policy, slots: int, groups: list[Group], config: Config) -> Ways:
+    """Return all modes."""
     strategies = {"plain": fixed(0)}
     for k in (1, 2, 4, 6, 8, 12):
         strategies[f"chain {k}"] = fixed(k)
@@ -103,11 +87,12 @@ def parties_of(policy: Policy, workload: str, config: Config) -> dict[str, Rollo
     strategies["ratio 4"] = fixed(4)
     strategies["beg-mab"] = BegMab(plans_for(["eagle", "ngram"]))
     strategies["goodput"] = Goodput(plans_for(["eagle", "ngram"]))
-
-    parties = {}
-    for mode, strategy in strategies.items():
-        parties[mode] = Rollout(engines.get(mode, engines["coupled"]), strategy, groups, sampling)
-    return parties
+    coupled = make_engine(policy, slots, groups, config.max_new)
+    rules = {"tree 4x2": partial(Tree, width=2), "ratio 4": Ratio}
+    ways = {mode: (coupled, strategy) for mode, strategy in strategies.items()}
+    for mode, rule in rules.items():
+        ways[mode] = (make_engine(policy, slots, groups, config.max_new, rule=rule), strategies[mode])
+    return ways
 
 
 def measure(config: Config) -> Result:
@@ -115,7 +100,10 @@ def measure(config: Config) -> Result:
     policy = load_policy(config)
     rows = []
     for workload in config.workloads:
-        compared = compare(parties_of(policy, workload, config), config.rounds, workload)
+        batch, slots = {"one": (1, 1), "tail": (8, 8)}.get(workload, (config.responses, config.slots))
+        groups = batch_groups(policy.tokenizer, batch, config.seed)
+        sampling = Sampling(max_new=48 if workload == "bulk" else config.max_new)
+        compared = compare(ways_of(policy, slots, groups, config), groups, sampling, config.rounds, workload)
         rows += [{"workload": workload, **row} for row in compared]
     if config.json:
         draw(rows, config.workloads, Path(config.json).with_suffix(".png"))

@@ -47,8 +47,6 @@ COLUMNS = {"figure": "", "value": "", "unit": ""}
 
 @dataclass(frozen=True)
 class Config(DrafterSettings):
-    """Settings of this table."""
-
     threads: int = flag(1, "threads that torch computes with, in each of the two processes")
     rounds: int = flag(3, "turns of each party")
 

@@ -35,8 +35,6 @@ PLAIN = ("--drafter", "off", "--strategy", "off")
 
 @dataclass(frozen=True)
 class Config(PolicySettings):
-    """Settings of this table."""
-
     max_new: int = flag(960, "longest response in tokens")
     rounds: int = flag(3, "turns of each party")
     steps: int = flag(4, "steps in a turn, with the first, which does not count")
@@ -47,7 +45,6 @@ class Config(PolicySettings):
     trl_batch: int = flag(64, "responses in a forward-backward of TRL's")
 
     def __post_init__(self):
-        """Raises UserError."""
         super().__post_init__()
         check_at_least(self, 2, "steps")
 

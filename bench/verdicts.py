@@ -20,7 +20,7 @@ class Place(NamedTuple):
         return value if self.gpu else None
 
 
-def figure(name: str, value: float | None, unit: str = "") -> dict:
+def figure(name: str, value: float, unit: str = "") -> dict:
     """Return the row of a figure."""
     return {"name": name, "value": value, "unit": unit}
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, caught
-from test_group import fake_gpus
+from conftest import ROOT, caught, fake_gpus
 
 import tlt
 from base import smollm2
@@ -51,7 +50,7 @@ def test_the_simulation_deals_fair_shares():
     assert ends == [5] * 8  # two groups each, both at once
 
 
-def test_batch_sizes_that_were_not_measured_take_after_the_nearest():
+def test_batch_sizes_that_were_not_measured_get_the_times_of_the_nearest():
     assert scale.with_gaps_filled({2: "two", 4: "four"}, 40) == {
         1: "two",
         2: "two",
@@ -69,7 +68,7 @@ def test_tokens_per_round_from_the_acceptance_by_depth():
 
 
 def test_losses_by_hand(run_bench, monkeypatch, tmp_path):
-    """Three runs of each variant; LoRA's are twice as good. A run that is there is read."""
+    """Three runs of each variant; LoRA's are twice as good. A finished run is read."""
     made = []
 
     def train(flags, out, **environment):
@@ -104,12 +103,18 @@ def test_turns_alternate():
 
     speeds = harness.take_turns({"a": party("a", 3), "b": party("b", 5)}, 3, "test")
     assert turns == ["a", "b"] * 3
-    assert speeds["a"].tokens == 3
-    assert speeds["b"].tokens_per_second > 0
+    assert speeds.keys() == {"a", "b"}
+    assert speeds["b"] > 0
 
 
-def test_a_watched_strategy_is_unchanged_and_summed_up():
-    class GraphRecorder(Strategy):
+def test_a_speed_is_the_median_of_its_turns(monkeypatch):
+    times = iter([0, 1, 10, 12, 20, 24])  # turns of 1, 2 and 4 seconds
+    monkeypatch.setattr(harness, "now", lambda: next(times))
+    assert harness.take_turns({"a": lambda: 8}, 3, "test") == {"a": 4.0}
+
+
+def test_a_watched_strategy_is_unchanged_and_its_rounds_are_averaged():
+    class ReportKeeper(Strategy):
         def __init__(self):
             super().__init__(DraftPlan("eagle", 2))
             self.reports = []
@@ -117,8 +122,8 @@ def test_a_watched_strategy_is_unchanged_and_summed_up():
         def observe(self, report):
             self.reports.append(report)
 
-    recorder = GraphRecorder()
-    watch = harness.Watch(recorder)
+    keeper = ReportKeeper()
+    watch = harness.Watch(keeper)
     reports = [
         RoundReport(4, DraftPlan("eagle", 2), 0.5, [4, 3], [3, 1]),
         RoundReport(5, DraftPlan("eagle", 2), 0.25, [5, 1], [1, 0]),
@@ -126,10 +131,32 @@ def test_a_watched_strategy_is_unchanged_and_summed_up():
     ]
     for report in reports:
         watch.observe(report)
-    assert watch.choose([]) == recorder.draft
-    assert recorder.reports == reports
-    assert watch.totals[3] == harness.RoundTotals(0.75, 4 + 4 + 5 + 1, 2, 9)
-    assert watch.totals[1] == harness.RoundTotals(0.1, 1, 1, 1)
+    assert watch.choose([]) == keeper.plan
+    assert keeper.reports == watch.reports == reports
+    assert scale.mean_round_times(reports) == {3: (0.75 / 2, (4 + 4 + 5 + 1) / 9), 1: (0.1, 1)}
+
+
+def test_a_table_as_text():
+    rows = [
+        {"mode": "plain", "speed": 4853.6, "share": None, "ratio": 1.0},
+        {"mode": "chain 4", "speed": 7571.2, "share": 0.25, "ratio": 1.56},
+        {"mode": "checks", "speed": 3.0},
+    ]
+    columns = {"mode": "", "speed": ".0f", "share": ".0%", "ratio": ".2f"}
+    assert harness.text_table(rows, columns).splitlines() == [
+        "mode     speed  share  ratio",
+        "plain     4854          1.00",
+        "chain 4   7571    25%   1.56",
+    ]
+    # without columns all is shown, to three digits
+    rows = [{"length": {"mean": 250.96, "low": 248, "high": 253.0}}, {"score": {"mean": 0.72111, "half": 0.05613}}]
+    assert harness.text_table(rows, {}).splitlines() == [
+        "         length",
+        "251 (248 - 253)",
+        "",
+        "          score",
+        "0.721 +- 0.0561",
+    ]
 
 
 def test_the_spans_of_a_trace(tmp_path):
@@ -141,13 +168,13 @@ def test_the_spans_of_a_trace(tmp_path):
         {"ph": "X", "name": "update", "ts": 500_000, "dur": 1_500_000, "tid": 0, "args": {"step": 2, "rows": 5}},
     ]
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
-    assert harness.read_spans(tmp_path)[2] == [[("update", 0.5, 2.0, 5)], [("idle", 1.0, 1.25, 0)]]
+    assert paired.read_spans(tmp_path)[2] == [[("update", 0.5, 2.0, 5)], [("idle", 1.0, 1.25, 0)]]
 
 
 # ---------------------------------------------------------------- on which device
 
 
-def test_the_device_that_was_used_is_told(monkeypatch):
+def test_a_result_names_the_device_that_was_used(monkeypatch):
     fake_gpus(monkeypatch, 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     assert (harness.machine("cuda")["device"], harness.machine("cuda")["gpu"]) == ("cuda", "a GPU")
@@ -159,7 +186,7 @@ class Loaded(Exception):
 
 
 def check_tables_load_on_their_device(monkeypatch):
-    """As --device says; auto takes the GPU that is there."""
+    """Tables load their policy on the device of --device; auto takes a GPU if there is one."""
     for name in ("engine", "identity", "speculation", "spot", "scale", "real"):
         for device, wanted in (("auto", "cuda"), ("cuda", "cuda"), ("cpu", "cpu")):
             places = []
@@ -223,13 +250,13 @@ def test_turns_wait_for_the_gpu(monkeypatch):
     "settings, gpus, other",
     [
         ({"device": "auto", "actor_dtype": "auto"}, 1, True),
-        ({"device": "auto"}, 1, True),  # written before there was such a flag
+        ({"device": "auto"}, 1, True),  # written before the flag existed
         ({"device": "auto", "actor_dtype": "float32"}, 1, False),
         ({"device": "auto", "actor_dtype": "auto"}, 0, False),
         ({"device": "cpu", "actor_dtype": "bfloat16"}, 0, True),
     ],
 )
-def test_what_to_expect_of_the_tokens_is_told(settings, gpus, other, tmp_path, monkeypatch):
+def test_paired_warns_that_bfloat16_changes_tokens(settings, gpus, other, tmp_path, monkeypatch):
     fake_gpus(monkeypatch, gpus)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     device = harness.device_of(tmp_path)
@@ -252,24 +279,26 @@ def test_the_engine_against_hugging_face_in_bfloat16(model_folder, run_bench):
     result = run_bench("engine", "--model", model_folder, "--device", "cpu", *argv)
     assert set(result["rows"][0]) == {"batch", "engine", "generate", "prompt lookup", "ratio"}
     assert result["machine"]["device"] == "cpu"
+    assert result["settings"]["seed"] == 0
 
 
 def test_every_table_has_what_main_needs():
     for module in TABLES.values():
         assert module.Config().json == ""
-        assert module.measure and module.table
+        assert callable(module.measure)
+        assert isinstance(module.COLUMNS, dict)
 
 
 def test_identity_on_a_tiny_policy(model_folder, run_bench, monkeypatch):
     """All modes on a random policy, whose drafter is trained for a moment."""
     argv = ["--responses", 8, "--max-new", 12, "--warm", 0.2, "--threads", 1]
-    small_groups = harness.groups_for
+    all_groups = harness.batch_groups
 
     def few(tokenizer, batch, seed, split="test"):
-        return small_groups(tokenizer, min(batch, 32), seed, split)
+        return all_groups(tokenizer, min(batch, 32), seed, split)
 
-    monkeypatch.setattr("bench.harness.groups_for", few)
-    monkeypatch.setattr("bench.identity.groups_for", few)
+    monkeypatch.setattr("bench.harness.batch_groups", few)
+    monkeypatch.setattr("bench.identity.batch_groups", few)
     result = run_bench("identity", "--model", model_folder, *argv)
     assert len(result["rows"]) == 3 * 12
     assert result["ratio"] == 1
@@ -280,12 +309,12 @@ SMALL_REAL = "--task countdown --train 0.2 0.3 --prompts 6 --max-new 12 --batche
 
 
 def check_right(rows: list[dict]) -> None:
-    """Nothing parted but at ties."""
+    """Responses differ after ties only."""
     compared = [row for row in rows if "wrong" in row]
     assert compared
     for row in compared:
         assert row["wrong"] == 0, row
-        assert row["same"] + row["ties"] == row["of"]
+        assert row["identical"] + row["ties"] == row["responses"]
 
 
 def test_a_real_model_part_by_part(model_folder, run_bench, tmp_path):
@@ -296,18 +325,19 @@ def test_a_real_model_part_by_part(model_folder, run_bench, tmp_path):
     check_right(result["rows"])
     assert {row["part"] for row in result["rows"]} == set(parts)
     assert (tmp_path / "drafter/drafter.safetensors").exists()
-    alone = [row for row in result["rows"] if row.get("batch") == 1 and row["temperature"] == 1]
+    alone = [row for row in result["rows"] if row.get("temperature") == 1 and row["batch"] == 1]
     assert result["ratio"] == max(row["ratio"] for row in alone if row["mode"].startswith("chain"))
 
 
 def test_a_wrong_engine_is_no_tie(model_folder, run_bench, tmp_path, monkeypatch):
-    right = Engine.to_host
+    right = Engine.read_back
 
-    def last_token_changed(self, outcome):
-        accepted, tokens = right(self, outcome)
-        return accepted, [[*row[:-1], row[-1] ^ 1] if len(row) > 1 else row for row in tokens]
+    def last_token_changed(self, outcome, k):
+        accepted, new_tokens, drafts = right(self, outcome, k)
+        changed = [[*tokens[:-1], tokens[-1] ^ 1] if len(tokens) > 1 else tokens for tokens in new_tokens]
+        return accepted, changed, drafts
 
-    monkeypatch.setattr(Engine, "to_host", last_token_changed)
+    monkeypatch.setattr(Engine, "read_back", last_token_changed)
     argv = ["--model", model_folder, "--out", tmp_path / "drafter", "--parts", "training", "identity", *SMALL_REAL]
     caught(check_right, run_bench("real", *argv)["rows"])
 

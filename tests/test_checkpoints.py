@@ -131,10 +131,10 @@ HARMS = {
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(harm, tmp_path):
     checkpoint(tmp_path, 1)
     HARMS[harm](checkpoint(tmp_path, 2))
-    said = []
-    assert newest(tmp_path, said.append).name == "checkpoint-000001"
-    assert len(said) == 1
-    assert "checkpoint-000002 is damaged" in said[0]
+    messages = []
+    assert newest(tmp_path, messages.append).name == "checkpoint-000001"
+    assert len(messages) == 1
+    assert "checkpoint-000002 is damaged" in messages[0]
 
 
 @cases(40)

@@ -39,8 +39,8 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("argv, words", MISTAKES, ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
-def test_a_mistake_is_one_line_and_status_2(argv, words, model_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("argv, message", MISTAKES, ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
+def test_a_mistake_is_one_line_and_status_2(argv, message, model_folder, tmp_path, monkeypatch, capsys):
     if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     model = [] if "--model" in argv else ["--model", model_folder]
@@ -49,18 +49,18 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, model_folder, tmp_path,
         run_main(monkeypatch, *model, *out, "--device", "cpu", "--max-new", 64, "--steps", 1, *argv)
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
-    assert re.search(words, error)
+    assert re.search(message, error)
     assert error.startswith("train_grpo.py: ")
 
 
-WORDS = (
+ARGUMENTS = (
     "--steps --lr --loss --workers --strategy --temperature --shard --no-resume --drafter --patience --bf16 --ngram "
     "--config --tis-cap --schedule --track -1 0 3 1e-3 nan dapo goodput off 4"
 ).split()
 
 
 @cases(100)
-@given(st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=6))
+@given(st.lists(st.sampled_from(ARGUMENTS) | st.text(max_size=5), max_size=6))
 def test_any_command_line_is_a_config_or_a_mistake_with_status_2(argv):
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:

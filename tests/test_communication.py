@@ -130,42 +130,42 @@ def test_a_folder_is_loaded_by_all_workers_at_once(model_folder):
 def joined(monkeypatch):
     """A function that joins, with these settings on two GPUs -> what accelerate and torch were asked for."""
     fake_gpus(monkeypatch, 2)
-    asked = SimpleNamespace(backend=None, seconds=0.0, share=1.0, cpu=None)
+    requested = SimpleNamespace(backend=None, seconds=0.0, share=1.0, cpu=None)
 
     def accelerator(cpu, kwargs_handlers):
         settings = kwargs_handlers[0].to_kwargs()
-        asked.cpu = cpu
-        asked.backend = settings.get("backend")
-        asked.seconds = settings["timeout"].total_seconds()
+        requested.cpu = cpu
+        requested.backend = settings.get("backend")
+        requested.seconds = settings["timeout"].total_seconds()
         return SimpleNamespace(device=torch.device("cuda:1"))
 
     def limit(share, device):
         assert device == torch.device("cuda:1")
-        asked.share = share
+        requested.share = share
 
     monkeypatch.setattr(accelerate, "Accelerator", accelerator)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
 
     def ask(in_group: bool = True, **settings) -> SimpleNamespace:
-        asked.share = 1.0
+        requested.share = 1.0
         with monkeypatch.context() as patch:
             if in_group:
                 patch.setenv("RANK", "1")
             communication.join(TLTConfig(**settings))
-        return asked
+        return requested
 
     return ask
 
 
 def test_workers_that_share_a_gpu_use_gloo_and_divide_its_memory(joined):
-    asked = joined()
-    assert (asked.cpu, asked.backend, asked.share) == (False, None, 1.0)  # None: accelerate's own, which is NCCL
-    asked = joined(workers_per_gpu=2)
-    assert (asked.cpu, asked.backend, asked.share) == (False, "gloo", 0.5)
-    asked = joined(in_group=False, workers_per_gpu=2)
-    assert (asked.backend, asked.share) == (None, 0.5)
-    asked = joined(workers_per_gpu=2, device="cpu")
-    assert (asked.cpu, asked.backend, asked.share) == (True, None, 1.0)
+    requested = joined()  # backend None: accelerate's own choice, which is NCCL
+    assert (requested.cpu, requested.backend, requested.share) == (False, None, 1.0)
+    requested = joined(workers_per_gpu=2)
+    assert (requested.cpu, requested.backend, requested.share) == (False, "gloo", 0.5)
+    requested = joined(in_group=False, workers_per_gpu=2)
+    assert (requested.backend, requested.share) == (None, 0.5)
+    requested = joined(workers_per_gpu=2, device="cpu")
+    assert (requested.cpu, requested.backend, requested.share) == (True, None, 1.0)
 
 
 @pytest.mark.parametrize("patience, seconds", [(600.0, 3600), (7200.0, 14400), (float("inf"), 86400)])
@@ -199,7 +199,7 @@ def test_the_number_of_workers_follows_from_the_gpus(gpus, flags, count, model_f
 
 
 @pytest.mark.parametrize(
-    "settings, words",
+    "settings, message",
     [
         ({"workers": 3}, "only 2 GPUs here; raise --workers-per-gpu"),
         ({"workers": 5, "workers_per_gpu": 2}, "only 2 GPUs"),
@@ -207,10 +207,10 @@ def test_the_number_of_workers_follows_from_the_gpus(gpus, flags, count, model_f
         ({"workers_per_gpu": 2, "shard": True}, "--shard"),
     ],
 )
-def test_too_many_workers_for_the_gpus_are_refused(settings, words, monkeypatch):
+def test_too_many_workers_for_the_gpus_are_refused(settings, message, monkeypatch):
     fake_gpus(monkeypatch, 2)
     TLTConfig(workers=4, workers_per_gpu=2)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         TLTConfig(**settings)
 
 

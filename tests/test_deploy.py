@@ -347,7 +347,7 @@ def test_policies_without_an_eagle_layer_in_the_server_are_refused(tmp_path):
 
 
 def test_the_policy_of_a_run_can_be_deployed(model_folder, tmp_path, monkeypatch, capsys):
-    run_in_process(tlt.main, model_folder, tmp_path / "run", "--workers", 1, "--steps", 2)
+    run_in_process(tlt.main, model_folder, tmp_path / "run", "--workers", 1, "--steps", 2, "--strategy", 2)
     policy = tmp_path / "run" / "policy"
     card = (policy / "README.md").read_text()
     last = [row for row in rows_of(tmp_path / "run") if "eval" in row][-1]

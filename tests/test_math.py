@@ -100,16 +100,16 @@ def test_problems_are_shuffled(tmp_path):
 
 
 def test_a_data_set_of_the_hub_is_loaded_by_name_and_config(monkeypatch):
-    asked = []
+    loaded = []
 
     def load_dataset(path, config):
-        asked.append((path, config))
+        loaded.append((path, config))
         return {"train": iter(ROWS[:30]), "test": iter(ROWS[30:])} if path == "a/both" else {"test": iter(ROWS)}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(pairs(make_task("math", "a/both:algebra"), "train")) == 30
     check_division("a/one")
-    assert asked == [("a/both", "algebra"), ("a/one", None)]
+    assert loaded == [("a/both", "algebra"), ("a/one", None)]
     monkeypatch.setattr(datasets, "load_dataset", lambda path, config: {}["no network"])
     with pytest.raises(UserError, match="cannot load a/c from the hub .KeyError.*--data"):
         make_task("math", "a/c").problem("train", 0)

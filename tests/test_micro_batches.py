@@ -25,6 +25,7 @@ import train_grpo
 from parts.cli import UserError
 from parts.engine.interfaces import Response
 from parts.training import micro_batches
+from parts.training.fsdp import FSDPLayout
 from parts.training.layouts import ReplicatedLayout
 from parts.training.logprobs import token_scores
 from parts.training.micro_batches import MicroBatches, TrainingSample, batch_cost, partition, shares_of
@@ -190,6 +191,7 @@ def check_a_layout_without_retries(can_retry: bool, monkeypatch):
 
 
 def test_a_layout_that_cannot_retry_ends_the_run(monkeypatch):
+    assert not FSDPLayout.can_retry
     check_a_layout_without_retries(False, monkeypatch)
     caught(check_a_layout_without_retries, True, monkeypatch)
 

@@ -414,11 +414,11 @@ def test_show_marks_accepted_and_rejected_draft_tokens(drafter_folders, monkeypa
     check_show(*drafter_folders, monkeypatch, capsys)
     right = generate.RoundMarks.marked
 
-    def rejected_as_accepted(self, kind, tokens):
-        return right(self, "accepted" if kind == "rejected" else kind, tokens)
+    def rejected_as_accepted(self, kind, before, tokens):
+        return right(self, "accepted" if kind == "rejected" else kind, before, tokens)
 
-    def own_left_out(self, kind, tokens):
-        return right(self, kind, [] if kind == "own" else tokens)
+    def own_left_out(self, kind, before, tokens):
+        return right(self, kind, before, [] if kind == "own" else tokens)
 
     for wrong in (rejected_as_accepted, own_left_out):
         with monkeypatch.context() as patch:

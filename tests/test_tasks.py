@@ -82,7 +82,7 @@ def test_any_text_gets_a_grade(text):
 
 
 def stack_machine(text: str):
-    """Return (value, numbers) of a fully bracketed expression, by the shunting-yard algorithm; None if it divides by 0."""
+    """Return (value, numbers) of a fully bracketed expression by the shunting-yard algorithm; None: it divides by 0."""
     values = []
     operators = []
     numbers = []
@@ -311,7 +311,7 @@ def test_prompt_styles(tmp_path):
 
 # ---------------------------------------------------------------- chat templates
 
-TEMPLATE = (  # of a model that thinks unless it is told not to
+TEMPLATE = (  # of a model that thinks unless that is switched off
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]<think>"
     "{% if enable_thinking is defined and enable_thinking is false %}</think>{% endif %}{% endif %}"
 )
@@ -320,8 +320,8 @@ NO_THINKING = '{"enable_thinking": false}'
 
 def chat_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per printable ASCII character, and this chat template."""
-    words = ["<pad>", "<eos>", "\n", *map(chr, range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    symbols = ["<pad>", "<eos>", "\n", *map(chr, range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
@@ -358,7 +358,7 @@ def test_a_chat_template_gets_the_system_prompt_and_its_arguments():
 def test_mistakes_in_chat_settings_are_one_line():
     problem = Problem("1+1?", "1+1=", 2)
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
-    for tokenizer, settings, words in [
+    for tokenizer, settings, message in [
         (chat_tokenizer(), ("chat", "", "{"), "--chat-args {: not JSON"),
         (chat_tokenizer(), ("chat", "", "[" * 100_000), "not JSON"),
         (chat_tokenizer(), ("chat", "", "[1]"), "wants names and values"),
@@ -372,7 +372,7 @@ def test_mistakes_in_chat_settings_are_one_line():
         (make_tokenizer(), ("auto", "", NO_THINKING), "--chat-args: only chat prompts.*style trace"),
         (chat_tokenizer(), ("chatty", "", ""), "none of auto, trace, chat, base"),
     ]:
-        with pytest.raises(UserError, match=words) as error:
+        with pytest.raises(UserError, match=message) as error:
             encode_prompt(problem, tokenizer, *settings)
         assert "\n" not in str(error.value)
 
@@ -434,12 +434,12 @@ def test_drafter_py_uses_the_system_prompt_and_the_templates_arguments(chat_fold
 
 
 def test_bad_chat_settings_end_a_run_before_it_begins(chat_folder, model_folder, tmp_path, monkeypatch, capsys):
-    for folder, words in ((chat_folder, "not JSON"), (model_folder, "--chat-args: only chat prompts")):
+    for folder, message in ((chat_folder, "not JSON"), (model_folder, "--chat-args: only chat prompts")):
         with pytest.raises(SystemExit) as end:
             run_main(monkeypatch, "--model", folder, "--out", tmp_path / "out", *SMALL, "--chat-args", "{")
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert end.value.code == 2
-        assert words in line
+        assert message in line
     assert not (tmp_path / "out").exists()
 
 

@@ -36,13 +36,13 @@ from train_grpo import Worker
 
 def test_a_mistake_is_one_line_before_any_worker_starts(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tlt, "spawn", lambda *args: pytest.fail("workers were started"))
-    for flags, words in (
+    for flags, message in (
         (["--max-new", 5000], "context of 256"),
         (["--task", "typo"], "--task typo"),
         (["--prompt-style", "chat"], "no chat template"),
         (["--resume"], "no checkpoint"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             run_in_process(tlt.main, model_folder, tmp_path / "run", "--workers", 2, *flags)
     assert not (tmp_path / "run").exists()
 
@@ -71,7 +71,7 @@ def test_which_workers_are_overdue():
 
 
 class Scene:
-    """A fake timer, Board and spot trainer, on whose clock training steps take the seconds that they are told to."""
+    """A fake timer, Board and spot trainer, with a clock on which training steps take so many seconds."""
 
     def __init__(self, ends, step_seconds: float, can_train: bool = True):
         """ends: when the last response of each of the other workers is finished."""

@@ -106,6 +106,7 @@ def bias_or_zeros(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tens
     return torch.zeros_like(weight[:, 0]) if bias is None else bias.detach()
 
 
+@torch.no_grad()
 def copy_into(buffer: torch.Tensor, parts: list[torch.Tensor]) -> None:
     """Copy the parts, one behind the other, into the buffer. A part that already lies there is left out."""
     for place, part in zip(buffer.split([len(part) for part in parts]), parts):

@@ -46,7 +46,7 @@ class Response:
     problem: object = None  # the group's
     grade: object = None  # a tasks.Grade, set by the caller that grades
     rounds: int = 0  # rounds that it took
-    draft_tokens: int = 0  # draft tokens that were verified for it, siblings in a tree included
+    draft_tokens: int = 0  # draft tokens that were verified for it, k in a round
 
 
 @dataclass

@@ -133,9 +133,8 @@ def check_text(text: str, place: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{place}: {text[error.start : error.end]!r} is half a character (a lone surrogate): correct or remove the row"
-        ) from error
+        half = repr(text[error.start : error.end])
+        raise UserError(f"{place}: {half} is half a character (a lone surrogate): correct the row") from error
 
 
 def pick_columns(row, columns: dict[str, tuple[str, ...]], place: str) -> list:
