@@ -1,4 +1,4 @@
-"""The one-layer EAGLE drafter: predicts the policy's next tokens from its last hidden state, at a fraction of its cost.
+"""The one-layer EAGLE drafter: predicts the policy's next tokens from its last hidden state, at a fraction of the cost.
 
     h' = layer(fc([embed(x_{t+1}); h_t]))          logits of token t+2 = lm_head(h')
 
@@ -9,12 +9,12 @@ by drafter training.
     training, entry t :   input (x_{t+1}, h_t)   ->   target h_{t+1} and softmax(lm_head(h_{t+1}))
     inference         :   over accepted tokens with the TRUE h; then k - 1 more steps on its own tokens and features
 
-The shift is a classic mistake: pairing (x_t, h_t) trains just as smoothly and drafts badly, since x_{t+1} is what h_t
-was uncertain about.
+Missing the shift is a classic mistake: pairing (x_t, h_t) trains just as smoothly but drafts badly, since x_{t+1} is
+exactly what h_t was uncertain about.
 
     loss = soft cross-entropy + feature_weight * SmoothL1(h', h_{t+1})     (EAGLE, arXiv 2401.15077; responses only)
 
-From the second draft token on, inference feeds the drafter its own h' instead of the true h. Training shows it both: a
+From the second draft token on, inference feeds the drafter its own h' instead of the true h. Training covers both: a
 first pass without gradient predicts all features, and the trained pass sees, at a random half of the positions, the
 prediction in place of h_t (scheduled sampling, 1506.03099: a cheap form of EAGLE-3's training-time test). On base/, 60
 s on one core: 3.69 -> 3.93 tokens per round at k = 4, 4.67 -> 5.72 at k = 8, although a step then costs a third more.
@@ -53,8 +53,8 @@ from tasks import TaskFlags, encode_prompt, make_task
 # ---------------------------------------------------------------- the model
 
 # Beside a tiny policy, a layer of its own size cannot do in one step what the policy does in 28, and a larger one costs
-# next to nothing. So the MLP gets at least this width. With base/ (64 wide, an MLP of 144), 75 s of training on one
-# core: the likeliest token is right in 93.7 % instead of 92.4 %, and a round gives 5.79 tokens instead of 5.50 (k = 8).
+# next to nothing. So its MLP is at least this wide. With base/ (64 wide, an MLP of 144), 75 s of training on one
+# core: the likeliest token is right 93.7 % of the time, not 92.4 %, and a round gives 5.79 tokens, not 5.50 (k = 8).
 MIN_MLP_WIDTH = 512
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -81,15 +81,15 @@ def decoder_layer(policy) -> torch.nn.Module:
 
 
 def fingerprint(embedding: torch.Tensor) -> str:
-    """Return numbers that identify a policy by its embedding (V, D), as text: the mean size of its columns.
-    Reinforcement learning hardly changes them; another model has others.
+    """Return, as text, numbers that identify a policy by its embedding (V, D): the mean magnitude of its columns.
+    Reinforcement learning hardly changes them, but they differ from model to model.
     """
     sizes = embedding.detach().float().abs().mean(0)[:32]
     return " ".join(f"{size:.4g}" for size in (sizes / sizes.mean()).tolist())
 
 
 def is_same_policy(noted: str, embedding: torch.Tensor) -> bool:
-    """Return whether a noted fingerprint is that of this embedding; also if none is noted."""
+    """Return whether a noted fingerprint is that of this embedding; True if none was noted."""
     numbers = [float(number) for number in noted.split()]
     now = [float(number) for number in fingerprint(embedding).split()]
     return not numbers or (len(numbers) == len(now) and max(abs(a - b) for a, b in zip(numbers, now)) < 0.1)
@@ -105,9 +105,9 @@ class BorrowedModules(NamedTuple):
 
 
 class Drafter(torch.nn.Module):
-    """One decoder layer on top of [embedding; feature]. Its parameters are only its own; the policy's are borrowed.
+    """One decoder layer on top of [embedding; feature]. It owns only these parameters; the policy's are borrowed.
 
-    dtype: the policy's, unless given: a drafter that learns beside a bfloat16 policy does so in float32.
+    dtype: the policy's by default; a drafter that is trained beside a bfloat16 policy uses float32.
     """
 
     def __init__(self, policy, dtype: torch.dtype | None = None):
@@ -123,14 +123,14 @@ class Drafter(torch.nn.Module):
         self.policy = BorrowedModules(decoder.embed_tokens, decoder.rotary_emb, policy.get_output_embeddings(), config)
         self.fc = torch.nn.Linear(2 * width, width, bias=False)
         self.layer = decoder_layer(policy)
-        # no first norm, as in EAGLE, so that SGLang and vLLM can serve it; with the norm 2 % more tokens per round, and
-        # a more expensive step
+        # no first norm, as in EAGLE, so that SGLang and vLLM can serve it; the norm would give 2 % more tokens per
+        # round, but a more expensive step
         if hasattr(self.layer, "input_layernorm"):
             self.layer.input_layernorm = torch.nn.Identity()
         for p in self.parameters():
             if p.ndim > 1:
                 torch.nn.init.normal_(p, std=p.shape[1] ** -0.5 * 0.5)
-        self.to(policy.device, dtype)  # drawn on the host: the same weights whatever the device
+        self.to(policy.device, dtype)  # initialised on the host: the same weights on every device
         self.eval()  # it learns without dropout, whatever the policy's config says
 
     def forward(self, ids, features, angles, mask) -> torch.Tensor:
@@ -165,7 +165,7 @@ class Drafter(torch.nn.Module):
         save_weights({**self.plain_weights(), **vocab}, folder, notes=notes)
 
     def plain_weights(self) -> dict[str, torch.Tensor]:
-        """Return the weights for embeddings that are not scaled, as files and servers want them."""
+        """Return the weights converted for unscaled embeddings, as files and servers expect them."""
         weights = dict(self.state_dict())
         weights["fc.weight"] = weights["fc.weight"].clone()
         weights["fc.weight"][:, : self.width] *= self.embed_scale
@@ -195,9 +195,9 @@ class EagleProposer(Proposer):
     """The drafter at work, with a one-layer cache beside the engine's. Entry t of a sequence holds (x_{t+1}, h_t).
 
     The entries of a prompt are computed once per group, when the group is admitted. After that, each round first
-    catches up: every entry that has got its true feature since is computed, over the predictions that stood in its
-    place. While rounds are speculative these are at most k + 1 entries; after plain rounds they are as many as tokens
-    were decoded. So speculation can begin at any time without touching the policy.
+    catches up: every entry whose true feature has become known since is computed, overwriting the prediction that stood
+    in its place. While rounds are speculative, that is at most k + 1 entries; after plain rounds, one per token decoded
+    in them. So speculation can begin at any time without touching the policy.
     """
 
     needs_hidden = True
@@ -210,17 +210,17 @@ class EagleProposer(Proposer):
 
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
-        self.fused_layer: FusedLayer | None = None  # None: the module itself
-        self.fc: torch.Tensor | None = None  # (D, 2D), for embeddings that are not scaled
+        self.fused_layer: FusedLayer | None = None  # None: use the module itself
+        self.fc: torch.Tensor | None = None  # (D, 2D), for unscaled embeddings
         self.head_weight: torch.Tensor | None = None  # (N, D) of the policy's head, times SHARPEN
         self.head_bias: torch.Tensor | None = None  # (N,)
         self.head: JoinedLinear | PackedLinear | None = None  # features (B, T, D) -> logits (B, T, N)
         self.draft_vocab: torch.Tensor | None = None  # as Drafter.draft_vocab
         self.cache: KVCache | None = None
-        self.read_lens: list[int] = []  # of each slot: entries that were computed from true features
+        self.read_lens: list[int] = []  # per slot: how many entries were computed from true features
 
     def load_weights(self):
-        """Copy the drafter's weights as they are now. Return whether a copy has a new address."""
+        """Copy the drafter's current weights. Return whether any copy has moved to a new address."""
         drafter = self.drafter
         before = [self.fc, self.head_weight, self.head_bias, self.draft_vocab]
         if self.fc is None:
@@ -247,7 +247,7 @@ class EagleProposer(Proposer):
         self.read_lens = [0] * slots
 
     def read_prompts(self, slots, tokens, hidden):
-        """Compute the entries of prompts, which have just been prefilled in these slots."""
+        """Compute the entries of the prompts that have just been prefilled in these slots."""
         length = hidden.shape[1]
         for begin in range(0, length, self.PIECE):
             end = min(length, begin + self.PIECE)

@@ -12,18 +12,18 @@ draft tokens behind it, and samples the policy's own token at each:
 
 k = 0 is plain decoding: the same code.
 
-Why this is lossless. Every emitted token is the policy's own sample, and its noise belongs to its place in its
-sequence. So no drafter and no strategy can bias a token, and the same seed gives the same rollout with speculation on
-or off, on 1 or 8 workers. Drafters sample with the SAME noise from THEIR logits: a drafter that knows the policy's
-distribution predicts its sample, at any temperature. This rule and others (probability ratio, trees) are in
-parts/engine/acceptance.py.
+Why this is lossless. Every emitted token is the policy's own sample, and its noise depends only on its sequence and
+its place in it. So no drafter and no strategy can bias a token, and the same seed gives the same rollout with
+speculation on or off, on 1 or 8 workers. Drafters sample with the SAME noise from THEIR logits: a drafter that knows
+the policy's distribution predicts its sample, at any temperature. This rule and others (probability ratio, trees) are
+in parts/engine/acceptance.py.
 
 A round has four parts: `plan_round` (how far to draft, which shape), `run_round` (all work on the device: draft,
 verify, accept, commit), `read_back` (the host waits for the device, once), `account` (tokens, statistics, strategy).
 
 Continuous batching. Finished sequences leave at once: the last running one moves into the free slot, so that the
-running sequences stay contiguous and a round costs what they cost. Free slots are filled from an iterator of groups.
-The prompt of a group is prefilled once, by the policy and by the drafter, and the entries are copied to its samples.
+running sequences stay contiguous and a round pays for nothing else. Free slots are filled from an iterator of groups.
+A group's prompt is prefilled once, by the policy and by the drafter, and its cache entries are copied to all samples.
 
 Legend: B running sequences, T new tokens per sequence, k draft length, V vocabulary, D model width, G samples per
 prompt. Left out: prefix sharing between prompts, prefill in chunks, beam search.
@@ -62,8 +62,8 @@ from parts.engine.sampling import Sampling, split_seeds
 
 
 class GroupQueue:
-    """The groups that wait for free slots. With several workers, a group that one of them has pulled is lost to the
-    others. So a group is pulled only when it would fit if it were as large as the last one.
+    """The groups that wait for free slots. Once a worker has pulled a group, no other worker can take it. So a group is
+    pulled only if one as large as the last would fit: its own size is not known before.
     """
 
     def __init__(self, groups: Iterable[Group]):
@@ -72,7 +72,7 @@ class GroupQueue:
         self.last_size = 0
 
     def take(self, running: int, max_running: int) -> list[Group]:
-        """Return the next groups that fit beside `running` sequences. If nothing runs, at least one is returned."""
+        """Return the next groups that fit beside `running` sequences. If nothing is running, return at least one."""
         batch = []
         while not running or running + self.last_size <= max_running:
             group = self.waiting or next(self.groups, None)
@@ -96,24 +96,24 @@ class Engine:
 
     model           from model_loading.load_model
     stop_tokens     ids that end a response
-    slots           sequences that run at once; fewer if the memory of a GPU does not hold them
+    slots           sequences that run at once; fewer if they do not fit in GPU memory
     context         longest prompt + response, see `reserve`
     keep_hidden     give each Response its hidden states
     proposers       method -> Proposer, for speculation
     rule            how draft tokens are verified: a class of acceptance.py
     frozen          neither the model's nor the drafters' weights will change, so they are read once
     reserve_bytes   GPU memory to leave to others
-    bucketed        rounds in few shapes, so that a GPU can replay them (cuda_graphs.py); None: on a GPU
+    bucketed        run rounds in few shapes, so that CUDA graphs can replay them (cuda_graphs.py); None: only on a GPU
 
-    `stats` describes the last `generate`. `max_running` may be lowered between rollouts: then a group that would make
-    more sequences run waits.
+    `stats` describes the last `generate`. `max_running` may be lowered between rollouts: then a group that would
+    exceed it waits.
     """
 
     cache: KVCache
     lens: torch.Tensor  # (slots,) valid cache entries of each sequence
     start: torch.Tensor  # (slots,) where its response begins
     seeds: torch.Tensor  # (slots, 2) int32, of its noise
-    tokens: torch.Tensor  # (slots, max_len) x_t; the newest, `cur`, stands at lens
+    tokens: torch.Tensor  # (slots, max_len) x_t; the newest, `cur`, is at index lens
     logprobs: torch.Tensor  # (slots, max_len) of x_t
     hidden: torch.Tensor | None  # (slots, max_len, D) h_t, if they are kept
     running_count: torch.Tensor  # () how many sequences run, for rounds of a larger shape
@@ -148,7 +148,7 @@ class Engine:
         if self.fused_layers and not matches_own_code(model, self.fused_layers)[0]:
             self.fused_layers = None
         self.head = head_of(model)
-        self.max_logits = 1 << (25 if on_gpu else 21)  # that exist at once
+        self.max_logits = 1 << (25 if on_gpu else 21)  # most logits that exist at once
         self.bucketed = on_gpu if bucketed is None else bucketed
         self.graphs = GraphPool(self.compute_round) if on_gpu and self.bucketed else None
         self.timer = RoundTimer(model.device)
@@ -160,7 +160,7 @@ class Engine:
     def set_stop_tokens(self, tokens: Iterable[int]) -> None:
         """From now on these tokens end a response. Call it between rollouts."""
         self.stop_set = set(tokens)
-        self.stop.zero_()  # in place: recorded rounds read it at its address
+        self.stop.zero_()  # in place: recorded CUDA graphs read it at this address
         self.stop[[token for token in self.stop_set if 0 <= token < len(self.stop)]] = True
 
     # ---------------------------------------------------------------- memory
@@ -176,8 +176,8 @@ class Engine:
             return
         self.context = context
         config, dtype, device = self.model.config, self.model.dtype, self.model.device
-        max_len = context + MAX_DRAFT_LEN + 1  # rejected draft tokens may stand beyond the end
-        max_len = -(-max_len // 8) * 8  # a GPU's attention wants masks of such a length
+        max_len = context + MAX_DRAFT_LEN + 1  # rejected draft tokens may lie beyond the end
+        max_len = -(-max_len // 8) * 8  # attention on a GPU wants mask lengths that are multiples of 8
         self.cache = self.tokens = self.logprobs = self.hidden = None  # free what was there
         slots = self.slots = self.max_running = self.affordable(max_len)
         self.cache = KVCache(config, slots, max_len, dtype, device)
@@ -195,8 +195,8 @@ class Engine:
             self.graphs.clear()
 
     def affordable(self, max_len: int) -> int:
-        """Return the number of slots: as many as asked for, or as four fifths of the free GPU memory hold, less
-        reserve_bytes.
+        """Return the number of slots: as many as were asked for, or as many as fit in four fifths of the free GPU
+        memory minus reserve_bytes.
         """
         free = free_memory(self.model.device)
         if free is None:
@@ -207,7 +207,7 @@ class Engine:
         return sequences_that_fit(wanted, max_len, self.slot_bytes(max_len), free - logits_bytes, self.reserve_bytes)
 
     def slot_bytes(self, max_len: int) -> int:
-        """Return the memory of a slot of so many tokens."""
+        """Return the memory that a slot of max_len tokens takes."""
         config, dtype = self.model.config, self.model.dtype
         layers = config.num_hidden_layers + len(self.proposers)
         cache = KVCache(config, 1, max_len, dtype, "meta", layers).data.nbytes
@@ -223,7 +223,7 @@ class Engine:
         strategy: Strategy | None = None,
         on_round: Callable[[RoundTrace], None] | None = None,
     ) -> Iterator[Response]:
-        """Yield a Response as each one is finished. groups: pulled one by one, as slots become free.
+        """Yield each Response as it finishes. groups: pulled one by one, as slots become free.
 
         strategy: how to draft each round; None: plain decoding. on_round is called for each running sequence after each
         round. Raises UserError for a group that does not fit.
@@ -246,7 +246,7 @@ class Engine:
         self.stats.seconds = time.perf_counter() - started
 
     def read_weights(self) -> None:
-        """Refresh all copies of weights with the weights as they are now."""
+        """Refresh all copies of the model's weights."""
         if self.frozen and self.weights_read:
             return
         for layer in self.fused_layers or ():

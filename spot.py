@@ -1,15 +1,15 @@
 """Spot training: idle workers train the drafter until the last response of all workers is finished.
 
-This is the idea that gives TLT its speed at no cost. A worker that has no sequence left trains on the features of its
-own responses; between two training steps it asks whether the rollout is over, and that is all it does for the others.
-One step takes about 25 ms on a CPU, so the update begins at most that much later.
+This is what gives TLT its speed at no cost. A worker that has no sequences left trains on the features of its own
+responses. Between training steps it checks whether the rollout is over; it needs no other coordination with the rest.
+One step takes about 25 ms on a CPU, so the update is delayed by at most that much.
 
     rollout begins     the averaged weights go to the drafter that the engine uses; older features leave the buffer
     worker is idle     step after step on the buffer (`train_until`); no collective, nothing to wait for
     rollout is over    the workers' drafters are averaged, weighted by the steps that each has made (`average`)
 
-It uses memory that is free at that moment, too. A step that runs out of memory is given up, and batches become smaller;
-where even small ones do not fit, this worker stops training its drafter, and the run continues without it.
+The memory it uses would be idle then, too. A step that runs out of memory is abandoned, and batches become smaller; if
+even small ones do not fit, this worker stops training its drafter, and the run continues without that training.
 """
 
 import time
@@ -38,10 +38,10 @@ AllReduce = Callable[[list[torch.Tensor]], None]  # sums over all workers, in pl
 
 
 def train_until(over: Callable[[], bool], timer: WorkerTimer, spot_trainer: "SpotTrainer | None" = None) -> None:
-    """Spend the time until over() on the drafter, or wait.
+    """Train the drafter until over() is true; if there is nothing to train, just wait.
 
-    over() is asked between training steps, so at most one of them delays the rest; nothing here waits for another
-    worker, so no worker needs a signal to stop.
+    over() is called between training steps, so the other workers wait for at most one step. Nothing here waits for
+    another worker, so no worker needs a signal to stop.
     """
     while not over():
         if spot_trainer and spot_trainer.can_train:
@@ -64,9 +64,9 @@ class SpotTrainer:
     FROM_SCRATCH_LR = 3e-3  # of a drafter that started from random weights, for its first FROM_SCRATCH_STEPS
     FOLLOW_LR = 7e-4  # to follow the policy: at 3e-3 a good drafter gets worse
     FROM_SCRATCH_STEPS = 1500
-    PAYS_FROM = 0.4  # agreement on held-out responses from which on drafting saves time
-    LEARNED_BY_HEART = 0.98  # agreement on the data it learns from: more steps would teach nothing
-    AVERAGE_EVERY = 2.0  # seconds of the warm start, so that the workers' drafters do not drift apart
+    PAYS_FROM = 0.4  # agreement on held-out responses at which drafting starts to save time
+    LEARNED_BY_HEART = 0.98  # agreement on the training data at which more steps would teach nothing
+    AVERAGE_EVERY = 2.0  # seconds, during the warm start, so that the workers' drafters do not drift apart
     MIN_BATCH_TOKENS = 64
 
     def __init__(self, actor, config, rank: int, stop: Iterable[int], checkpoint: Path | None = None):
@@ -81,6 +81,7 @@ class SpotTrainer:
             self.learner.load(start)
             if self.learner.draft_vocab is not None:
                 self.token_counts.add(self.learner.draft_vocab.tolist())
+        self.warm_start_limit = config.warm_start  # seconds
         self.needs_warm_start = start is None and config.warm_start > 0
         self.from_scratch = start is None
         self.rank = rank
@@ -89,15 +90,15 @@ class SpotTrainer:
         self.adaptive = config.drafter == "adaptive"
         if self.trains:
             allocate_moments(self.trainer.optimizer)
-        self.fits = True  # whether a training step fits the memory
+        self.fits = True  # whether a training step fits in memory
         self.buffer = FeatureBuffer()
         self.steps_since_average = 0
-        self.recent_agreement = 0.0  # on the data that it learns from, a running mean
-        self.steps = 0  # since the last `take_stats`, and the sum of their losses:
+        self.recent_agreement = 0.0  # a running mean, on the training data
+        self.steps = 0  # since the last `take_stats`; below, the sum of their losses
         self.loss = 0.0
 
     def find_start(self, config, checkpoint: Path | None) -> Path | None:
-        """Return the folder of the drafter to start from: the checkpoint's, --drafter-from, the policy's; or None."""
+        """Return the first folder that has a drafter: the checkpoint's, --drafter-from, the policy's; or None."""
         folders = []
         if checkpoint:
             folders.append(checkpoint / "drafter")
@@ -117,31 +118,31 @@ class SpotTrainer:
         return self.fits and bool(self.buffer.sequences)
 
     def idle_bytes(self) -> int:
-        """Return the memory to leave for a training step; at most 8 GB, since one that runs out of it gets smaller."""
+        """Return the memory to leave for a training step: at most 8 GB, since batches shrink when memory runs out."""
         vocab = self.draft_vocab_size or min(MAX_DRAFT_VOCAB, self.learner.policy.config.vocab_size)
         tokens = self.trainer.tokens + FeatureBuffer.MAX_WINDOW
         return min(8 << 30, step_bytes(self.learner, tokens, vocab)) if self.trains else 0
 
     def begin_rollout(self, rollout: int) -> None:
-        """A rollout begins: it drafts with what has been learned, and with the token ids that were written lately."""
+        """Prepare a rollout: it drafts with the weights learned so far, and the token ids generated lately."""
         self.buffer.begin_rollout(rollout)
         self.choose_draft_vocab()
         self.token_counts.fade()
         self.trainer.publish(self.served)
 
     def choose_draft_vocab(self) -> None:
-        """From now on the drafter drafts and learns the token ids that were written most."""
+        """From now on, draft and learn only the token ids that have been generated most often."""
         self.learner.draft_vocab = self.served.draft_vocab = self.token_counts.choose(self.draft_vocab_size)
 
     def count_tokens(self, responses: Iterable[Response]) -> None:
-        """Count the token ids of a finished rollout. All workers count all responses, so that all choose alike."""
+        """Count a finished rollout's token ids. All workers count all responses, so all choose the same vocabulary."""
         for response in responses:
             self.token_counts.add(response.tokens)
 
     # ---------------------------------------------------------------- training
 
     def step(self) -> None:
-        """Make one training step. One that runs out of memory is given up."""
+        """Make one training step; if it runs out of memory, abandon it."""
         early = self.from_scratch and self.trainer.steps < self.FROM_SCRATCH_STEPS
         self.trainer.lr = scaled_lr(self.learner.width, self.FROM_SCRATCH_LR if early else self.FOLLOW_LR)
         loss = None
@@ -149,7 +150,7 @@ class SpotTrainer:
             loss, agreement = self.trainer.step(self.buffer)
             self.recent_agreement += 0.05 * (agreement - self.recent_agreement)
         except torch.OutOfMemoryError:
-            pass  # continue outside of this block, where the step's tensors are freed
+            pass  # handled outside this block, where the step's tensors have been freed
         if loss is None:
             self.shrink_batches()
             return
@@ -158,7 +159,7 @@ class SpotTrainer:
         self.steps_since_average += 1
 
     def shrink_batches(self) -> None:
-        """Memory has run out: make batches half as large; below MIN_BATCH_TOKENS stop training."""
+        """Memory has run out: halve the batches, or stop training if they are at MIN_BATCH_TOKENS already."""
         self.trainer.optimizer.zero_grad()
         torch.cuda.empty_cache()
         self.fits = self.trainer.tokens > self.MIN_BATCH_TOKENS
@@ -168,8 +169,8 @@ class SpotTrainer:
 
     @torch.no_grad()
     def average(self, all_reduce: AllReduce) -> int:
-        """Replace the workers' drafters by their mean, weighted by the steps that each has made since the last call
-        -> the sum of these steps. In place, so that it needs no memory. Optimizer states stay as they are.
+        """Replace every worker's drafter by the mean of all, weighted by their steps since the last call; return the
+        sum of these steps. It works in place, so it needs no extra memory. Optimizer states stay as they are.
         """
         steps = self.steps_since_average
         total = torch.tensor(float(steps), device=self.learner.fc.weight.device)
@@ -196,11 +197,11 @@ class SpotTrainer:
     # ---------------------------------------------------------------- warm start
 
     def warm_start(self, seconds: float, timer: WorkerTimer, all_reduce: AllReduce) -> None:
-        """Train until drafting pays, or until the data is learned by heart, at most so many seconds. All workers stop
-        together. Rank 0 prints what is done.
+        """Train for at most this many seconds, until drafting pays off or the data is learned by heart. All workers
+        stop together. Rank 0 reports progress.
         """
         self.needs_warm_start = False
-        if seconds < self.AVERAGE_EVERY:
+        if seconds < min(self.AVERAGE_EVERY, self.warm_start_limit):
             self.say("no warm start of the drafter: the steps that are left could not win back its time")
             return
         self.say(f"warm start: training a drafter for at most {seconds:.0f} s (--warm-start), until drafting pays")
@@ -208,8 +209,8 @@ class SpotTrainer:
         held_out = self.buffer.hold_out()
         started = time.time()
         agreement = 0.0
-        for _ in range(round(seconds / self.AVERAGE_EVERY)):
-            end = time.time() + self.AVERAGE_EVERY
+        for _ in range(max(1, round(seconds / self.AVERAGE_EVERY))):
+            end = time.time() + min(seconds, self.AVERAGE_EVERY)
             train_until(lambda end=end: time.time() >= end, timer, self)
             steps = self.average(all_reduce)
             agreement = self.agreement(held_out, all_reduce)
@@ -229,7 +230,7 @@ class SpotTrainer:
             tqdm.write(text)
 
     def agreement(self, sequences: list[SequenceFeatures], all_reduce: AllReduce) -> float:
-        """Return the share of entries whose likeliest token is predicted, over the sequences of all workers."""
+        """Return the share of entries whose likeliest token the drafter predicts, over all workers' sequences."""
         totals = self.count_right(sequences)
         all_reduce([totals])
         right, count = totals.tolist()
@@ -237,8 +238,8 @@ class SpotTrainer:
 
     @torch.no_grad()
     def count_right(self, sequences: list[SequenceFeatures]) -> torch.Tensor:
-        """Return (2,): the entries of these sequences whose likeliest token is predicted, and all their entries. Where
-        memory runs out it is done by halves; a sequence that does not fit alone is left out.
+        """Return (2,): how many entries of these sequences have their likeliest token predicted, and how many there
+        are. If memory runs out, each half is done separately; a single sequence that does not fit is left out.
         """
         device = self.learner.fc.weight.device
         if not sequences:
@@ -248,7 +249,7 @@ class SpotTrainer:
             count = batch.loss_mask.sum()
             return torch.stack([drafter_loss(self.learner, batch, own=0.0)[1] * count, count])
         except torch.OutOfMemoryError:
-            batch = None  # continue outside of this block, where its tensors are freed
+            batch = None  # handled outside this block, where its tensors have been freed
         torch.cuda.empty_cache()
         half = len(sequences) // 2
         return self.count_right(sequences[:half]) + self.count_right(sequences[half:]) if half else self.count_right([])
@@ -258,8 +259,8 @@ class SpotTrainer:
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Make Adam create its moments now instead of in its first step: memory in use is not counted as free, and cannot
-    run out halfway through them. The step that creates them changes no weight, and does not count.
+    """Make Adam create its moments now instead of in its first step, so that their memory is not mistaken for free and
+    cannot run out halfway through. The step that creates them changes no weight, and is not counted.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -271,9 +272,9 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def step_bytes(drafter: Drafter, tokens: int, vocab: int) -> int:
-    """Return the memory that a training step of so many entries takes at most, beside weights and moments: what the
-    layer keeps and recomputes, logits and targets over `vocab` token ids with what the loss makes of them, masks;
-    gradients, bfloat16 copies of the weights, the rows of the head.
+    """Return the most memory that a training step on `tokens` entries takes besides weights and moments: what the
+    layer keeps and recomputes, logits and targets over `vocab` token ids, the loss's intermediates, masks, gradients,
+    bfloat16 copies of the weights, and the rows of the head.
     """
     config = drafter.policy.config
     groups = config.num_attention_heads // kv_heads(config)

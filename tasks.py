@@ -328,7 +328,7 @@ class Math(Task):
         self.data = data
         self.columns = dict(zip(self.COLUMNS, [[name] for name in names])) if columns else self.COLUMNS
         self.splits: dict[str, list[tuple[str, str, str]]] = {}
-        self.referee = LatexChecker()
+        self.checker = LatexChecker()
 
     def rows(self, split):
         """(problem, gold answer) of a split, read once. Raises UserError."""
@@ -363,10 +363,10 @@ class Math(Task):
         gold = problem.answer
         text = text[-LOOKED_AT:].rpartition("</think>")[2]
         boxed = boxed_answer(text)
-        strict = boxed is not None and self.referee.equal(gold, boxed)
+        strict = boxed is not None and self.checker.equal(gold, boxed)
         number = last_number(gold) if re.fullmatch(r"-?[0-9,.]+", gold) else None
         is_last = number is not None and last_number(text) == number
-        return Grade(strict, strict or is_last or (boxed is None and self.referee.found(gold, text)))
+        return Grade(strict, strict or is_last or (boxed is None and self.checker.found(gold, text)))
 
 
 # ---------------------------------------------------------------- from problem to tokens

@@ -264,7 +264,9 @@ class TLTWorker(Worker):
             spot_trainer.average(self.all_reduce)
 
     def take_speculation_stats(self):
-        """Return the figures of the step's rollouts; acceptance and drafter training are those since the last call."""
+        """Return the figures of the step's rollouts; acceptance and drafter training are those since the last call.
+        Called once, at the end of a step.
+        """
         rollouts = self.rollout_stats
         self.rollout_stats = []
         self.steps_left -= 1

@@ -4,7 +4,7 @@ loop on many workers.
 One step:
 
     rollout   G samples from each of P prompts                                  rollout.py
-    reward    r = 1 if the verifier accepts the answer, else 0, or any number   tasks.py
+    reward    r = 1 if the verifier accepts the answer, else 0 (or any number)  tasks.py
     advantage A = (r - mean of its group) / std of its group                    0 where all rewards of a group are equal
     update    maximise  sum_t w * min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)  - kl * w * k3
               rho = p(token) / p_old(token)
@@ -16,24 +16,24 @@ One step:
     gspo      as grpo                                         as grpo             GSPO, 2507.18071 (3)
     cispo     as dapo                                         as grpo             MiniMax-M1, 2506.13585 (4)
 
-    (1) no bias towards short right and long wrong answers   (2) every token counts the same
+    (1) avoids the bias towards short right and long wrong answers   (2) every token counts the same
     (3) rho is the ratio of the whole response, the geometric mean of its tokens' (parts/training/losses.py). It equals
-        grpo in the first update of a rollout, where rho = 1, so always with one update per rollout
-    (4) w * clip(rho) A log p instead of w * min(...), no gradient through clip(rho): no token is left out. Its gradient
-        equals dapo's in the first update of a rollout
+        grpo in the first update of a rollout, where rho = 1; with one update per rollout, that is always
+    (4) w * clip(rho) A log p instead of w * min(...), with no gradient through clip(rho): every token keeps a gradient.
+        The gradient equals dapo's in the first update of a rollout
 
     k3 = exp(d) - d - 1,  d = log p_ref - log p:  an unbiased, positive estimate of KL(policy || reference)
 
 Rules that keep the sums right (each has a test):
-- The denominators are those of the whole mini-batch, computed before it is cut: the loss does not depend on
+- The denominators are those of the whole mini-batch, computed before it is cut, so the loss does not depend on
   micro-batches or workers.
 - Masks come from lengths, never from `!= pad`: the stop token is a decision and gets its gradient.
 - Scoring uses the sampling temperature. The first update of a rollout takes its own log-probabilities as the old ones,
-  so rho is exactly 1 there; `old_logprobs` has the table. The rollout's log-probabilities are compared with them
+  so rho is exactly 1 there; `old_logprobs` lists the cases. The rollout's log-probabilities are compared with them
   (`gap_max` in metrics.jsonl): a gap means that rollout and trainer are not the same policy.
 - A gradient that is not finite changes nothing: that update is skipped and counted, and after three such steps in a row
   training stops and names the last checkpoint.
-- Only token ids go from rollout to update. Which worker made a response, when, and in which batch must not reach the
+- Only token ids go from rollout to update. Which worker made a response, when, and in which batch must not affect the
   sums, so mini- and micro-batches are cut by content.
 
 Left out: a critic, reward models, replay of old rollouts.
@@ -100,36 +100,36 @@ class Config(TaskFlags):
     prompts: int = flag(16, "prompts per step")
     samples: int = flag(16, "samples per prompt, the group size G")
     max_new: int = flag(512, "longest response in tokens")
-    temperature: float = flag(1.0, "of sampling and scoring; above 0, since samples have to differ to teach something")
+    temperature: float = flag(1.0, "for sampling and scoring; above 0, since equal samples teach nothing")
     slots: int = flag(64, "sequences that a worker generates at once")
-    dynamic_sampling: int = flag(0, "further prompts of a step, at most, for groups whose rewards are all equal")
-    overlong_penalty: int = flag(0, "tokens before --max-new over which the reward falls by up to 1; 0: no penalty")
-    actor_dtype: str = flag("auto", "weights that generate: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
+    dynamic_sampling: int = flag(0, "most extra prompts per step, to replace groups whose rewards are all equal")
+    overlong_penalty: int = flag(0, "the reward falls by up to 1 over this many tokens before --max-new; 0: no penalty")
+    actor_dtype: str = flag("auto", "dtype of the rollout; auto: bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
 
     loss: str = flag("grpo", "see the table at the top of train_grpo.py", ("grpo", "dr_grpo", "dapo", "gspo", "cispo"))
     clip_low: float = flag(0.2, "how far the ratio may fall below 1")
     clip_high: float = flag(0.2, "how far the ratio may rise above 1 (dapo's authors use 0.28)")
     kl: float = flag(0.0, "weight of the KL penalty to the starting policy; 0 keeps no reference model")
-    tis_cap: float = flag(-1.0, "correct the rollout by weights up to this; 0: off; -1: 2 if it is bfloat16, else off")
+    tis_cap: float = flag(-1.0, "cap on truncated importance weights; 0: off; -1: 2 if rollouts are bfloat16, else off")
     mask_truncated: bool = flag(False, "give no gradient to responses cut at max_new")
     lr: float = flag(1e-4, "learning rate after the warm-up")
-    warmup: int = flag(3, "updates until the learning rate is reached")
-    schedule: str = flag("constant", "of the learning rate, over all --steps", ("constant", "linear", "cosine"))
-    weight_decay: float = flag(0.0, "AdamW's, of all weights that learn")
+    warmup: int = flag(3, "updates until --lr is reached")
+    schedule: str = flag("constant", "learning-rate schedule, over all --steps", ("constant", "linear", "cosine"))
+    weight_decay: float = flag(0.0, "AdamW's weight decay, on all trained weights")
     grad_clip: float = flag(1.0, "largest gradient norm; inf: no limit")
     epochs: int = flag(1, "passes of the update over each rollout")
-    minibatches: int = flag(1, "parts that a rollout is cut into, with an update each")
+    minibatches: int = flag(1, "parts that a rollout is cut into, with one update each")
     micro_tokens: int = flag(2048, "most tokens, padding included, in one forward-backward")
-    gradient_checkpointing: bool = flag(False, "keep only the inputs of layers in the update: less memory, more time")
-    lora_rank: int = flag(0, "rank of adapters (LoRA, needs peft), with --lr 10 times as high; 0: all weights learn")
+    gradient_checkpointing: bool = flag(False, "in the update, keep only each layer's input: less memory, more time")
+    lora_rank: int = flag(0, "rank of LoRA adapters (needs peft; make --lr 10 times as high); 0: train all weights")
     bf16: bool = flag(False, "bfloat16 autocast in the update (always on for GPUs)")
 
     eval_every: int = flag(15, "steps between evaluations (also before the first step and after the last); 0: never")
     eval_problems: int = flag(128, "held-out problems per evaluation")
-    eval_samples: int = flag(4, "samples per held-out problem, k: pass@1 is their mean, pass@k counts one right of k")
+    eval_samples: int = flag(4, "samples per held-out problem, k: pass@1 is their mean, pass@k needs one right of k")
     save_every: int = flag(10, "steps between checkpoints; the last two are kept")
     show_every: int = flag(10, "steps between printed samples; 0: never")
-    track: str = flag("off", "where metrics go beside metrics.jsonl", ("off", "tensorboard", "wandb"))
+    track: str = flag("off", "where metrics go besides metrics.jsonl", ("off", "tensorboard", "wandb"))
 
     def __post_init__(self):
         """Raises UserError."""
@@ -157,7 +157,7 @@ def advantages(rewards: torch.Tensor, loss: str) -> torch.Tensor:
 
 
 def token_weights(lengths: list[int], loss: str, max_new: int) -> list[float]:
-    """lengths of all responses of a mini-batch -> the weight of a token of each, so that weighted sums are the loss."""
+    """lengths of all responses of a mini-batch -> each one's weight per token; the sum so weighted is the loss."""
     if loss in ("grpo", "gspo"):
         return [1 / (len(lengths) * n) for n in lengths]
     weight = 1 / (len(lengths) * max_new) if loss == "dr_grpo" else 1 / sum(lengths)  # dapo, cispo
@@ -192,9 +192,9 @@ def policy_loss(logp, old, reference, advantage, weight, config: Config) -> torc
 
 
 def update(model, reference, optimizer, responses, advantage: list[float], step: int, config: Config, worker) -> dict:
-    """Make all optimizer steps on one rollout -> figures for the metrics.
+    """Make all optimizer steps on one rollout; return figures for the metrics.
 
-    responses: of all workers, in the same order everywhere; advantage: one number for each.
+    responses: those of all workers, in the same order on each; advantage: one number per response.
     """
     samples = [TrainingSample(r, a) for r, a in zip(responses, advantage) if r.stopped or not config.mask_truncated]
     minibatches = mini_batches(samples, config)

@@ -120,9 +120,6 @@ def run_in_process(main, model, out, *more) -> None:
         sys.argv = before
 
 
-here = run_in_process
-
-
 def rows_of(out: Path) -> list[dict]:
     """Return the rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -135,11 +132,6 @@ def chain_policy(tmp_path_factory):
     """
     ignore = shutil.ignore_patterns("drafter", "process", "outcome", "revise", "refit", "choice.json")
     return shutil.copytree(ROOT / "base/chain", tmp_path_factory.mktemp("base") / "chain", ignore=ignore)
-
-
-@pytest.fixture(scope="session")
-def able(chain_policy):
-    return chain_policy
 
 
 # `make test` gives each file to one of several processes. The long files come first, so that at the end no process

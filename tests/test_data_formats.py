@@ -223,7 +223,9 @@ def spot_trainer_with(agreements, own: float) -> spot.SpotTrainer:
     model = tiny(LlamaConfig)
     config = SimpleNamespace(seed=0, draft_vocab=0, warm_start=100, drafter="adaptive", drafter_from="", model="base")
     trainer = object.__new__(spot.SpotTrainer)
-    trainer.__dict__.update(needs_warm_start=True, rank=0, learner=make_drafter(model), recent_agreement=own)
+    trainer.__dict__.update(
+        needs_warm_start=True, warm_start_limit=100.0, rank=0, learner=make_drafter(model), recent_agreement=own
+    )
     trainer.buffer = filled_buffer(responses_of(model))
     trainer.choose_draft_vocab = lambda: None
     trainer.agreement = lambda *_: next(agreements)

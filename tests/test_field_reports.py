@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, caught, finish, here, launch, rows_of, tiny
+from conftest import ROOT, caught, finish, launch, rows_of, run_in_process, tiny
 from helpers import make_engine, responses_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig, GraniteConfig, LlamaConfig, PhimoeConfig, Starcoder2Config
@@ -103,7 +103,7 @@ def test_a_noisy_policy_keeps_its_gap_and_says_that_noise_is_off(tmp_path, capsy
     folder = tmp_path / "noisy"
     noisy_model("llama").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    here(train_grpo.main, folder, tmp_path / "out", "--steps", 1, "--eval-every", 0)
+    run_in_process(train_grpo.main, folder, tmp_path / "out", "--steps", 1, "--eval-every", 0)
     (row,) = rows_of(tmp_path / "out")
     assert row["gap_max"] < 1e-3
     text = capsys.readouterr()
@@ -114,7 +114,7 @@ def test_a_noisy_policy_keeps_its_gap_and_says_that_noise_is_off(tmp_path, capsy
 def test_a_gap_between_rollout_and_trainer_is_a_warning(model_folder, tmp_path, monkeypatch, capsys):
     """The broken variant of the test above: a trainer that is not the policy that samples."""
     monkeypatch.setattr(train_grpo, "MEAN_GAP", {torch.float32: -1.0})
-    here(train_grpo.main, model_folder, tmp_path / "out", "--steps", 2, "--eval-every", 0)
+    run_in_process(train_grpo.main, model_folder, tmp_path / "out", "--steps", 2, "--eval-every", 0)
     text = capsys.readouterr()
     assert (text.out + text.err).count("WARNING: log-probabilities of rollout and trainer differ") == 1
 
@@ -132,7 +132,7 @@ def test_a_model_keeps_only_the_generation_settings_that_it_was_trained_with(mod
     tokenizer.save_pretrained(folder)
     path = folder / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-    here(train_grpo.main, folder, tmp_path / "out", "--steps", 1, "--eval-every", 0)
+    run_in_process(train_grpo.main, folder, tmp_path / "out", "--steps", 1, "--eval-every", 0)
     saved = json.loads((tmp_path / "out/policy/generation_config.json").read_text())
     assert not saved.keys() & settings.keys()
     assert saved["do_sample"] and saved["max_new_tokens"] == 24 and saved["eos_token_id"] == 1
@@ -197,7 +197,7 @@ class Rows(tasks.Task):
 
 def test_a_row_that_does_not_fit_is_skipped_by_name(model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_grpo, "make_task", lambda *_: Rows(8, long=(6,), strange=(2,)))
-    here(train_grpo.main, model_folder, tmp_path / "out", "--steps", 3, "--eval-every", 0)
+    run_in_process(train_grpo.main, model_folder, tmp_path / "out", "--steps", 3, "--eval-every", 0)
     text = capsys.readouterr()
     assert len(rows_of(tmp_path / "out")) == 3
     assert "2 of 8 train problems will be skipped: rows.jsonl, line 3: " in text.out
@@ -215,9 +215,9 @@ def test_data_without_any_usable_row_is_refused(model_folder, tmp_path, monkeypa
 def test_the_replacement_of_a_row_depends_on_its_index_alone(model_folder, tmp_path, monkeypatch):
     """Two runs, the second resumed in the middle, make the same tokens."""
     monkeypatch.setattr(train_grpo, "make_task", lambda *_: Rows(8, long=(1, 6)))
-    here(train_grpo.main, model_folder, tmp_path / "whole", "--steps", 3, "--eval-every", 0)
-    here(train_grpo.main, model_folder, tmp_path / "parts", "--steps", 2, "--eval-every", 0)
-    here(train_grpo.main, model_folder, tmp_path / "parts", "--steps", 3, "--eval-every", 0, "--resume")
+    run_in_process(train_grpo.main, model_folder, tmp_path / "whole", "--steps", 3, "--eval-every", 0)
+    run_in_process(train_grpo.main, model_folder, tmp_path / "parts", "--steps", 2, "--eval-every", 0)
+    run_in_process(train_grpo.main, model_folder, tmp_path / "parts", "--steps", 3, "--eval-every", 0, "--resume")
     digests = [[row["digest"] for row in rows_of(tmp_path / name)] for name in ("whole", "parts")]
     assert digests[0] == digests[1]
 
@@ -297,12 +297,12 @@ def rows_or_none(task, split: str) -> list:
 
 def test_a_resumed_run_keeps_its_model(model_folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    here(train_grpo.main, model_folder, out, "--steps", 1, "--eval-every", 0)
+    run_in_process(train_grpo.main, model_folder, out, "--steps", 1, "--eval-every", 0)
     with pytest.raises(UserError, match="--model base: .* continues with --model .* only"):
         here_raising(train_grpo, "base", out, "--resume", "--steps", 2)
     assert json.loads((out / "config.json").read_text())["model"] == str(model_folder)
     monkeypatch.chdir(model_folder.parent)  # the same folder, written in another way
-    here(train_grpo.main, model_folder.name, out, "--steps", 2, "--eval-every", 0, "--resume")
+    run_in_process(train_grpo.main, model_folder.name, out, "--steps", 2, "--eval-every", 0, "--resume")
     caught(check_other_model_is_refused, lambda name, before, now: True)
     check_other_model_is_refused(checkpoints.same_setting)
 
@@ -427,9 +427,11 @@ def test_a_gradient_that_is_finite_resets_the_alarm():
     assert run.bad_steps == 2
 
 
-def test_a_broken_policy_is_not_saved(able, tmp_path):
+def test_a_broken_policy_is_not_saved(chain_policy, tmp_path):
     out = tmp_path / "out"
-    process = launch(able, out, "--task", "chain", "--steps", 8, "--lr", 1e30, "--eval-every", 0, "--workers", 1)
+    process = launch(
+        chain_policy, out, "--task", "chain", "--steps", 8, "--lr", 1e30, "--eval-every", 0, "--workers", 1
+    )
     text = finish(process, code=2)
     assert re.search(r"step \d: a (logit|log-probability) of .* is not finite; lower --lr", text), text
     for folder in out.glob(checkpoints.PATTERN):

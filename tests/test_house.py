@@ -7,7 +7,6 @@ import sys
 import pytest
 from conftest import ROOT, caught
 
-import base.searcher
 import base.smollm2
 import bench.__main__
 import bench.memory
@@ -189,7 +188,6 @@ CONFIGS = {
     "generate.py": generate.Command,
     "export.py": export.Command,
     "base.pretrain": pretrain.Command,
-    "base.searcher": base.searcher.Command,
     "base.smollm2": base.smollm2.Command,
     "test_time": test_time.config.Config,
     "bench.memory": bench.memory.Command,

@@ -237,7 +237,7 @@ def real():
     pytest.importorskip("math_verify")
     task = make_task("math", "unused")
     yield task
-    task.referee.close()
+    task.checker.close()
 
 
 def test_grades_with_math_verify(real):

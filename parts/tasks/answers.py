@@ -41,7 +41,8 @@ def answer_tag(text: str) -> str | None:
     return None if start < 0 or end < 0 else text[start + len("<answer>") : end]
 
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\d+(?:\.\d+)?|[^\s{]))")  # \boxed{...}, \boxed 5, \boxed5, \fbox{...}
+MAX_BOXES = 20  # that are tried
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\d+(?:\.\d+)?|[A-Za-z]))")  # \boxed{...}, \boxed 5, \boxed5, \fbox{...}
 
 
 def boxed_answer(text: str) -> str | None:
@@ -49,7 +50,7 @@ def boxed_answer(text: str) -> str | None:
     none, or if it is longer than 500 characters.
     """
     text = text[-LOOKED_AT:]
-    for box in reversed(list(BOX.finditer(text))):
+    for box in list(BOX.finditer(text))[: -MAX_BOXES - 1 : -1]:  # the last one first
         content = box[1] or closed_brackets(text[box.end() : box.end() + ANSWER_LOOKED_AT])
         if content is not None:
             return content.strip()
