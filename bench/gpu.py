@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,23 +37,46 @@ from bench import step
 from bench.anatomy import WAYS, operators, random_model, time_ways
 from bench.exact import exact_part
 from bench.harness import Output, Result, seconds_per_call, text_table, train
-from bench.verdicts import Place, claim, figure
+from bench.memory import update_memory
+from bench.verdicts import claim, figure
 from drafter import Drafter, EagleProposer
 from parts.cli import UserError, check_at_least, flag, reason
 from parts.devices import pick_device
 from parts.files import ROOT
-from parts.training.logprobs import forward_bytes, logprobs_at
+from parts.training.logprobs import forward_bytes
 from rollout import Engine
 
+PARTS = ("machine", "exact", "round", "bandwidth", "training", "memory")
 COLUMNS = {}
+
+
+@dataclass(frozen=True)
+class Config(Output):
+    parts: tuple[str, ...] = flag(PARTS, "what is measured", PARTS)
+    device: str = flag("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
+    traces: int = flag(0, "search traces for the policy that learns on the spot; 0: 80,000 on a GPU, else base/")
+    responses: int = flag(0, "responses in `exact`; 0: 256 on a GPU, 32 without")
+
+    def __post_init__(self):
+        check_at_least(self, 0, "traces", "responses")
+        pick_device(self.device)
+
+    @property
+    def gpu(self) -> bool:
+        """Return whether the parts run on a GPU; for that, `measure` replaces auto in `device`."""
+        return self.device == "cuda"
+
+    def on_gpu(self, value: float) -> float | None:
+        """Return the value if it was measured on a GPU, else None: then the claim is not tested."""
+        return value if self.gpu else None
 
 
 # ---------------------------------------------------------------- machine
 
 
-def copy_bandwidth(place: Place) -> float:
+def copy_bandwidth(config: Config) -> float:
     """Return the bytes a second that a copy reads and writes."""
-    source = torch.zeros(1 << (29 if place.gpu else 24), dtype=torch.uint8, device=place.device)
+    source = torch.zeros(1 << (29 if config.gpu else 24), dtype=torch.uint8, device=config.device)
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds_per_call(lambda: target.copy_(source), 20, warmup=True)
 
@@ -68,14 +91,14 @@ def takes_masks(query, key, mask) -> bool:
     return True
 
 
-def machine_part(place: Place) -> list[dict]:
+def machine_part(config: Config) -> list[dict]:
     """See the top."""
-    tiny = torch.zeros(8, device=place.device)
+    tiny = torch.zeros(8, device=config.device)
     launch = seconds_per_call(lambda: [tiny.add_(1) for _ in range(1000)], 5, warmup=True) / 1000
-    dtype = torch.bfloat16 if place.gpu else torch.float32
-    query = torch.randn(8, 2, 7, 64, dtype=dtype, device=place.device)
-    key = torch.randn(8, 2, 2056, 64, dtype=dtype, device=place.device)[:, :, :2048]  # part of a slot
-    mask = torch.zeros(8, 1, 7, 2048, dtype=dtype, device=place.device)
+    dtype = torch.bfloat16 if config.gpu else torch.float32
+    query = torch.randn(8, 2, 7, 64, dtype=dtype, device=config.device)
+    key = torch.randn(8, 2, 2056, 64, dtype=dtype, device=config.device)[:, :, :2048]  # part of a slot
+    mask = torch.zeros(8, 1, 7, 2048, dtype=dtype, device=config.device)
 
     def attention(kv_lens) -> None:
         for kv_len in kv_lens:
@@ -88,9 +111,9 @@ def machine_part(place: Place) -> list[dict]:
     growing = seconds_per_call(lambda: attention(range(128, 128 + 8 * 64, 8)))  # sizes that come for the first time
     return [
         figure("a launch", launch * 1e6, "us"),
-        figure("copy bandwidth", copy_bandwidth(place) / 1e9, "GB/s"),
-        claim("attention with a mask is one kernel", place.on_gpu(one_kernel), ">=", 1),
-        claim("a cache that grows needs no plans: growing / repeated", place.on_gpu(growing / same), "<=", 3),
+        figure("copy bandwidth", copy_bandwidth(config) / 1e9, "GB/s"),
+        claim("attention with a mask is one kernel", config.on_gpu(one_kernel), ">=", 1),
+        claim("a cache that grows needs no plans: growing / repeated", config.on_gpu(growing / same), "<=", 3),
         claim("cuDNN attention is off", float(torch.backends.cuda.cudnn_sdp_enabled()), "<=", 0),
     ]
 
@@ -98,20 +121,20 @@ def machine_part(place: Place) -> list[dict]:
 # ---------------------------------------------------------------- speed
 
 
-def round_part(place: Place) -> list[dict]:
+def round_part(config: Config) -> list[dict]:
     """See the top."""
-    if place.gpu:
-        model = random_model("Qwen2.5-0.5B", place.device, torch.bfloat16)
+    if config.gpu:
+        model = random_model("Qwen2.5-0.5B", config.device, torch.bfloat16)
         rows = time_ways(model, (1, 8, 64, 256), (0, 4, 8), 64, 64, WAYS)
     else:
-        model = random_model("tiny", place.device, torch.float32)
+        model = random_model("tiny", config.device, torch.float32)
         rows = time_ways(model, (1, 4), (0, 4, 8), 8, 16, WAYS[:2])
     cells = {(row["batch"], row["k"], row["way"]): row for row in rows}
-    best = WAYS[3] if place.gpu else WAYS[1]
+    best = WAYS[3] if config.gpu else WAYS[1]
 
     def gain(batch: int) -> float | None:
         """Return the tokens a second with four draft tokens over those with none; None without a GPU."""
-        if not place.gpu:
+        if not config.gpu:
             return None
         drafted, plain = cells[batch, 4, best], cells[batch, 0, best]
         return drafted["tokens"] / drafted["ms"] * plain["ms"]
@@ -126,40 +149,40 @@ def round_part(place: Place) -> list[dict]:
         *rows,
         claim("layers are fused", fused, ">=", 1),
         claim("operators of a plain round, fused / modules", fewer, "<=", 0.5),
-        claim("plain decoding of one sequence: modules / replayed", place.on_gpu(over_modules), ">=", 5),
+        claim("plain decoding of one sequence: modules / replayed", config.on_gpu(over_modules), ">=", 5),
         *(claim(f"four draft tokens over none, batch {batch}", gain(batch), ">=", 1.8) for batch in (1, 8, 64)),
         claim("four draft tokens over none, batch 256", gain(256), ">=", 1),
     ]
 
 
-def bandwidth_part(place: Place) -> list[dict]:
+def bandwidth_part(config: Config) -> list[dict]:
     """See the top."""
     text = "7B shape, plain, one sequence: share of the copy bandwidth"
-    if place.gpu and torch.cuda.mem_get_info()[0] < 24e9:  # weights, and the head in float64 while layers are tried
+    if config.gpu and torch.cuda.mem_get_info()[0] < 24e9:  # weights, and the head in float64 while layers are tried
         return [claim(text, None, ">=", 0.7)]
-    model = random_model("Qwen2.5-7B" if place.gpu else "tiny", place.device, torch.bfloat16)
+    model = random_model("Qwen2.5-7B" if config.gpu else "tiny", config.device, torch.bfloat16)
     read = sum(p.numel() * p.element_size() for p in model.parameters())
     read -= model.get_input_embeddings().weight.nbytes  # one row of it is read
-    if not place.gpu:
+    if not config.gpu:
         model.float()
-    prompt, tokens = (64, 64) if place.gpu else (8, 16)
+    prompt, tokens = (64, 64) if config.gpu else (8, 16)
     row = time_ways(model, (1,), (0,), prompt, tokens, WAYS[-1:])[0]
-    share = read / (row["ms"] / 1e3) / copy_bandwidth(place)
-    return [row, claim(text, place.on_gpu(share), ">=", 0.7)]
+    share = read / (row["ms"] / 1e3) / copy_bandwidth(config)
+    return [row, claim(text, config.on_gpu(share), ">=", 0.7)]
 
 
 # ---------------------------------------------------------------- training
 
 
-def learn_policy(place: Place, folder: Path) -> None:
+def learn_policy(config: Config, folder: Path) -> None:
     """Train a policy of about 100 M weights on search traces -> its folder, with its drafter."""
     tokenizer = pretrain.make_tokenizer()
-    settings = pretrain.Command(clean=place.traces * 3 // 4, noisy=place.traces // 4, tokens=8192)
+    settings = pretrain.Command(clean=config.traces * 3 // 4, noisy=config.traces // 4, tokens=8192)
     plan = pretrain.plan_of(settings)
     torch.manual_seed(0)
-    model = pretrain.new_policy(tokenizer, 14, 768).to(place.device)
+    model = pretrain.new_policy(tokenizer, 14, 768).to(config.device)
     # without its cache, which would keep the first weights in bfloat16 for all steps
-    with torch.autocast(place.device, torch.bfloat16, cache_enabled=False):
+    with torch.autocast(config.device, torch.bfloat16, cache_enabled=False):
         pretrain.learn(model, plan, 6e-4, "a policy of 100 M weights")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -171,24 +194,25 @@ def learn_policy(place: Place, folder: Path) -> None:
         raise UserError(f"drafter.py failed: {done.stderr[-500:]}")
 
 
-def training_part(place: Place) -> list[dict]:
+def training_part(config: Config) -> list[dict]:
     """See the top."""
-    sizes = {"prompts": 16, "samples": 16, "max_new": 768} if place.gpu else {"prompts": 2, "samples": 4, "max_new": 48}
+    prompts, samples, max_new, slots = (16, 16, 768, 256) if config.gpu else (2, 4, 48, 8)
+    sizes = {"prompts": prompts, "samples": samples, "max_new": max_new}
     with tempfile.TemporaryDirectory() as folder:
         model = "base"
-        if place.traces:
+        if config.traces:
             model = f"{folder}/policy"
-            learn_policy(place, Path(model))
-        config = step.Config(model=model, device=place.device, rounds=1, steps=3, **sizes)
-        rows = step.compare(config, step.parties_of(config, (1,), ("--slots", 256 if place.gpu else 8)))
+            learn_policy(config, Path(model))
+        settings = step.Config(model=model, device=config.device, rounds=1, steps=3, **sizes)
+        rows = step.compare(settings, step.parties_of(settings, (1,), ("--slots", slots)))
     plain, tlt = (row["step"] for row in rows)
-    return [*rows, claim("a GRPO step, plain / TLT", place.on_gpu(plain / tlt), ">=", 1), *two_worker_claims(place)]
+    return [*rows, claim("a GRPO step, plain / TLT", config.on_gpu(plain / tlt), ">=", 1), *two_worker_claims(config)]
 
 
-def two_worker_claims(place: Place) -> list[dict]:
+def two_worker_claims(config: Config) -> list[dict]:
     """Return the claims that only several GPUs can show."""
     reclaimed = preempted = None
-    if place.gpu and torch.cuda.device_count() > 1:
+    if config.gpu and torch.cuda.device_count() > 1:
         flags = ["--model", "base", "--steps", 4, "--prompts", 16, "--samples", 16, "--max-new", 960]
         with tempfile.TemporaryDirectory() as out:
             steps = train(flags, out).steps
@@ -203,19 +227,19 @@ def two_worker_claims(place: Place) -> list[dict]:
 # ---------------------------------------------------------------- memory
 
 
-def memory_part(place: Place) -> list[dict]:
+def memory_part(config: Config) -> list[dict]:
     """See the top."""
     slot_ratio = update_ratio = None
     figures = []
-    if place.gpu:
-        model = random_model("Qwen2.5-0.5B", place.device, torch.bfloat16)
+    if config.gpu:
+        model = random_model("Qwen2.5-0.5B", config.device, torch.bfloat16)
         before = torch.cuda.memory_allocated()
         engine = Engine(model, {-1}, 64, 2048, proposers={"eagle": EagleProposer(Drafter(model))})
         slots_taken = torch.cuda.memory_allocated() - before
         slot_ratio = engine.slots * engine.slot_bytes(engine.tokens.shape[1]) / slots_taken
         del engine
         gc.collect()
-        update_taken = update_peak(model.float().requires_grad_(True))
+        update_taken = update_memory(model.float().requires_grad_(True), "cuda")["megabytes"] * 2**20
         update_ratio = forward_bytes(model, 4096) / update_taken
         figures.append(figure("64 slots of 2,048 tokens", slots_taken / 1e9, "GB"))
         figures.append(figure("an update of 4,096 tokens", update_taken / 1e9, "GB"))
@@ -226,22 +250,9 @@ def memory_part(place: Place) -> list[dict]:
     ]
 
 
-def update_peak(model) -> int:
-    """Return the GPU memory of an update of 4,096 tokens beside weights and gradients."""
-    ids = torch.randint(3, 1000, (8, 512), device=model.device)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        picked = torch.ones_like(ids, dtype=torch.bool)
-        logprobs_at(model, ids, picked, ids.flatten(), 1.0)[0].sum().backward()
-    return torch.cuda.max_memory_allocated() - before
-
-
 # ---------------------------------------------------------------- the table
 
-PARTS = {
+FUNCTIONS = {
     "machine": machine_part,
     "exact": exact_part,
     "round": round_part,
@@ -251,24 +262,12 @@ PARTS = {
 }
 
 
-@dataclass(frozen=True)
-class Config(Output):
-    parts: tuple[str, ...] = flag(tuple(PARTS), "what is measured", tuple(PARTS))
-    device: str = flag("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
-    traces: int = flag(0, "search traces for the policy that learns on the spot; 0: 80,000 on a GPU, else base/")
-    responses: int = flag(0, "responses in `exact`; 0: 256 on a GPU, 32 without")
-
-    def __post_init__(self):
-        check_at_least(self, 0, "traces", "responses")
-        pick_device(self.device)
-
-
-def attempt(name: str, place: Place) -> list[dict]:
+def attempt(name: str, config: Config) -> list[dict]:
     """Run a part. If it fails, that is its result: the other parts run, too."""
     try:
         gc.collect()
         torch.cuda.empty_cache()  # what the part before has left
-        return PARTS[name](place)
+        return FUNCTIONS[name](config)
     except Exception as error:  # anything that a new machine, driver or torch may raise
         traceback.print_exc()
         return [claim(f"the part runs to its end ({reason(error)[:100]})", 0.0, ">=", 1)]
@@ -277,14 +276,14 @@ def attempt(name: str, place: Place) -> list[dict]:
 def measure(config: Config) -> Result:
     """Run the parts; each part's rows are printed as it ends. Verdicts come last."""
     device = pick_device(config.device)
-    gpu = device == "cuda"
-    place = Place(device, config.responses or (256 if gpu else 32), config.traces or (80_000 if gpu else 0))
-    if not gpu:
+    responses, traces = (256, 80_000) if device == "cuda" else (32, 0)
+    config = replace(config, device=device, responses=config.responses or responses, traces=config.traces or traces)
+    if not config.gpu:
         print("torch sees no GPU: every part runs small, on the CPU, to show that it runs; speeds are NOT TESTED")
     rows: list[dict] = []
     for name in tqdm([name for name in PARTS if name in config.parts], desc="gpu", unit="part"):
         started = time.time()
-        found = attempt(name, place)
+        found = attempt(name, config)
         found.append(figure("the part took", time.time() - started, "s"))
         part = [{"part": name, **row} for row in sorted(found, key=lambda row: "verdict" in row)]
         tqdm.write(text_table(part, COLUMNS))

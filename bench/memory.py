@@ -71,6 +71,22 @@ def responses_of(vocab: int) -> list[Response]:
     return result
 
 
+def update_memory(model, device: str) -> dict:
+    """Return the megabytes and seconds of an update, and the megabytes of gradients and moments beside it."""
+    config = Config(device=device, prompts=1, samples=8, max_new=412, micro_tokens=4096)
+    parameters = trainable_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # allocates Adam's moments
+    responses = responses_of(model.config.vocab_size)
+    meter = Meter(device)
+    started = now()
+    update(model, None, optimizer, responses, [1.0, -1.0] * 4, 0, config, Worker(config))
+    kept = 12 * sum(p.numel() for p in parameters) / 2**20  # in float32
+    return {"megabytes": meter.more(), "kept": kept, "seconds": now() - started}
+
+
 def main() -> None:
     """Measure the update."""
     command = parse_flags(Command, __doc__)
@@ -82,18 +98,7 @@ def main() -> None:
         lora.add(model, command.lora_rank, seed=0)
     if command.gradient_checkpointing:
         logprobs.checkpoint_layers(model)
-    config = Config(device=device, prompts=1, samples=8, max_new=412, micro_tokens=4096)
-    parameters = trainable_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()  # allocates Adam's moments
-    responses = responses_of(model.config.vocab_size)
-    meter = Meter(device)
-    started = now()
-    update(model, None, optimizer, responses, [1.0, -1.0] * 4, 0, config, Worker(config))
-    kept = 12 * sum(p.numel() for p in parameters) / 2**20  # gradients and moments, in float32
-    print(json.dumps({"megabytes": meter.more(), "kept": kept, "seconds": now() - started}))
+    print(json.dumps(update_memory(model, device)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ Ratio: speculative over plain rollout at batch 1, the best fixed length.
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -253,8 +253,8 @@ def step(bench: Bench) -> list[dict]:
     """Measure the second and third step of a run with 4 prompts x 8 samples and 2 workers, by phase."""
     config = bench.config
     common = {name: getattr(config, name) for name in ("model", "device", "actor_dtype", "seed", "max_new")}
-    settings = step_table.Config(**common, prompts=4, samples=8, steps=3, rounds=1)
-    settings = replace(settings, drafter=config.drafter or config.out)
+    drafter = config.drafter or config.out
+    settings = step_table.Config(**common, prompts=4, samples=8, steps=3, rounds=1, drafter=drafter)
     flags = ("--task", config.task, "--data", config.data, "--lr", 1e-6)
     rows = step_table.compare(settings, step_table.parties_of(settings, (2,), flags))
     plain, tlt = rows
@@ -263,7 +263,7 @@ def step(bench: Bench) -> list[dict]:
     return [*rows, {"party": "plain / TLT", "rollout": rollout[0] / rollout[1], "step": plain["step"] / tlt["step"]}]
 
 
-FUNCTIONS = (greedy, identity, generate, training, rounds, speculation, update, step)
+FUNCTIONS = dict(zip(PARTS, (greedy, identity, generate, training, rounds, speculation, update, step)))
 
 
 def measure(config: Config) -> Result:
@@ -277,7 +277,7 @@ def measure(config: Config) -> Result:
     for part in order:
         if part == "training" and config.drafter:
             continue
-        found = [{"part": part, **row} for row in FUNCTIONS[PARTS.index(part)](bench)]
+        found = [{"part": part, **row} for row in FUNCTIONS[part](bench)]
         tqdm.write(text_table(found, COLUMNS))
         rows += found
     alone = [row for row in rows if row["part"] == "speculation" and row["batch"] == row["temperature"] == 1]

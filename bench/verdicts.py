@@ -1,23 +1,4 @@
-"""What the parts of `bench gpu` share: where they run, and their rows: figures, and claims with verdicts."""
-
-from typing import NamedTuple
-
-
-class Place(NamedTuple):
-    """Where the parts run."""
-
-    device: str  # cpu or cuda
-    responses: int  # in `exact`
-    traces: int  # for the policy that learns on the spot; 0: base/ is taken
-
-    @property
-    def gpu(self) -> bool:
-        """Return whether it is a GPU."""
-        return self.device == "cuda"
-
-    def on_gpu(self, value: float) -> float | None:
-        """Return the value if it was measured on a GPU, else None: then the claim is not tested."""
-        return value if self.gpu else None
+"""The rows of `bench gpu` and its parts: figures, and claims with verdicts."""
 
 
 def figure(name: str, value: float, unit: str = "") -> dict:

@@ -39,12 +39,12 @@ def test_the_gpu_bench_runs_whole_without_a_gpu(run_bench, monkeypatch):
 def check_a_failing_part_is_refuted(monkeypatch, capsys):
     """The reason is printed, and the other parts run."""
 
-    def fails(place):
+    def fails(config):
         raise RuntimeError("an odd driver")
 
     with monkeypatch.context() as patch:
-        patch.setitem(gpu.PARTS, "machine", fails)
-        patch.setitem(gpu.PARTS, "memory", lambda place: [verdicts.claim("others", 1.0, ">=", 1.0)])
+        patch.setitem(gpu.FUNCTIONS, "machine", fails)
+        patch.setitem(gpu.FUNCTIONS, "memory", lambda config: [verdicts.claim("others", 1.0, ">=", 1.0)])
         rows = gpu.measure(gpu.Config(parts=("machine", "memory"), device="cpu")).rows
     found = {row["claim"]: row["verdict"] for row in rows if "verdict" in row}
     assert found == {"the part runs to its end (an odd driver)": "REFUTED", "others": "CONFIRMED"}
@@ -53,7 +53,7 @@ def check_a_failing_part_is_refuted(monkeypatch, capsys):
 
 def test_a_failing_part_is_refuted(monkeypatch, capsys):
     check_a_failing_part_is_refuted(monkeypatch, capsys)
-    monkeypatch.setattr(gpu, "attempt", lambda name, place: [])
+    monkeypatch.setattr(gpu, "attempt", lambda name, config: [])
     caught(check_a_failing_part_is_refuted, monkeypatch, capsys)
 
 
@@ -88,7 +88,7 @@ def check_steps_see_what_was_learned(monkeypatch, folder):
         patch.setattr(pretrain, "plan_of", lambda settings: [])
         patch.setattr(pretrain, "learn", learn)
         patch.setattr(subprocess, "run", lambda command, **settings: subprocess.CompletedProcess(command, 0))
-        gpu.learn_policy(verdicts.Place("cpu", 16, 100), folder)
+        gpu.learn_policy(gpu.Config(device="cpu", traces=100), folder)
     assert (folder / "config.json").exists()
 
 
