@@ -54,7 +54,7 @@ from parts.engine.interfaces import (
     Strategy,
 )
 from parts.engine.kv_cache import KVCache, TreeShape, sequences_that_fit
-from parts.engine.model_loading import too_long
+from parts.engine.model_loading import context_limit, too_long
 from parts.engine.parity import matches_own_code
 from parts.engine.sampling import Sampling, split_seeds
 
@@ -169,7 +169,7 @@ class Engine:
         """Allocate for sequences of `context` tokens, prompt and response together. Call it between rollouts. Raises
         UserError.
         """
-        limit = getattr(self.model.config, "max_position_embeddings", None) or context
+        limit = context_limit(self.model.config) or context
         if context > limit:
             raise UserError(too_long(context, limit))
         if context <= self.context:

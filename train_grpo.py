@@ -478,11 +478,12 @@ class Training:
         stop = stop_tokens(self.model, self.tokenizer)
         self.model.generation_config = deployed_sampling(self.model, sorted(stop), config.temperature, config.max_new)
         if self.writes:
-            checkpoints.try_to_save(
-                self.out, self.model, self.tokenizer
-            )  # now, not after hours at the first checkpoint
+            # now, not after hours at the first checkpoint
+            checkpoints.try_to_save(self.out, self.model, self.tokenizer)
         self.reference = load_model(config.model, worker.device)[0].requires_grad_(False) if config.kl else None
         self.sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
+        longest = max(config.micro_tokens, config.max_new)  # a response is never split
+        self.update_bytes = worker.layout.update_bytes(self.model, longest)
         self.engine = self.make_engine(stop, checkpoint)
         self.report = RunReport(config, metrics, self.first_step, self.writes)
         noise = ", ".join(f"{name} {value:g}" for name, value in noise_settings(self.model.config).items())
@@ -496,8 +497,6 @@ class Training:
     def make_engine(self, stop: set[int], checkpoint: Path | None) -> Engine:
         """Return the engine, which leaves memory for the update and for Adam's moments that are not there yet."""
         config = self.config
-        longest = max(config.micro_tokens, config.max_new)  # a response is never split
-        self.update_bytes = self.worker.layout.update_bytes(self.model, longest)
         moments = 0 if checkpoint else self.worker.layout.moment_bytes(self.model)
         slots = max(config.slots, config.samples, config.eval_samples)
         return self.worker.make_engine(self.actor, stop, slots, self.update_bytes + moments, checkpoint)
@@ -568,7 +567,7 @@ class Training:
         started = time.time()
         responses, rewards, extra = self.sample(step)
         if not all(r.logprobs.isfinite().all() for r in responses):
-            raise self.broken_policy(step + 1, "a log-probability of the rollout")
+            raise self.broken_policy(step + 1, "a log-probability of the rollout is not finite")
         self.probe = torch.tensor([responses[0].prompt[-64:]], device=self.actor.device)
         worker.timer.enter("update")
         batch, shaped = select_groups(responses, rewards, config)
@@ -609,27 +608,24 @@ class Training:
         elif row["grad_norm"]:
             self.bad_steps = 0
         if self.bad_steps == 3:
-            self.report.bar.close()
-            problem = f"step {row['step']}: the gradient was not finite in three steps in a row"
-            raise UserError(f"{problem}; lower --lr and --resume from {checkpoints.newest(self.out)}")
+            raise self.broken_policy(row["step"], "the gradient was not finite in three steps in a row")
 
     def save(self, step: int) -> None:
         """Write a checkpoint; all workers take part. Raises UserError, without writing, if the policy is broken."""
         broken = [name for name in self.worker.gather(self.worker.layout.find_broken(self.model)) if name]
         if broken:
-            raise self.broken_policy(step, f"weight {broken[0]}")
+            raise self.broken_policy(step, f"weight {broken[0]} is not finite")
         with torch.inference_mode():
             logits = head_of(self.actor)(self.actor.get_decoder()(self.probe, use_cache=False).last_hidden_state)
         if not logits.isfinite().all():
-            raise self.broken_policy(step, "a logit of the policy")
+            raise self.broken_policy(step, "a logit of the policy is not finite")
         state = (self.model, self.optimizer, self.tokenizer, self.report.metrics, self.config)
         checkpoints.save(self.out, step, *state, self.writes, self.worker.save)
 
-    def broken_policy(self, step: int, what: str) -> UserError:
+    def broken_policy(self, step: int, problem: str) -> UserError:
         """Return the UserError for a policy that computes nan or inf."""
         self.report.bar.close()
-        last = checkpoints.newest(self.out)
-        return UserError(f"step {step}: {what} is not finite; lower --lr, and --resume from {last}")
+        return UserError(f"step {step}: {problem}; lower --lr and --resume from {checkpoints.newest(self.out)}")
 
     def finish(self) -> dict:
         """Draw the pictures, write all that deployment needs to out/policy -> the summary, the same on every worker."""

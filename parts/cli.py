@@ -1,8 +1,10 @@
 """What every script shares: mistakes of the user reported in one line, and command-line flags made from a dataclass.
 
-UserError                     a mistake of the user; `run` prints it as one line and exits with status 2
-flag, parse_flags             a settings dataclass whose fields become command-line flags
-check_at_least, check_above   bounds of settings, with the flag, the value and the bound in the message
+    UserError                     a mistake of the user; `run` prints it as one line and exits with status 2
+    flag, parse_flags             a settings dataclass whose fields become command-line flags
+    check_at_least, check_above   bounds of settings, with the flag, the value and the bound in the message
+
+It imports nothing else of the project.
 """
 
 import argparse

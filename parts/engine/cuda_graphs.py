@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 
 from parts.cli import reason
+from parts.devices import is_gpu
 from parts.engine.interfaces import DraftPlan
 from parts.engine.sampling import Sampling
 
@@ -80,7 +81,7 @@ class RoundTimer:
     def __init__(self, device: torch.device):
         self.times = [0.0, 0.0]
         self.events: list = []
-        if device.type == "cuda":
+        if is_gpu(device):
             self.events = [torch.cuda.Event(enable_timing=True, external=True) for _ in self.times]
 
     def round_begins(self) -> None:

@@ -14,6 +14,7 @@ import copy
 import torch
 from torch.nn import functional as F
 
+from parts.devices import is_gpu
 from parts.engine.kv_cache import CacheWindow, KVCache, attention_inputs, kv_heads, signed_angles, slot_attention
 
 FUSE_BELOW = 100_000_000  # weights; in larger models the overhead does not show, and on a CPU they are packed instead
@@ -210,7 +211,7 @@ def fuse(layers, config, rotary) -> list[FusedLayer] | None:
         return None
     if not torch.allclose(own, fused, atol=1e-4):
         return None
-    return [FusedLayer(layer, config, large, share=device.type == "cuda") for layer in layers]
+    return [FusedLayer(layer, config, large, share=is_gpu(device)) for layer in layers]
 
 
 def fuse_model(model) -> list[FusedLayer] | None:

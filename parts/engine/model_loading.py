@@ -122,9 +122,17 @@ def check_weights(model, found: dict) -> None:
     if found["mismatched_keys"]:
         weight, held, wanted = min(found["mismatched_keys"])
         raise UserError(f"weight {weight} has the shape {tuple(held)}, config.json asks for {tuple(wanted)}: {advice}")
-    for weight, p in model.named_parameters():
-        if not p.sum(dtype=torch.float32).isfinite() and not p.isfinite().all():
-            raise UserError(f"weight {weight} holds nan or inf: take an earlier checkpoint, or fetch the file anew")
+    weight = find_not_finite(model.named_parameters())
+    if weight:
+        raise UserError(f"weight {weight} holds nan or inf: take an earlier checkpoint, or fetch the file anew")
+
+
+def find_not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Return the name of the first weight that holds nan or inf; None if there is none."""
+    for name, weight in weights:
+        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():  # a sum may overflow
+            return name
+    return None
 
 
 def listed(names: Iterable[str]) -> str:

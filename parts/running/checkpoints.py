@@ -37,7 +37,7 @@ from tqdm import tqdm
 from parts.cli import UserError, flag_name
 from parts.files import cannot_write, write_atomically
 from parts.running.metrics_log import to_json
-from parts.training import lora as adapters
+from parts.training import lora
 
 FORMAT = 3  # of checkpoints
 KEPT = 2  # checkpoints
@@ -89,8 +89,8 @@ def restarted() -> bool:
 def start_from(config, say: Callable[[str], None]) -> Path | None:
     """Return the checkpoint that a run continues from; None: it starts from the beginning.
 
-    config: train_grpo.Config; say: see `newest`. Raises UserError if --resume finds none, or one with another
-    --lora-rank, which holds other weights.
+    config: train_grpo.Config; say: see `newest`. Raises UserError if --resume finds none, or one whose FIXED
+    settings are others.
     """
     if not config.resume and not restarted():
         return None
@@ -172,8 +172,8 @@ def whole_weights(model) -> dict[str, torch.Tensor]:
     """Return the policy's weights as a whole, with adapters merged, on the host. Without adapters only rank 0 gets
     them. All workers take part.
     """
-    if adapters.layers_of(model):
-        return under_one_name(model, adapters.merged_weights(model))
+    if lora.layers_of(model):
+        return under_one_name(model, lora.merged_weights(model))
     return under_one_name(model, get_model_state_dict(model, options=WHOLE))
 
 
@@ -189,8 +189,8 @@ def under_one_name(model, weights: dict[str, torch.Tensor]) -> dict[str, torch.T
 def save_policy(folder: Path, model, tokenizer, weights: dict[str, torch.Tensor]) -> None:
     """Write a Hugging Face folder; with adapters, the merged weights, and in adapter/ the adapter itself."""
     model.save_pretrained(folder, state_dict=weights)
-    if adapters.layers_of(model):
-        adapters.save(folder / "adapter", model)
+    if lora.layers_of(model):
+        lora.save(folder / "adapter", model)
     tokenizer.save_pretrained(folder)
 
 
@@ -218,7 +218,7 @@ def save(
     also(folder): writes what belongs to it beside the policy. The newest two of this run are kept. Those of an earlier
     run are removed, now that this run has one.
     """
-    adapted = bool(adapters.layers_of(model))
+    adapted = bool(lora.layers_of(model))
     weights = {} if adapted else whole_weights(model)
     moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
     if not writes:
@@ -227,7 +227,7 @@ def save(
 
     def fill(part: Path) -> None:
         if adapted:
-            adapters.save(part, model)
+            lora.save(part, model)
         else:
             save_policy(part, model, tokenizer, weights)
         if also:
@@ -308,8 +308,8 @@ def load(checkpoint: Path | None, model, optimizer) -> tuple[int, list[dict]]:
     if checkpoint is None:
         return 0, []
     state = read_state(checkpoint)
-    if adapters.layers_of(model):
-        adapters.load(checkpoint, model)
+    if lora.layers_of(model):
+        lora.load(checkpoint, model)
     moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
     return state["step"], state["metrics"]

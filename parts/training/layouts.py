@@ -9,7 +9,7 @@ import copy
 import torch
 
 from parts.engine.interfaces import Response
-from parts.engine.model_loading import actor_dtype, cast_weights
+from parts.engine.model_loading import actor_dtype, cast_weights, find_not_finite
 from parts.training import lora
 from parts.training.logprobs import forward_bytes, token_scores
 
@@ -65,10 +65,7 @@ class ReplicatedLayout:
 
     def find_broken(self, model) -> str | None:
         """Return the name of a weight on this worker that holds nan or inf; None if there is none."""
-        for name, p in model.named_parameters():
-            if not self.local(p).isfinite().all():
-                return name
-        return None
+        return find_not_finite((name, self.local(p)) for name, p in model.named_parameters())
 
     def local(self, p: torch.Tensor) -> torch.Tensor:
         """Return the part of a weight that lies on this worker."""
