@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from parts.training.layouts import ReplicatedLayout
-from parts.training.logprobs import forward_bytes, logprobs_at, token_scores
+from parts.training.logprobs import forward_bytes, logprobs_at, whole_token_scores
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -28,6 +28,7 @@ class FSDPLayout(ReplicatedLayout):
     """The policy is spread over the workers. See ReplicatedLayout for what the methods promise."""
 
     can_retry = False
+    shares_prompts = False  # one forward for each micro-batch, equally many on all workers
 
     def __init__(self, workers: int, device_type: str, actor_dtype: str = "auto"):
         super().__init__(actor_dtype)
@@ -36,6 +37,15 @@ class FSDPLayout(ReplicatedLayout):
 
     def place(self, model, device):
         actor = self.copy_of(model, device).to(device)
+        self.spread(model)
+        return model, actor
+
+    def place_reference(self, model, device):
+        self.spread(model.requires_grad_(False))
+        return model
+
+    def spread(self, model) -> None:
+        """Leave a slice of each weight on this worker."""
         mesh = init_device_mesh(self.device_type, (self.workers,))
         for part in (*model.get_decoder().layers, model):
             fully_shard(part, mesh=mesh)  # moves its slice to the GPU
@@ -45,13 +55,12 @@ class FSDPLayout(ReplicatedLayout):
         # FSDP gathers weights around a method of the module itself
         model.logprobs_at = types.MethodType(logprobs_at, model)
         register_fsdp_forward_method(model, "logprobs_at")
-        return model, actor
 
     def token_scores(self, model, responses, temperature):
         def gathered(model, *inputs):
             return model.logprobs_at(*inputs)
 
-        return token_scores(model, responses, temperature, gathered)
+        return whole_token_scores(model, responses, temperature, gathered)
 
     def my_share(self, shares, rank):
         """Return this worker's micro-batches, and as many of one sample of weight 0 as make all shares equally long."""

@@ -23,6 +23,7 @@ class ReplicatedLayout:
     """The policy is whole on each worker."""
 
     can_retry = True  # a worker that runs out of memory may do its part again without the others
+    shares_prompts = True  # in the update, see logprobs.hidden_with_prompts_once
 
     def __init__(self, actor_dtype: str = "auto"):
         """actor_dtype: as Config.actor_dtype."""
@@ -36,6 +37,10 @@ class ReplicatedLayout:
         if actor_dtype(self.actor_dtype, device) == torch.float32:
             return model, model
         return model, self.copy_of(model, device)
+
+    def place_reference(self, model, device: str):
+        """Return the frozen policy that the KL penalty refers to."""
+        return model.to(device).requires_grad_(False)
 
     def copy_of(self, model, device: str):
         """Return a copy of the policy to generate with, in its own type."""

@@ -6,7 +6,14 @@ several tensors of that size at once. So head and loss go through the tokens in 
 when its log-probabilities are computed; the backward computes them once more. A small vocabulary fits one slice: there
 nothing is cut, and nothing is computed twice.
 
-Legend: B sequences, T positions, N tokens of responses, D model width, V vocabulary.
+The samples of a group have the same prompt. Where prompts are long, a micro-batch computes each different prompt once,
+and its responses attend to that prompt's keys and values, as in a rollout. Autograd sums what flows back into them, so
+log-probabilities and gradients are those of whole sequences, to rounding.
+
+    whole sequences    B (P + T) tokens        prompts once    U P + B T tokens
+
+Legend: B sequences, T positions, N tokens of responses, D model width, V vocabulary; U different prompts of at most P
+tokens.
 """
 
 import contextlib
@@ -15,12 +22,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 from parts.cli import UserError
 from parts.engine.forward import head_of
 from parts.engine.interfaces import Response
+from parts.engine.kv_cache import kv_heads
 
 SLICE = 1 << 24  # logits in memory at once: 64 MB in float32
+WORTH_SHARING = 0.125  # share of a micro-batch's tokens that must be saved: below it, two forwards cost more than one
 
 
 def sliced_logprobs(
@@ -54,11 +64,21 @@ def logprobs_at(model, ids, picked, targets, temperature: float) -> tuple[torch.
     return sliced_logprobs(head_of(model), model.config.vocab_size, hidden[picked], targets, temperature)
 
 
-def token_scores(
-    model, responses: list[Response], temperature: float, logprobs_at=logprobs_at
-) -> tuple[torch.Tensor, torch.Tensor]:
+def token_scores(model, responses: list[Response], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probability of every response token under softmax(logits / temperature), and the entropy there,
     both concatenated, (N,).
+    """
+    if can_share_prompts(model) and worth_sharing(responses):
+        hidden = hidden_with_prompts_once(model, responses)
+        targets = torch.tensor([t for r in responses for t in r.tokens], device=hidden.device)
+        return sliced_logprobs(head_of(model), model.config.vocab_size, hidden, targets, temperature)
+    return whole_token_scores(model, responses, temperature)
+
+
+def whole_token_scores(
+    model, responses: list[Response], temperature: float, logprobs_at=logprobs_at
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `token_scores`, with each response behind its own copy of the prompt.
 
     Right padding under a causal mask needs no attention mask; only the response's positions go through the head.
     logprobs_at: with FSDP another one, see fsdp.py.
@@ -76,9 +96,69 @@ def token_scores(
     return logprobs_at(model, ids.to(device), picked.to(device), targets.to(device), temperature)
 
 
-def token_logprobs(model, responses: list[Response], temperature: float) -> torch.Tensor:
-    """Return the log-probabilities of `token_scores` alone."""
-    return token_scores(model, responses, temperature)[0]
+# ---------------------------------------------------------------- each prompt once
+
+
+def worth_sharing(responses: list[Response]) -> bool:
+    """Return whether enough of these tokens are prompts that repeat."""
+    once = {tuple(r.prompt) for r in responses}
+    saved = sum(len(r.prompt) for r in responses) - sum(len(prompt) for prompt in once)
+    return saved >= WORTH_SHARING * sum(len(r.prompt) + len(r.tokens) for r in responses)
+
+
+def can_share_prompts(model) -> bool:
+    """Return whether a prompt can be computed once: transformers' checkpointed layers take no cache."""
+    return not model.is_activation_checkpointing
+
+
+def padded(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of token ids with zeros behind them, and where they are real: both (len(rows), longest)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    real = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.zeros(real.shape, dtype=torch.long)
+    ids[real] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    return ids.to(device), real.to(device)
+
+
+def mask_behind_prompts(in_prompt: torch.Tensor, count: int, groups: int) -> torch.Tensor:
+    """Return what each of `count` = T response tokens may see: its own prompt, and the response up to itself.
+
+    in_prompt: (B, P) -> (B, 1, groups * T, P + T) bool, folded as `kv_cache.slot_attention` wants it.
+    """
+    causal = torch.ones(count, count, dtype=torch.bool, device=in_prompt.device).tril()
+    before = in_prompt[:, None].expand(-1, count, -1)  # (B, T, P)
+    sees = torch.cat([before, causal.expand(len(in_prompt), -1, -1)], 2)
+    return sees.repeat(1, groups, 1)[:, None]
+
+
+def hidden_with_prompts_once(model, responses: list[Response]) -> torch.Tensor:
+    """Return the hidden states that predict the responses' tokens, (N, D): each different prompt is computed once."""
+    device = model.device
+    decoder = model.get_decoder()
+    prompts = [list(prompt) for prompt in dict.fromkeys(tuple(r.prompt) for r in responses)]
+    number = {tuple(prompt): i for i, prompt in enumerate(prompts)}
+    prompt_of = torch.tensor([number[tuple(r.prompt)] for r in responses], device=device)  # (B,)
+    ids, in_prompt = padded(prompts, device)  # (U, P) both
+    cache = DynamicCache()
+    hidden = decoder(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state  # (U, P, D)
+    lengths = in_prompt.sum(1)  # (U,)
+    groups = model.config.num_attention_heads // kv_heads(model.config)
+    first = hidden[torch.arange(len(prompts), device=device), lengths - 1][prompt_of]  # (B, D) predicts the first token
+    behind, real = padded([r.tokens[:-1] for r in responses], device)  # (B, T) both; the last token predicts none
+    if not real.shape[1]:
+        return first
+    shared = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        shared.update(layer.keys[prompt_of], layer.values[prompt_of], i)  # (B, heads, P, head size)
+    hidden = decoder(
+        input_ids=behind,
+        attention_mask=mask_behind_prompts(in_prompt[prompt_of], behind.shape[1], groups),
+        position_ids=lengths[prompt_of, None] + torch.arange(behind.shape[1], device=device),  # (B, T)
+        past_key_values=shared,
+        use_cache=True,
+    ).last_hidden_state  # (B, T, D)
+    picked = torch.cat([torch.ones_like(real[:, :1]), real], 1)  # (B, 1 + T)
+    return torch.cat([first[:, None], hidden], 1)[picked]
 
 
 def checkpoint_layers(model) -> None:

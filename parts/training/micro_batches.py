@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from parts.cli import UserError
 from parts.engine.interfaces import Response
+from parts.training.logprobs import worth_sharing
 from parts.training.update_stats import UpdateStats
 
 
@@ -45,9 +46,20 @@ def batch_cost(rows: int, longest: int, tokens: int) -> int:
     return rows * longest + tokens // 32
 
 
-def partition(samples: list[TrainingSample], tokens: int) -> list[MicroBatch]:
-    """Cut samples, the longest first, into runs of neighbours of at most `tokens` with padding (or a single sample), at
-    the least cost: large batches cost padding, many small ones cost launches.
+def forward_tokens(batch: MicroBatch, share_prompts: bool) -> int:
+    """Return how many tokens a forward computes, with padding. share_prompts: each different prompt once, where
+    `logprobs.worth_sharing` says so.
+    """
+    responses = [x.response for x in batch]
+    if share_prompts and worth_sharing(responses):
+        prompts = {tuple(r.prompt) for r in responses}
+        return len(prompts) * max(map(len, prompts)) + len(batch) * max(len(r.tokens) for r in responses)
+    return len(batch) * max(x.length for x in batch)
+
+
+def partition(samples: list[TrainingSample], tokens: int, share_prompts: bool = False) -> list[MicroBatch]:
+    """Cut samples into runs of neighbours of at most `tokens` with padding (or a single sample), at the least cost:
+    large batches cost padding, many small ones cost launches.
 
     With f(e) the least cost of the first e samples, f(e) = min over b < e of f(b) + cost of a batch from b to e.
     """
@@ -56,10 +68,10 @@ def partition(samples: list[TrainingSample], tokens: int) -> list[MicroBatch]:
     for end in range(1, len(samples) + 1):
         choices = []
         for begin in range(end - 1, -1, -1):
-            rows = end - begin
-            if rows > 1 and rows * samples[begin].length > tokens:
+            size = forward_tokens(samples[begin:end], share_prompts)
+            if end - begin > 1 and size > tokens:
                 break
-            choices.append((least[begin] + batch_cost(rows, samples[begin].length, tokens), begin))
+            choices.append((least[begin] + batch_cost(1, size, tokens), begin))
         total, begin = min(choices)
         least.append(total)
         begins.append(begin)
@@ -71,17 +83,32 @@ def partition(samples: list[TrainingSample], tokens: int) -> list[MicroBatch]:
     return batches[::-1]
 
 
-def shares_of(samples: list[TrainingSample], tokens: int, workers: int) -> list[list[MicroBatch]]:
+def best_partition(samples: list[TrainingSample], tokens: int, share_prompts: bool) -> list[MicroBatch]:
+    """Cut samples in the better of two orders: the longest first, which needs little padding, or group by group, which
+    computes few prompts.
+    """
+    by_length = sorted(samples, key=lambda x: (-x.length, x.response.group, x.response.sample))
+    by_group = sorted(samples, key=lambda x: (x.response.group, -x.length, x.response.sample))
+    choices = [partition(by_length, tokens, share_prompts)]
+    if share_prompts:
+        choices.append(partition(by_group, tokens, share_prompts))
+    return min(choices, key=lambda batches: sum(forward_tokens(batch, share_prompts) for batch in batches))
+
+
+def shares_of(
+    samples: list[TrainingSample], tokens: int, workers: int, share_prompts: bool = False
+) -> list[list[MicroBatch]]:
     """Cut samples into micro-batches and deal them out, the heaviest first to the least loaded worker -> each worker's
     micro-batches. The result depends on the samples alone, not on their order or origin.
     """
-    batches = partition(sorted(samples, key=lambda x: (-x.length, x.response.group, x.response.sample)), tokens)
+    batches = best_partition(samples, tokens, share_prompts)
+    sizes = [forward_tokens(batch, share_prompts) for batch in batches]
     shares: list[list[MicroBatch]] = [[] for _ in range(workers)]
     load = [0] * workers
-    for batch in sorted(batches, key=lambda batch: -len(batch) * batch[0].length):
+    for size, _, batch in sorted(zip(sizes, range(len(batches)), batches), key=lambda entry: (-entry[0], entry[1])):
         least = load.index(min(load))
         shares[least].append(batch)
-        load[least] += batch_cost(len(batch), batch[0].length, tokens)
+        load[least] += batch_cost(1, size, tokens)
     return shares
 
 
@@ -126,7 +153,9 @@ class MicroBatches:
     def __init__(self, samples: list[TrainingSample], optimizer, worker):
         """worker: a train_grpo.Worker."""
         size = worker.micro_batch_size
-        self.share = worker.layout.my_share(shares_of(samples, size.wanted, worker.world_size), worker.rank)
+        self.share_prompts = worker.layout.shares_prompts and not worker.config.gradient_checkpointing
+        shares = shares_of(samples, size.wanted, worker.world_size, self.share_prompts)
+        self.share = worker.layout.my_share(shares, worker.rank)
         self.optimizer = optimizer  # its gradients are what a failed try has added up
         self.size = size
         self.can_retry = worker.layout.can_retry
@@ -136,7 +165,8 @@ class MicroBatches:
     def __iter__(self) -> Iterator[MicroBatch]:
         while True:
             if self.size.tokens < self.size.wanted:
-                self.share = shares_of([x for batch in self.share for x in batch], self.size.tokens, 1)[0]
+                samples = [x for batch in self.share for x in batch]
+                self.share = shares_of(samples, self.size.tokens, 1, self.share_prompts)[0]
             self.stats = UpdateStats()
             self.failed = False
             for batch in self.share:
