@@ -12,7 +12,8 @@ Goodput, the default (after SmartSpec / TurboSpec, arXiv 2406.14066), chooses th
 
     c_i   share of accepted draft tokens at depth i among those that were reached: discounted counts, forgotten where a
           drafter has changed; depths not reached lately count as good as the one before
-    w     least squares of the relative error, discounted
+    w     least squares of the relative error, discounted; for each bucket of batch sizes, where measurements of other
+          buckets count less
     r     what w leaves unexplained, by bucket of batch sizes and plan
 
 k = 0 is an ordinary plan (E = 1), so the batch size at which speculation pays is measured on each machine, not
@@ -93,16 +94,25 @@ class AcceptanceEstimate:
 
 
 class RoundTimeEstimate:
-    """How long a round takes: t above, for the plans of one method."""
+    """How long a round takes: t above, for the plans of one method.
 
-    KEEP = 0.99  # of what is known, per update
+    A round has to read the weights, and to compute B (k + 1) tokens; the longer of the two decides (the roofline), so t
+    is not linear over all batch sizes. Each bucket has sums of its own, and those of other buckets count less, the
+    farther away they are.
+    """
+
+    KEEP = 0.99  # of what is known of a bucket, per update
+    NEIGHBOUR = 0.05  # how much a measurement one bucket away counts; two away, its square
+    BUCKETS = 16
 
     def __init__(self):
-        self.gram = np.zeros((5, 5))  # sum of x x' / t^2
-        self.aim = np.zeros(5)  # sum of x / t
-        self.weights = np.zeros(5)  # w
+        self.gram = np.zeros((self.BUCKETS, 5, 5))  # by bucket: sum of x x' / t^2
+        self.aim = np.zeros((self.BUCKETS, 5))  # sum of x / t
+        self.weights: dict[int, np.ndarray] = {}  # w, by bucket, of what was known when it was last needed
+        self.ridge = 0.0
         self.residual: dict[tuple[int, DraftPlan], float] = {}  # r: measured / predicted
         self.rounds = 0  # that were seen
+        self.tried: set[tuple[int, DraftPlan]] = set()  # bucket and plan
 
     @staticmethod
     def features(k: int, batch_size: float, kv_len: int) -> np.ndarray:
@@ -114,19 +124,28 @@ class RoundTimeEstimate:
         if not seconds:
             return
         self.rounds += len(seconds)
+        self.tried.add((bucket, plan))
         t = median_low(seconds)  # a hiccup is one round of many
         x = self.features(plan.k, batch_size, kv_len)
-        self.gram = self.KEEP * self.gram + np.outer(x, x) / t**2
-        self.aim = self.KEEP * self.aim + x / t
-        ridge = 1e-3 * np.eye(5) / t**2  # a little
-        self.weights = np.linalg.solve(self.gram + ridge, self.aim)
-        error = t / max(1e-5, self.weights @ x)
+        self.gram[bucket] = self.KEEP * self.gram[bucket] + np.outer(x, x) / t**2
+        self.aim[bucket] = self.KEEP * self.aim[bucket] + x / t
+        self.ridge = 1e-3 / t**2  # a little
+        self.weights.clear()
+        error = t / max(1e-5, self.weights_near(bucket) @ x)
         smoothed = self.residual.get((bucket, plan), 1.0) * 0.8 + error * 0.2
         self.residual[bucket, plan] = min(2.0, max(0.5, smoothed))
 
+    def weights_near(self, bucket: int) -> np.ndarray:
+        """Return w as it is for batch sizes of this bucket."""
+        if bucket not in self.weights:
+            counts = self.NEIGHBOUR ** np.abs(np.arange(self.BUCKETS) - bucket)
+            gram = np.tensordot(counts, self.gram, 1) + self.ridge * np.eye(5)
+            self.weights[bucket] = np.linalg.solve(gram, counts @ self.aim)
+        return self.weights[bucket]
+
     def seconds(self, plan: DraftPlan, batch_size: int, kv_len: int, bucket: int) -> float:
         """Return t: the predicted seconds of a round."""
-        predicted = self.weights @ self.features(plan.k, batch_size, kv_len)
+        predicted = self.weights_near(bucket) @ self.features(plan.k, batch_size, kv_len)
         return max(1e-5, predicted * self.residual.get((bucket, plan), 1.0))
 
 

@@ -15,7 +15,7 @@ from parts.cli import UserError
 from parts.engine.interfaces import DraftPlan, Group, RoundReport, Strategy
 from parts.engine.sampling import Sampling, sequence_seed
 from rollout import Engine
-from strategy import BegMab, Goodput, batch_bucket, make_strategy, plans_for
+from strategy import BegMab, Goodput, RoundTimeEstimate, batch_bucket, make_strategy, plans_for
 
 METHODS = ["eagle", "ngram"]
 
@@ -105,6 +105,42 @@ def test_goodput_is_near_the_best_on_any_machine(start, per_sequence, per_draft,
     """share: the cost of verifying one more token of a sequence, as a share of the cost of the sequence itself."""
     machine = Machine(start, per_sequence, per_draft, per_sequence * share, {"eagle": chance, "ngram": 0.2})
     check_near_the_best(Goodput(plans_for(METHODS)), machine, 1.06)
+
+
+class Roofline(Machine):
+    """A round reads the weights once and computes B (k + 1) tokens; the longer of the two decides. So a draft token
+    costs a language model on a CPU nothing with one sequence, and much with 16.
+    """
+
+    def seconds(self, batch_size, k):
+        round_ms = max(self.start, self.per_sequence * batch_size * (k + 1))
+        return (round_ms + self.per_draft * k + self.per_verified * batch_size * k) / 1e3
+
+
+SMALL_SHRINKING = [batch_size for batch_size in range(15, 2, -1) for _ in range(6)]
+ROLLOUT = [16] * 40 + SMALL_SHRINKING + [2] * 60 + [1] * 80
+
+
+def check_near_the_best_under_a_roofline():
+    """In five rollouts after the first, of 16 sequences that end one by one."""
+    for chance in (0.65, 0.8):
+        machine = Roofline(40, 6.5, 1.7, 0.15, {"eagle": chance})
+        strategy = Goodput(plans_for(["eagle"]))
+        machine.play(strategy, ROLLOUT)
+        spent = ideal = 0.0
+        for _ in range(5):
+            strategy.drafters_changed(["eagle"])
+            played = machine.play(strategy, ROLLOUT)
+            spent += played[0]
+            ideal += played[1]
+        assert spent < ideal * 1.08
+
+
+def test_the_time_of_a_round_is_learned_for_each_range_of_batch_sizes(monkeypatch):
+    """One linear model for all of them believes that drafts are dear with one sequence, too, and never tries them."""
+    check_near_the_best_under_a_roofline()
+    monkeypatch.setattr(RoundTimeEstimate, "NEIGHBOUR", 1.0)
+    caught(check_near_the_best_under_a_roofline)
 
 
 def check_no_slower_than_plain(strategy: Strategy):
