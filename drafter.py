@@ -25,6 +25,7 @@ Left out: EAGLE-3's fusion of three layers' features (the engine keeps one), a h
 """
 
 import copy
+import math
 import random
 import sys
 import time
@@ -394,14 +395,19 @@ class DrafterTrainer:
         self.average = [p.detach().clone() for p in parameters]
 
     def step(self, buffer: FeatureBuffer) -> tuple[float, float]:
-        """Make one training step on the buffer -> (loss, agreement)."""
+        """Make one training step on the buffer -> (loss, agreement). If the gradient is not finite, nothing changes,
+        and both are nan.
+        """
         device = self.drafter.fc.weight.device
         batch = PackedBatch(*(x.to(device) for x in buffer.pack(self.tokens, self.rng)))
         loss, agreement = drafter_loss(self.drafter, batch)
         parameters = list(self.drafter.parameters())
         self.optimizer.zero_grad()
         torch.autograd.backward(loss, inputs=parameters)  # no gradient reaches the borrowed head
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        figures = torch.stack([loss.detach(), agreement, norm]).tolist()  # the host waits here, once
+        if not all(map(math.isfinite, figures)):
+            return math.nan, math.nan
         self.steps += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, self.steps / self.WARMUP)
@@ -409,7 +415,7 @@ class DrafterTrainer:
         keep = min(self.keep, self.steps / (self.steps + 10))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, parameters, 1 - keep)
-        return loss.item(), agreement.item()
+        return figures[0], figures[1]
 
     @torch.no_grad()
     def publish(self, drafter: Drafter) -> None:

@@ -94,6 +94,15 @@ def last_end(spans: list[list[Span]], *states: str) -> float:
     return max((span.end for worker in spans for span in worker if span.state in states), default=0.0)
 
 
+def seconds_of_preemption(spans: list[list[Span]]) -> float:
+    """Return the seconds from the last response to the end of the drafter training that it ended. A warm start, which
+    begins after the last response, does not count.
+    """
+    over = last_end(spans, *ROLLOUT)
+    ends = [span.end for worker in spans for span in worker if span.state == "drafter" and span.start < over]
+    return max(0.0, max(ends, default=0.0) - over)
+
+
 def speculation_figures(spans: list[list[Span]], workers: list[SpeculationStats | None]) -> dict:
     """Return the figures of speculation and drafter training in a step, over all workers; {} where none could draft."""
     if any(n is None for n in workers):
@@ -116,8 +125,7 @@ def speculation_figures(spans: list[list[Span]], workers: list[SpeculationStats 
             "loss": sum(n.drafter_loss for n in workers) / max(1, steps),
             # share of the idle time that was used
             "reclaimed": trained / max(1e-9, trained + time_in(spans, "idle")),
-            # seconds from the last response to the end of drafter training
-            "preempted": max(0.0, last_end(spans, "drafter") - last_end(spans, *ROLLOUT)),
+            "preempted": seconds_of_preemption(spans),
         },
     }
 

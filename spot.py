@@ -12,6 +12,8 @@ The memory it uses would be idle then, too. A step that runs out of memory is ab
 even small ones do not fit, this worker stops training its drafter, and the run continues without that training.
 """
 
+import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,6 +36,7 @@ from parts.training.drafter_data import (
 )
 from parts.training.logprobs import activations_per_token
 
+PROGRESS = "progress.json"  # in a checkpoint's drafter/
 AllReduce = Callable[[list[torch.Tensor]], None]  # sums over all workers, in place
 
 
@@ -64,9 +67,10 @@ class SpotTrainer:
     FROM_SCRATCH_LR = 3e-3  # of a drafter that started from random weights, for its first FROM_SCRATCH_STEPS
     FOLLOW_LR = 7e-4  # to follow the policy: at 3e-3 a good drafter gets worse
     FROM_SCRATCH_STEPS = 1500
-    PAYS_FROM = 0.4  # agreement on held-out responses at which drafting starts to save time
+    GOOD_ENOUGH = 0.8  # agreement on held-out responses from which idle time is enough to improve the drafter
     LEARNED_BY_HEART = 0.98  # agreement on the training data at which more steps would teach nothing
-    AVERAGE_EVERY = 2.0  # seconds, during the warm start, so that the workers' drafters do not drift apart
+    WARM_START_PARTS = 4  # of --warm-start, each after a rollout
+    AVERAGE_EVERY = 5.0  # seconds, during the warm start, so that the workers' drafters do not drift apart
     MIN_BATCH_TOKENS = 64
 
     def __init__(self, actor, config, rank: int, stop: Iterable[int], checkpoint: Path | None = None):
@@ -82,8 +86,12 @@ class SpotTrainer:
             if self.learner.draft_vocab is not None:
                 self.token_counts.add(self.learner.draft_vocab.tolist())
         self.warm_start_limit = config.warm_start  # seconds
-        self.needs_warm_start = start is None and config.warm_start > 0
+        self.warm_seconds_left = config.warm_start if start is None else 0.0
+        self.earlier_steps = 0  # of a drafter that started from random weights, before this process
         self.from_scratch = start is None
+        if checkpoint and start == checkpoint / "drafter":
+            self.read_progress(start)
+        self.needs_warm_start = self.warm_seconds_left > 0
         self.rank = rank
         self.trainer = DrafterTrainer(self.learner, seed=config.seed * 1000 + rank)
         self.trainer.publish(self.served)
@@ -92,6 +100,7 @@ class SpotTrainer:
             allocate_moments(self.trainer.optimizer)
         self.fits = True  # whether a training step fits in memory
         self.buffer = FeatureBuffer()
+        self.skipped_steps = 0  # their gradient was not finite
         self.steps_since_average = 0
         self.recent_agreement = 0.0  # a running mean, on the training data
         self.steps = 0  # since the last `take_stats`; below, the sum of their losses
@@ -113,6 +122,11 @@ class SpotTrainer:
         return self.adaptive or self.needs_warm_start
 
     @property
+    def is_young(self) -> bool:
+        """Return whether the drafter started from random weights, not long ago."""
+        return self.from_scratch and self.earlier_steps + self.trainer.steps < self.FROM_SCRATCH_STEPS
+
+    @property
     def can_train(self) -> bool:
         """Return whether there is data to learn from, and the memory for it."""
         return self.fits and bool(self.buffer.sequences)
@@ -125,7 +139,7 @@ class SpotTrainer:
 
     def begin_rollout(self, rollout: int) -> None:
         """Prepare a rollout: it drafts with the weights learned so far, and the token ids generated lately."""
-        self.buffer.begin_rollout(rollout)
+        self.buffer.begin_rollout(rollout, keep_all=self.is_young)
         self.choose_draft_vocab()
         self.token_counts.fade()
         self.trainer.publish(self.served)
@@ -143,17 +157,21 @@ class SpotTrainer:
 
     def step(self) -> None:
         """Make one training step; if it runs out of memory, abandon it."""
-        early = self.from_scratch and self.trainer.steps < self.FROM_SCRATCH_STEPS
-        self.trainer.lr = scaled_lr(self.learner.width, self.FROM_SCRATCH_LR if early else self.FOLLOW_LR)
+        self.trainer.lr = scaled_lr(self.learner.width, self.FROM_SCRATCH_LR if self.is_young else self.FOLLOW_LR)
         loss = None
         try:
             loss, agreement = self.trainer.step(self.buffer)
-            self.recent_agreement += 0.05 * (agreement - self.recent_agreement)
         except torch.OutOfMemoryError:
             pass  # handled outside this block, where the step's tensors have been freed
         if loss is None:
             self.shrink_batches()
             return
+        if math.isnan(loss):
+            self.skipped_steps += 1
+            if self.skipped_steps == 1:
+                tqdm.write(f"worker {self.rank}: the gradient of a drafter step was not finite; such steps are skipped")
+            return
+        self.recent_agreement += 0.05 * (agreement - self.recent_agreement)
         self.loss += loss
         self.steps += 1
         self.steps_since_average += 1
@@ -194,17 +212,43 @@ class SpotTrainer:
         self.trainer.publish(self.served)
         self.served.save(folder)
 
+    def save_progress(self, folder: Path) -> None:
+        """Write what a resumed run needs to know beside the weights."""
+        progress = {
+            "from_scratch": self.from_scratch,
+            "steps": self.earlier_steps + self.trainer.steps,
+            "warm_seconds_left": self.warm_seconds_left if self.needs_warm_start else 0.0,
+        }
+        (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+
+    def read_progress(self, folder: Path) -> None:
+        """Continue where `save_progress` was called; checkpoints of earlier versions have no such file."""
+        if (folder / PROGRESS).exists():
+            progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+            self.from_scratch = progress["from_scratch"]
+            self.earlier_steps = progress["steps"]
+            self.warm_seconds_left = progress["warm_seconds_left"]
+
     # ---------------------------------------------------------------- warm start
 
-    def warm_start(self, seconds: float, timer: WorkerTimer, all_reduce: AllReduce) -> None:
-        """Train for at most this many seconds, until drafting pays off or the data is learned by heart. All workers
-        stop together. Rank 0 reports progress.
+    def warm_start_seconds(self, rollout_seconds: float, steps_left: int) -> float:
+        """Return how long to train after this rollout: a part of what is left of --warm-start. With drafts, a rollout
+        may take half as long; more than that, in the steps that are left, cannot be won back.
         """
-        self.needs_warm_start = False
+        part = max(self.warm_start_limit / self.WARM_START_PARTS, min(self.AVERAGE_EVERY, self.warm_start_limit))
+        return min(part, self.warm_seconds_left, rollout_seconds * max(0, steps_left - 1) / 2)
+
+    def warm_start(self, seconds: float, timer: WorkerTimer, all_reduce: AllReduce) -> None:
+        """Train for at most this many seconds, until the drafter is good or the data is learned by heart. All workers
+        stop together. Rank 0 reports progress.
+
+        It comes in parts, after one rollout each, since a single rollout holds too few tokens to learn from.
+        """
         if seconds < min(self.AVERAGE_EVERY, self.warm_start_limit):
-            self.say("no warm start of the drafter: the steps that are left could not win back its time")
+            self.say("no (further) warm start of the drafter: the steps that are left could not win back its time")
+            self.needs_warm_start = False
             return
-        self.say(f"warm start: training a drafter for at most {seconds:.0f} s (--warm-start), until drafting pays")
+        self.say(f"warm start: training the drafter for at most {seconds:.0f} s (--warm-start)")
         self.choose_draft_vocab()  # before the first rollout there were no counts
         held_out = self.buffer.hold_out()
         started = time.time()
@@ -217,11 +261,14 @@ class SpotTrainer:
             learned = torch.tensor([self.recent_agreement, 1.0], device=self.learner.fc.weight.device)
             all_reduce([learned])
             by_heart = (learned[0] / learned[1]).item() >= self.LEARNED_BY_HEART
-            if not steps or agreement >= self.PAYS_FROM or by_heart:
+            if not steps or agreement >= self.GOOD_ENOUGH or by_heart:
                 break
         self.buffer.sequences += held_out
+        self.warm_seconds_left = max(0.0, self.warm_seconds_left - seconds)
+        self.needs_warm_start = agreement < self.GOOD_ENOUGH and self.warm_seconds_left > 0
         self.say(
-            f"warm start: {time.time() - started:.0f} s, likeliest token right in {agreement:.0%} of held-out text"
+            f"likeliest token right in {agreement:.0%} of held-out text after {time.time() - started:.0f} s; "
+            + (f"at most {self.warm_seconds_left:.0f} s more" if self.needs_warm_start else "the warm start ends")
         )
 
     def say(self, text: str) -> None:

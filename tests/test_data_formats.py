@@ -224,7 +224,12 @@ def spot_trainer_with(agreements, own: float) -> spot.SpotTrainer:
     config = SimpleNamespace(seed=0, draft_vocab=0, warm_start=100, drafter="adaptive", drafter_from="", model="base")
     trainer = object.__new__(spot.SpotTrainer)
     trainer.__dict__.update(
-        needs_warm_start=True, warm_start_limit=100.0, rank=0, learner=make_drafter(model), recent_agreement=own
+        needs_warm_start=True,
+        warm_start_limit=100.0,
+        warm_seconds_left=100.0,
+        rank=0,
+        learner=make_drafter(model),
+        recent_agreement=own,
     )
     trainer.buffer = filled_buffer(responses_of(model))
     trainer.choose_draft_vocab = lambda: None
@@ -242,15 +247,15 @@ def turns_of(trainer, seconds: float, monkeypatch) -> int:
     return len(turns)
 
 
-def test_a_warm_start_ends_when_drafting_pays_or_the_data_is_learned_or_time_is_up(monkeypatch):
-    assert turns_of(spot_trainer_with(iter([0.1, 0.2, 0.45, 0.5]), 0.0), 100, monkeypatch) == 3
+def test_a_warm_start_ends_when_the_drafter_is_good_or_the_data_is_learned_or_time_is_up(monkeypatch):
+    assert turns_of(spot_trainer_with(iter([0.1, 0.2, 0.85, 0.9]), 0.0), 100, monkeypatch) == 3
     assert turns_of(spot_trainer_with(iter([0.1] * 9), 0.99), 100, monkeypatch) == 1
-    assert turns_of(spot_trainer_with(iter([0.1] * 99), 0.5), 10, monkeypatch) == 5
+    assert turns_of(spot_trainer_with(iter([0.1] * 99), 0.5), 10, monkeypatch) == 2
 
 
 def test_a_warm_start_that_cannot_be_won_back_is_left_out(monkeypatch, capsys):
     assert turns_of(spot_trainer_with(iter([]), 0.0), 0.5, monkeypatch) == 0
-    assert "no warm start" in capsys.readouterr().out
+    assert "warm start of the drafter: the steps that are left" in capsys.readouterr().out
 
 
 def test_tokenizers_without_chat_template_read_the_last_message_of_a_conversation(tmp_path):

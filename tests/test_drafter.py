@@ -3,6 +3,7 @@ prompts, its file, and the buffer that it learns from.
 """
 
 import itertools
+import math
 import random
 
 import pytest
@@ -675,3 +676,37 @@ def test_the_command_line_trains_a_drafter(model_folder, tmp_path, monkeypatch, 
     assert (tmp_path / "drafter.safetensors").exists()
     monkeypatch.setattr("sys.argv", ["drafter.py", *map(str, argv), "--start", str(tmp_path)])
     drafter_module.main()
+
+
+class ChecksNothing(DrafterTrainer):
+    """A broken variant: its norm of the gradient is always finite."""
+
+    def step(self, buffer):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(drafter_module.math, "isfinite", lambda value: True)
+            return super().step(buffer)
+
+
+def check_a_bad_step_changes_nothing(trainer_class):
+    """Features with nan in them reach neither weights, average nor Adam's moments; the next step is a normal one."""
+    model = tiny()
+    trainer = trainer_class(make_drafter(model), tokens=64)
+    buffer = filled_buffer(responses_of(model))
+    trainer.step(buffer)
+    before = [x.clone() for x in [*trainer.drafter.parameters(), *trainer.average]]
+    right = list(buffer.sequences)
+    buffer.sequences.clear()
+    buffer.sequences += [sequence._replace(hidden=sequence.hidden * math.nan) for sequence in right]
+    loss, _ = trainer.step(buffer)
+    assert math.isnan(loss)
+    assert trainer.steps == 1
+    assert all(map(torch.equal, before, [*trainer.drafter.parameters(), *trainer.average]))
+    buffer.sequences.clear()
+    buffer.sequences += right
+    assert math.isfinite(trainer.step(buffer)[0])
+    assert all(p.isfinite().all() for p in trainer.average)
+
+
+def test_a_drafter_step_with_nan_changes_nothing():
+    check_a_bad_step_changes_nothing(DrafterTrainer)
+    caught(check_a_bad_step_changes_nothing, ChecksNothing)

@@ -446,7 +446,7 @@ def test_the_warm_start_uses_the_ids_of_the_first_rollout(monkeypatch):
     right = SpotTrainer.choose_draft_vocab
 
     def before_rollouts_only(self):
-        if self.needs_warm_start:
+        if not self.buffer.sequences:
             right(self)
 
     monkeypatch.setattr(SpotTrainer, "choose_draft_vocab", before_rollouts_only)

@@ -90,6 +90,13 @@ def check_idle_time(row: dict):
     assert math.isclose(row["preempted"], 0.1, abs_tol=1e-9)
 
 
+def test_a_warm_start_is_no_late_end_of_drafter_training():
+    """It begins when all responses exist."""
+    warm = [Span("idle", 10.1, 10.2), Span("drafter", 10.2, 130)]
+    row = speculation_figures([[*WORKERS[0][:2], *warm], WORKERS[1]], [STATS, STATS])["drafter"]
+    assert math.isclose(row["preempted"], 0.1, abs_tol=1e-9)
+
+
 def test_idle_time_by_hand():
     check_idle_time(speculation_figures(WORKERS, [STATS, STATS])["drafter"])
     first, second = WORKERS

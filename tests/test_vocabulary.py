@@ -1,5 +1,6 @@
-"""The draft vocabulary: how it is chosen, learned from and saved; and the warm start, which ends when drafting pays."""
+"""The draft vocabulary: how it is chosen, learned from and saved; the warm start; a drafter that is resumed."""
 
+import math
 import random
 import time
 
@@ -176,15 +177,84 @@ def slices_of_warm_start(monkeypatch, agreements: list[float], seconds: float) -
 
     monkeypatch.setattr(SpotTrainer, "agreement", agreement)
     spot.warm_start(seconds, WorkerTimer(), lambda tensors: None)
-    assert not spot.needs_warm_start
+    assert spot.warm_seconds_left == 120 - seconds
     assert {id(sequence.ids) for sequence in spot.buffer.sequences} == before
     assert spot.trainer.steps >= len(averages)
     return len(averages)
 
 
-def test_the_warm_start_ends_when_drafting_pays(monkeypatch):
-    assert slices_of_warm_start(monkeypatch, [0.1, 0.3, 0.5, 0.6], 1.0) == 3
+def test_the_warm_start_ends_when_the_drafter_is_good(monkeypatch):
+    assert slices_of_warm_start(monkeypatch, [0.1, 0.5, 0.85, 0.9], 1.0) == 3
 
 
 def test_the_warm_start_ends_with_its_seconds(monkeypatch):
     assert slices_of_warm_start(monkeypatch, [0.0] * 20, 0.05) == 5
+
+
+def parts_of_warm_start(monkeypatch, agreements: list[float], steps_left: int = 100) -> list[float]:
+    """Return the seconds of each part of a warm start of 120 s; one after each rollout of 20 s. agreements: behind each
+    part.
+    """
+    spot = SpotTrainer(tiny(), TLTConfig(out="nowhere", model="base/chain/refit"), 0, {1})
+    scripted = iter(agreements)
+    monkeypatch.setattr("spot.train_until", lambda *args: None)
+    spot.average = lambda all_reduce: 0  # no steps: each part ends at once
+    spot.agreement = lambda *args: next(scripted)
+    parts = []
+    while spot.needs_warm_start:
+        parts.append(spot.warm_start_seconds(20.0, steps_left))
+        spot.warm_start(parts[-1], WorkerTimer(), lambda tensors: None)
+        steps_left -= 1
+    return parts
+
+
+def test_the_warm_start_comes_in_parts_until_the_drafter_is_good(monkeypatch):
+    assert parts_of_warm_start(monkeypatch, [0.3, 0.5, 0.6, 0.7]) == [30.0] * 4
+    assert parts_of_warm_start(monkeypatch, [0.3, 0.85]) == [30.0] * 2
+    assert parts_of_warm_start(monkeypatch, [0.3] * 2, steps_left=3) == [20.0, 10.0, 0.0]
+
+
+# ---------------------------------------------------------------- resume
+
+
+def check_a_young_drafter_stays_young(save, tmp_path):
+    """A drafter that started from random weights keeps its learning rate after a resume, until it has made all its
+    first steps.
+    """
+    config = TLTConfig(out="nowhere", model="base/chain/refit")
+    spot = SpotTrainer(tiny(), config, 0, {1})
+    engine = make_engine(tiny(), keep_hidden=True)
+    collect(engine, groups_of(12, random.Random(2)), Sampling(max_new=20), spot.buffer, TokenCounts(118))
+    spot.step()
+    (tmp_path / "drafter").mkdir(parents=True)
+    spot.save(tmp_path / "drafter")
+    save(spot, tmp_path / "drafter")
+    again = SpotTrainer(tiny(), config, 0, {1}, checkpoint=tmp_path)
+    again.buffer = spot.buffer
+    again.step()
+    assert again.trainer.lr == spot.trainer.lr == scaled_lr(32, SpotTrainer.FROM_SCRATCH_LR)
+    again.trainer.steps = SpotTrainer.FROM_SCRATCH_STEPS - 1
+    again.step()
+    assert again.trainer.lr == scaled_lr(32, SpotTrainer.FOLLOW_LR)
+
+
+def test_a_young_drafter_stays_young_after_a_resume(tmp_path):
+    check_a_young_drafter_stays_young(SpotTrainer.save_progress, tmp_path / "right")
+    caught(check_a_young_drafter_stays_young, lambda spot, folder: None, tmp_path / "broken")
+
+
+def test_steps_with_nan_are_not_counted(capsys):
+    spot = SpotTrainer(tiny(), TLTConfig(out="nowhere", model="base/chain/refit"), 0, {1})
+    spot.trainer.step = lambda buffer: (math.nan, math.nan)
+    for _ in range(3):
+        spot.step()
+    assert spot.take_stats() == (0, 0.0)
+    assert spot.recent_agreement == 0.0
+    assert capsys.readouterr().out.count("was not finite") == 1
+
+
+def test_an_old_checkpoint_and_a_finished_drafter_are_not_young(tmp_path):
+    """Neither has the file that says so."""
+    spot = SpotTrainer(tiny(), TLTConfig(out="nowhere", model="base/chain/refit"), 0, {1})
+    spot.save(tmp_path / "drafter")
+    assert not SpotTrainer(tiny(), TLTConfig(out="nowhere"), 0, {1}, checkpoint=tmp_path).from_scratch

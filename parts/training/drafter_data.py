@@ -61,10 +61,16 @@ class FeatureBuffer:
         self.bytes = 0
         self.rollout = 0
 
-    def begin_rollout(self, rollout: int) -> None:
+    def begin_rollout(self, rollout: int, keep_all: bool = False) -> None:
         """A new rollout begins. Of the last one the longest quarter stays, older sequences go: the first to finish are
         short, and a drafter trained on them alone would forget the tail, which is where it is needed.
+
+        keep_all: nothing goes. A drafter that started from random weights needs more data than a rollout has, and the
+        policy changes less from step to step than such a drafter has to learn.
         """
+        if keep_all:
+            self.rollout = rollout
+            return
         last = [sequence for sequence in self.sequences if sequence.rollout == self.rollout]
         lengths = sorted(len(sequence.ids) for sequence in last)
         shortest_kept = lengths[len(lengths) * 3 // 4] if lengths else 0
@@ -83,12 +89,14 @@ class FeatureBuffer:
             self.bytes -= self.sequences.popleft().hidden.nbytes
 
     def hold_out(self, tokens: int = 2048) -> list[SequenceFeatures]:
-        """Remove every eighth sequence, together at most so many tokens, and return them for evaluation."""
+        """Remove every eighth sequence of this rollout, together at most so many tokens, and return them for
+        evaluation. Those of earlier rollouts have been learned from.
+        """
         held_out = []
         kept: deque[SequenceFeatures] = deque()
         for i, sequence in enumerate(self.sequences):
             total = sum(len(other.ids) for other in held_out) + len(sequence.ids)
-            if i % 8 == 7 and total <= tokens:
+            if i % 8 == 7 and total <= tokens and sequence.rollout == self.rollout:
                 held_out.append(sequence)
             else:
                 kept.append(sequence)
