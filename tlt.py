@@ -38,6 +38,7 @@ import contextlib
 import os
 import platform
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ from parts.engine.ngram import NgramProposer
 from parts.files import ROOT, find_folder
 from parts.running import checkpoints
 from parts.running.communication import join, sum_up
-from parts.running.demo import demo_flags
+from parts.running.demo import demo_flags, real_flags
 from parts.running.launcher import spawn
 from parts.training.fsdp import FSDPLayout
 from report import SpeculationStats
@@ -73,7 +74,9 @@ class TLTConfig(Config):
     drafter: str = flag("adaptive", "static: frozen; adaptive: trained by idle workers", ("off", "static", "adaptive"))
     ngram: bool = flag(False, "let the strategy also choose n-gram drafts, for responses that repeat themselves")
     strategy: str = flag("goodput", "how far to draft: off, goodput, beg-mab, or a fixed length such as 4")
-    warm_start: float = flag(120.0, "without a drafter: seconds of training after the first rollout, or until it pays")
+    warm_start: float = flag(
+        120.0, "without a drafter: seconds of training after the first rollout, or until it is good"
+    )
     draft_vocab: int = flag(0, "token ids that the drafter may draft; 0: all, of a large vocabulary those in use")
     drafter_from: str = flag("", "folder of a drafter to start from; empty: the policy's own subfolder drafter/")
     workers: int = flag(0, "worker processes; 0: one per GPU, or one per CPU core without GPUs")
@@ -109,6 +112,9 @@ class TLTConfig(Config):
         return torch.cuda.device_count() if self.device != "cpu" else 0
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
 class Board:
     """Counters that the workers share while they work, in a TCP store."""
 
@@ -117,9 +123,14 @@ class Board:
         self.store = hosted or TCPStore(host, port, is_master=False, timeout=timedelta(seconds=120))
 
     @staticmethod
-    def host() -> TCPStore:
-        """Return a store on a free port, served by this process."""
-        return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=120))
+    def host(address: str = "127.0.0.1") -> TCPStore:
+        """Return a store on a free port, served by this process. address: where the workers look for it; the loopback
+        address cannot be reached from other hosts.
+        """
+        listener = socket.create_server(("127.0.0.1" if address in LOOPBACK else "", 0))
+        port = listener.getsockname()[1]
+        settings = {"is_master": True, "wait_for_workers": False, "timeout": timedelta(seconds=120)}
+        return TCPStore("127.0.0.1", port, master_listen_fd=listener.detach(), **settings)
 
     def add(self, key: str, n: int = 1) -> int:
         """Add to a counter -> its new value, at once. n = 0 reads it."""
@@ -158,11 +169,12 @@ class TLTWorker(Worker):
         self.device = "cpu" if kind == "cpu" else str(self.accelerator.device)  # accelerate says "cpu:0"
         if config.shard and self.world_size > 1:
             self.layout = FSDPLayout(self.world_size, kind, config.actor_dtype)
-        hosted = Board.host() if self.rank == 0 else None
-        address = [os.environ.get("MASTER_ADDR", "127.0.0.1"), hosted.port if hosted else 0]
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        hosted = Board.host(address) if self.rank == 0 else None
+        port = [hosted.port if hosted else 0]
         if self.world_size > 1:
-            broadcast_object_list(address)
-        self.board = Board(*address, hosted)
+            broadcast_object_list(port)
+        self.board = Board(address, port[0], hosted)
         self.rollouts = 0  # so far
         self.spot_trainer: SpotTrainer | None = None  # these two come with the engine
         self.strategy: CountingStrategy | None = None
@@ -253,10 +265,8 @@ class TLTWorker(Worker):
         """After a rollout: the warm start, or one worker's share of training; then the drafters are averaged."""
         spot_trainer = self.spot_trainer
         if spot_trainer.needs_warm_start:
-            # with drafts, a rollout may take half as long: more than that, in the steps that are left, cannot be won
-            # back
-            worth = self.all_max(rollout_seconds) * max(0, self.steps_left - 1) / 2
-            spot_trainer.warm_start(min(self.config.warm_start, worth), self.timer, self.all_reduce)
+            seconds = spot_trainer.warm_start_seconds(self.all_max(rollout_seconds), self.steps_left)
+            spot_trainer.warm_start(seconds, self.timer, self.all_reduce)
         elif self.config.drafter == "adaptive":
             alone = self.world_size == 1 and spot_trainer.can_train
             end = time.time() + (self.ONE_WORKER_SHARE * rollout_seconds if alone else 0.0)
@@ -281,14 +291,15 @@ class TLTWorker(Worker):
         return stats
 
     def save(self, folder):
-        """Write the drafter."""
+        """Write the drafter, and how far its training has come."""
         if self.spot_trainer:
             self.spot_trainer.save(folder / "drafter")
+            self.spot_trainer.save_progress(folder / "drafter")
 
     def deploy(self, folder):
         """Write the drafter, and the code that decodes with it in stock transformers."""
-        self.save(folder)
         if self.spot_trainer:
+            self.spot_trainer.save(folder / "drafter")
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / "custom_generate", folder / "custom_generate", ignore=ignore)
 
@@ -319,15 +330,23 @@ def run_worker(config: TLTConfig, heartbeat: Callable[[str], None] | None = None
     worker.accelerator.end_training()  # leaves the process group, too
 
 
+PRESETS = """
+--demo: settings for a demonstration on this machine; --real: settings for the language model of `make real`. Other
+flags override them.
+"""
+
+
 def main() -> None:
     """Start the workers."""
     argv = sys.argv[1:]
-    demo = []
+    preset = []
     if "--demo" in argv:
         argv.remove("--demo")
-        demo = demo_flags(argv)
-    description = __doc__ + "\n--demo: settings for a demonstration on this machine; other flags override them"
-    config = parse_flags(TLTConfig, description, argv, demo)
+        preset = demo_flags(argv)
+    elif "--real" in argv:
+        argv.remove("--real")
+        preset = real_flags()
+    config = parse_flags(TLTConfig, __doc__ + PRESETS, argv, preset)
     check(config)
     if "RANK" in os.environ:
         with checkpoints.claim(config.out) if os.environ["RANK"] == "0" else contextlib.nullcontext():

@@ -42,7 +42,9 @@ Left out: a critic, reward models, replay of old rollouts.
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +52,7 @@ import torch
 from tqdm import tqdm
 
 from parts.cli import UserError, check_above, check_at_least, check_package, flag, parse_flags, run
-from parts.devices import pick_device
+from parts.devices import is_gpu, pick_device
 from parts.engine.forward import head_of
 from parts.engine.interfaces import Group, Response, Strategy
 from parts.engine.model_loading import (
@@ -69,7 +71,7 @@ from parts.engine.sampling import Sampling, sequence_seed
 from parts.running import checkpoints
 from parts.running.timers import WorkerTimer
 from parts.training.layouts import LoRALayout, ReplicatedLayout, trainable_parameters
-from parts.training.logprobs import autocast, checkpoint_layers, noise_settings, token_logprobs, update_mode
+from parts.training.logprobs import autocast, checkpoint_layers, noise_settings, update_mode
 from parts.training.losses import (
     has_variance,
     missing_groups,
@@ -93,7 +95,7 @@ class Config(TaskFlags):
     out: str = flag("runs/grpo", "folder for metrics, pictures, checkpoints and the final policy")
     config: str = flag("", "a JSON file with settings, such as an earlier run's config.json; other flags override it")
     resume: bool = flag(False, "continue from the newest checkpoint in --out; else an earlier run there is replaced")
-    seed: int = flag(0, "seed of the samples; the prompts are the same for every seed")
+    seed: int = flag(0, "seed of prompts and samples; held-out prompts are the same for every seed")
     device: str = flag("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
 
     steps: int = flag(30, "RL steps")
@@ -110,7 +112,7 @@ class Config(TaskFlags):
     clip_low: float = flag(0.2, "how far the ratio may fall below 1")
     clip_high: float = flag(0.2, "how far the ratio may rise above 1 (dapo's authors use 0.28)")
     kl: float = flag(0.0, "weight of the KL penalty to the starting policy; 0 keeps no reference model")
-    tis_cap: float = flag(-1.0, "cap on truncated importance weights; 0: off; -1: 2 if rollouts are bfloat16, else off")
+    tis_cap: float = flag(-1.0, "cap on truncated importance weights; 0: off; -1: 2 if anything is bfloat16, else off")
     mask_truncated: bool = flag(False, "give no gradient to responses cut at max_new")
     lr: float = flag(1e-4, "learning rate after the warm-up")
     warmup: int = flag(3, "updates until --lr is reached")
@@ -214,7 +216,8 @@ def update(model, reference, optimizer, responses, advantage: list[float], step:
             norms.append(worker.layout.sum_and_clip(model, config.grad_clip, worker))
             number += 1
             set_lr(optimizer, number, config)
-            if math.isfinite(norms[-1]):  # the same on all workers
+            # the same on all workers. Without samples that teach, Adam's momentum alone would move the weights
+            if math.isfinite(norms[-1]) and minibatch:
                 optimizer.step()
             optimizer.zero_grad()
     finite = [norm for norm in norms if math.isfinite(norm)]
@@ -251,7 +254,7 @@ def add_gradient(
         ref = None
         if reference is not None:
             with torch.no_grad():
-                ref = token_logprobs(reference, responses, config.temperature)
+                ref, _ = worker.layout.token_scores(reference, responses, config.temperature)
     present = logp.detach()
     rollout, advantage, weight = per_token(batch, logp.device)
     old = old_logprobs(batch, present, rollout, first_update)
@@ -306,6 +309,14 @@ def score_batch(model, batch: MicroBatch, config: Config, worker) -> None:
 
 # ---------------------------------------------------------------- one worker
 
+GRADERS = 32  # threads; they wait for verifiers most of the time
+
+
+def graded(response: Response, future: Future) -> Response:
+    """Wait until the response is graded. Raises what the verifier raised."""
+    future.result()
+    return response
+
 
 class Worker:
     """A worker as the training loop sees it. This one is alone, in one process; tlt.TLTWorker is one of many.
@@ -326,10 +337,18 @@ class Worker:
 
     @property
     def tis_cap(self) -> float:
-        """Return the cap of truncated importance sampling; 0: off. By default it is on if the rollout is bfloat16."""
+        """Return the cap of truncated importance sampling; 0: off. By default it is on if rollout or update compute in
+        bfloat16.
+        """
         if self.config.tis_cap >= 0:
             return self.config.tis_cap
-        return 0.0 if actor_dtype(self.config.actor_dtype, self.device) == torch.float32 else 2.0
+        return 2.0 if self.lowest_precision == torch.bfloat16 else 0.0
+
+    @property
+    def lowest_precision(self) -> torch.dtype:
+        """Return the dtype that limits how well rollout and update agree."""
+        updates_in_bf16 = self.config.bf16 or is_gpu(self.device)
+        return torch.bfloat16 if updates_in_bf16 else actor_dtype(self.config.actor_dtype, self.device)
 
     def loading(self, name: str) -> contextlib.AbstractContextManager:
         """Return a context for loading a model, given by folder or hub name."""
@@ -358,13 +377,23 @@ class Worker:
     def graded_responses(
         self, engine: Engine, groups: Iterable[Group], sampling, grade, strategy: Strategy | None = None
     ) -> Iterator[Response]:
-        """Yield this worker's responses, graded as they are finished."""
+        """Yield this worker's responses, graded, in the order in which they were finished.
+
+        Grading runs in threads beside the engine, so that a slow verifier does not stop generation.
+        """
         self.timer.enter("rollout")
-        for response in engine.generate(groups, sampling, strategy):
+        in_grading: deque[tuple[Response, Future]] = deque()
+        graders = ThreadPoolExecutor(GRADERS, "grader")
+        try:
+            for response in engine.generate(groups, sampling, strategy):
+                in_grading.append((response, graders.submit(grade, response)))
+                while in_grading and in_grading[0][1].done():
+                    yield graded(*in_grading.popleft())
             self.timer.enter("reward")
-            grade(response)
-            yield response
-            self.timer.enter("rollout")
+            while in_grading:
+                yield graded(*in_grading.popleft())
+        finally:
+            graders.shutdown(wait=False, cancel_futures=True)
 
     def take_speculation_stats(self) -> SpeculationStats | None:
         """Return what this worker did for speculation since the last call, for the metrics; None: it cannot draft."""
@@ -386,11 +415,12 @@ class Worker:
 
 # ---------------------------------------------------------------- the loop
 
-# mean difference of log-probabilities up to which rollout and trainer are the same policy, by the type that generates
+# mean difference of log-probabilities up to which rollout and trainer are the same policy, by the less precise dtype
 MEAN_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 NEXT_CANDIDATE, MAX_CANDIDATES = 1_000_003, 100  # a prime: in a data set of any size, other rows come
+SEED_STRIDE = 15_485_863  # another prime, so each seed begins elsewhere in the problems
 CHECK_SECONDS = 5.0
 
 
@@ -452,7 +482,8 @@ class Training:
         self.worker = worker
         self.out = Path(config.out)
         self.writes = worker.rank == 0
-        checkpoint = checkpoints.start_from(config, tqdm.write if self.writes else lambda text: None)
+        begun = worker.gather(checkpoints.has_begun(self.out))[0]
+        checkpoint = checkpoints.start_from(config, tqdm.write if self.writes else lambda text: None, begun)
         self.task = make_task(config.task, config.data, config.columns)
         # a checkpoint of adapters does not hold the policy itself
         source = str(config.model if config.lora_rank or not checkpoint else checkpoint)
@@ -480,19 +511,30 @@ class Training:
         if self.writes:
             # now, not after hours at the first checkpoint
             checkpoints.try_to_save(self.out, self.model, self.tokenizer)
-        self.reference = load_model(config.model, worker.device)[0].requires_grad_(False) if config.kl else None
+        self.reference = None
+        if config.kl:
+            self.reference = worker.layout.place_reference(load_model(config.model)[0], worker.device)
         self.sampling = Sampling(temperature=config.temperature, max_new=config.max_new)
         longest = max(config.micro_tokens, config.max_new)  # a response is never split
         self.update_bytes = worker.layout.update_bytes(self.model, longest)
         self.engine = self.make_engine(stop, checkpoint)
         self.report = RunReport(config, metrics, self.first_step, self.writes)
-        noise = ", ".join(f"{name} {value:g}" for name, value in noise_settings(self.model.config).items())
-        if noise:
-            self.report.say(f"{noise}: off in training, as GRPO needs the probabilities of the policy that sampled")
+        self.announce()
         self.bad_steps = 0  # in a row, with a gradient that was not finite
         self.context_limit = context_limit(self.model.config)
         self.skipped: set[str] = set()  # names of problems that cannot be used
         self.probe: torch.Tensor | None = None  # (1, T) ids that a policy must read without nan before it is saved
+
+    def announce(self) -> None:
+        """Say what a user might not expect of this policy."""
+        noise = ", ".join(f"{name} {value:g}" for name, value in noise_settings(self.model.config).items())
+        if noise:
+            self.report.say(f"{noise}: off in training, as GRPO needs the probabilities of the policy that sampled")
+        if self.engine.fused_layers is None:
+            name = type(self.model.get_decoder().layers[0]).__name__
+            self.report.say(
+                f"{name}: fused layers do not fit it, so its own modules run in the rollout, which is slower"
+            )
 
     def make_engine(self, stop: set[int], checkpoint: Path | None) -> Engine:
         """Return the engine, which leaves memory for the update and for Adam's moments that are not there yet."""
@@ -545,13 +587,13 @@ class Training:
         with variance are missing, as many further prompts are sampled.
         """
         config = self.config
-        limit = config.prompts + config.dynamic_sampling  # the prompts of a step follow from its number alone
+        limit = config.prompts + config.dynamic_sampling  # the prompts of a step follow from its number and the seed
         responses: list[Response] = []
         seconds: list[float] = []
         wanted = config.prompts
         while wanted:
             started = time.time()
-            first = step * limit + len(responses) // config.samples
+            first = config.seed * SEED_STRIDE + step * limit + len(responses) // config.samples
             responses += self.generate("train", range(first, first + wanted), config.samples, step)
             seconds.append(time.time() - started)
             rewards = torch.tensor([r.grade.reward for r in responses]).view(-1, config.samples)
@@ -592,7 +634,7 @@ class Training:
 
     def check_gap(self, row: dict) -> None:
         """After the first step of this process, warn if rollout and trainer do not compute the same probabilities."""
-        allowed = MEAN_GAP[self.actor.dtype]
+        allowed = MEAN_GAP[self.worker.lowest_precision]
         if row["step"] == self.first_step + 1 and row["gap_mean"] > allowed:
             self.report.say(
                 f"WARNING: log-probabilities of rollout and trainer differ by {row['gap_mean']:.2g} on average, "

@@ -183,7 +183,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(parity, model_folder, tmp_pat
     check_resume(tmp_path, model_folder, monkeypatch)
     names = {path.name for path in (tmp_path / "parts").iterdir()}
     pictures = {"curves.png", "timeline.png"}
-    files = {".lock", "config.json", "metrics.jsonl", "trace.json"}
+    files = {".lock", ".launch", "config.json", "metrics.jsonl", "trace.json"}
     assert names == {"policy", "checkpoint-000002", "checkpoint-000004"} | pictures | files
     monkeypatch.setattr(checkpoints, "set_optimizer_state_dict", lambda *args, **settings: None)
     caught(check_resume, tmp_path / "broken", model_folder, monkeypatch)  # the optimizer's moments are lost
@@ -234,6 +234,25 @@ def test_a_run_that_torchrun_restarts_resumes_by_itself(parity, model_folder, tm
     run_main(monkeypatch, *flags, "--steps", 1)
     assert rows_of(tmp_path)[0] != first
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000001"]
+
+
+def check_a_restart_before_anything_was_written(finished, model_folder, out, monkeypatch, has_begun):
+    """torchrun's first attempt dies before `prepare`, in a folder with checkpoints of an earlier run: the second
+    attempt starts from the beginning, too.
+    """
+    shutil.copytree(finished, out)
+    (out / ".launch").write_text("none 1 another-host")
+    monkeypatch.setattr(checkpoints, "has_begun", has_begun)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run_main(monkeypatch, "--model", model_folder, "--out", out, *SMALL, "--steps", 1)
+    steps = [row for row in rows_of(out) if "step" in row]
+    assert steps[0] not in rows_of(finished)  # its seconds are others: it was made again
+
+
+def test_a_restart_does_not_continue_an_earlier_run(finished, model_folder, tmp_path, monkeypatch):
+    check = check_a_restart_before_anything_was_written
+    check(finished, model_folder, tmp_path / "right", monkeypatch, checkpoints.has_begun)
+    caught(check, finished, model_folder, tmp_path / "broken", monkeypatch, lambda out: True)
 
 
 # ---------------------------------------------------------------- nothing is destroyed

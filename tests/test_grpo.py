@@ -6,16 +6,18 @@ Micro-batches are in test_micro_batches.py, the losses' formulas in test_losses.
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import caught, tiny
+from helpers import token_logprobs
 
 import train_grpo
 from parts.engine.interfaces import Group
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.training.layouts import ReplicatedLayout, trainable_parameters
-from parts.training.logprobs import token_logprobs, token_scores
+from parts.training.logprobs import token_scores
 from parts.training.micro_batches import TrainingSample
 from rollout import Engine
 from tasks import Grade
@@ -529,3 +531,51 @@ def test_the_share_of_clipped_tokens_by_hand(monkeypatch):
 
     monkeypatch.setattr(train_grpo, "clip_ratio", symmetric)
     caught(check_clip_statistics)
+
+
+def check_a_step_without_variance_changes_nothing(**changes):
+    """Adam's momentum from an earlier step would move the weights."""
+    model = tiny()
+    responses = make_responses(model)
+    config = replace(CONFIG, lr=1e-2, warmup=1, **changes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    worker = Worker(config)
+    update(model, None, optimizer, responses, advantage_of(responses), 0, config, worker)
+    before = [p.detach().clone() for p in model.parameters()]
+    row = update(model, None, optimizer, responses, [0.0] * len(responses), 1, config, worker)
+    assert row["grad_norm"] == 0
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_step_without_variance_changes_nothing(monkeypatch):
+    check_a_step_without_variance_changes_nothing()
+    check_a_step_without_variance_changes_nothing(epochs=2, minibatches=3)
+    keep_all = train_grpo.mini_batches
+
+    def never_empty(samples, config):
+        return [batch or samples for batch in keep_all(samples, config)]
+
+    monkeypatch.setattr(train_grpo, "mini_batches", never_empty)
+    caught(check_a_step_without_variance_changes_nothing)
+
+
+def test_prompts_depend_on_the_seed():
+    """Seed 0 begins with the first problem; the others elsewhere, and each sees the same ones again."""
+
+    def problems(seed: int) -> list:
+        seen = []
+        training = object.__new__(train_grpo.Training)
+        training.config = replace(CONFIG, seed=seed)
+
+        def generate(split, indices, samples, *names):
+            seen.extend(indices)
+            graded = [SimpleNamespace(grade=SimpleNamespace(reward=float(k % 2))) for k in range(samples)]
+            return graded * len(indices)
+
+        training.generate = generate
+        training.sample(3)
+        return seen
+
+    assert problems(0) == [12, 13, 14, 15]
+    assert problems(1) == problems(1)
+    assert not set(problems(1)) & set(problems(0)) & set(problems(2))

@@ -1,20 +1,25 @@
 """The training loop: gradients that are too large or not finite, and what the loop asks of a rollout."""
 
 import math
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import caught, rows_of, tiny
+from conftest import caught, rows_of, run_in_process, tiny
 from safetensors.torch import load_file
 from test_grpo import CONFIG, NormRecorder, advantage_of, gradient, make_responses, norm_of
 
+import rollout
 import train_grpo
 from parts.cli import UserError, run
+from parts.engine.interfaces import Group
 from parts.engine.model_loading import cast_weights
+from parts.engine.sampling import Sampling, sequence_seed
+from rollout import Engine
 from tasks import Countdown, Grade
-from train_grpo import Worker, policy_loss, update
+from train_grpo import Config, Worker, policy_loss, update
 
 # ---------------------------------------------------------------- the rollout's copy
 
@@ -176,3 +181,61 @@ def test_held_out_rollouts_teach_nothing_and_have_the_same_seeds_each_time(parit
     assert others == [first, first]
     every_seed = first + seeds["train"][0] + seeds["train"][1]
     assert len(set(every_seed)) == 4 * 2 + 2 * 3 * 4
+
+
+def check_grading_does_not_stop_generation(graded_responses):
+    """The verifier of the first response waits until the last one is generated; then 32 verifiers run at once."""
+    model = tiny()
+    engine = Engine(model, {1}, 8, 64)
+    groups = [Group(("train", i), [5, 6, 7 + i], [sequence_seed(i, k) for k in range(8)]) for i in range(4)]
+    all_generated = threading.Event()
+    all_in_grading = threading.Barrier(32)
+
+    def generate(*args):
+        yield from right_generate(*args)
+        all_generated.set()
+
+    right_generate = engine.generate
+    engine.generate = generate
+
+    def grade(response):
+        if not all_generated.wait(2):
+            raise AssertionError("generation waits for a verifier")
+        all_in_grading.wait(20)
+        response.grade = Grade(True, True)
+
+    worker = Worker(Config(device="cpu"))
+    responses = list(graded_responses(worker, engine, groups, Sampling(max_new=20), grade))
+    assert len(responses) == 32
+    assert all(r.grade.strict for r in responses)
+
+
+def graded_one_by_one(worker, engine, groups, sampling, grade):
+    for response in engine.generate(groups, sampling, None):
+        grade(response)
+        yield response
+
+
+def test_grading_does_not_stop_generation():
+    check_grading_does_not_stop_generation(Worker.graded_responses)
+    caught(check_grading_does_not_stop_generation, graded_one_by_one)
+
+
+def test_an_error_of_a_verifier_ends_the_rollout():
+    engine = Engine(tiny(), {1}, 8, 64)
+
+    def grade(response):
+        raise UserError("the verifier is broken")
+
+    group = Group(("train", 0), [5, 6, 7], [sequence_seed(0, k) for k in range(8)])
+    with pytest.raises(UserError, match="verifier is broken"):
+        list(Worker(Config(device="cpu")).graded_responses(engine, [group], Sampling(max_new=20), grade))
+
+
+def test_layers_that_cannot_be_fused_are_named(model_folder, tmp_path, monkeypatch, capsys):
+    flags = ["--steps", 1, "--eval-every", 0, "--show-every", 0]
+    run_in_process(train_grpo.main, model_folder, tmp_path / "fused", *flags)
+    assert "fused layers" not in capsys.readouterr().out
+    monkeypatch.setattr(rollout, "fuse_model", lambda model: None)
+    run_in_process(train_grpo.main, model_folder, tmp_path / "own", *flags)
+    assert "LlamaDecoderLayer: fused layers do not fit it" in capsys.readouterr().out

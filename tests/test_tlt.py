@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LEARN, caught, finish, launch, run_in_process, tiny
+from torch.distributed import TCPStore
 
 import bench.scale
 import spot
@@ -233,7 +234,7 @@ def check_warm_start_limit(monkeypatch):
         patch.setattr(tlt.TLTWorker, "all_max", lambda self, seconds: 10.0)
         for steps in (1, 5, 100):
             worker_after_rollout("train", warm_start=120.0, steps=steps)
-    assert durations == [0.0, 20.0, 120.0]
+    assert durations == [0.0, 20.0, 30.0]  # a quarter of --warm-start at once
 
 
 def test_a_warm_start_lasts_no_longer_than_the_steps_left_can_win_back(monkeypatch):
@@ -322,6 +323,30 @@ def test_the_board_hands_out_each_number_once():
     assert Board("", 0, hosted).add("next", 0) == 204
 
 
+def listening_addresses(port: int) -> set[str]:
+    """Return the addresses on which sockets of this machine listen on a port, as Linux lists them."""
+    found = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        local, state = line.split()[1], line.split()[3]
+        address, number = local.split(":")
+        if state == "0A" and int(number, 16) == port:
+            found.add(address)
+    return found
+
+
+def check_only_this_host_can_reach(board: TCPStore):
+    assert listening_addresses(board.port) == {"0100007F"}  # 127.0.0.1
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux")
+def test_the_board_of_one_host_listens_on_the_loopback_address_only():
+    check_only_this_host_can_reach(Board.host())
+    check_only_this_host_can_reach(Board.host("localhost"))
+    several_hosts = Board.host("10.0.0.1")
+    caught(check_only_this_host_can_reach, several_hosts)
+    assert Board("127.0.0.1", several_hosts.port).add("next") == 1
+
+
 def test_no_worker_holds_more_than_a_fair_share_at_once():
     shares = [tlt.fair_share([16] * 16, workers, 256) for workers in (1, 2, 4, 8, 16, 64)]
     assert shares == [256, 128, 64, 32, 16, 16]
@@ -382,6 +407,7 @@ def updates(worker, config, folder):
     responses.sort(key=lambda r: (r.group, r.sample))  # the same on every worker
     advantage = [((i * 7) % 5 - 2) / 2 for i in range(15)]
     states = None
+    reference = worker.layout.place_reference(another_policy(), "cpu")
     for step in range(2):
         learner, _ = worker.layout.place(model, "cpu")
         if config.gradient_checkpointing:
@@ -389,7 +415,7 @@ def updates(worker, config, folder):
         optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2, fused=True)
         if step:
             checkpoints.set_optimizer_state_dict(learner, optimizer, states[1], options=checkpoints.WHOLE)
-        stats = train_grpo.update(learner, None, optimizer, responses, advantage, step, config, worker)
+        stats = train_grpo.update(learner, reference, optimizer, responses, advantage, step, config, worker)
         moments = checkpoints.get_optimizer_state_dict(learner, optimizer, options=checkpoints.WHOLE)
         states = checkpoints.whole_weights(learner), moments
         if worker.rank == 0:
@@ -402,7 +428,16 @@ def updates(worker, config, folder):
 
 
 # with truncated importance sampling, all responses are scored before the first update
-UPDATES = {"device": "cpu", "minibatches": 2, "micro_tokens": 150, "tis_cap": 2.0}
+UPDATES = {"device": "cpu", "minibatches": 2, "micro_tokens": 150, "tis_cap": 2.0, "kl": 0.1}
+
+
+def another_policy():
+    """Return a policy to be the reference."""
+    model = tiny()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.95)
+    return model
 
 
 def sharded(rank: int, port: int, folder: Path, broken: bool) -> None:
@@ -418,6 +453,9 @@ def sharded(rank: int, port: int, folder: Path, broken: bool) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         FSDPModule.set_gradient_divide_factor = lambda self, factor: None
+    reference = worker.layout.place_reference(another_policy(), "cpu")
+    here = sum(p.to_local().numel() for p in reference.parameters())
+    assert here < 0.6 * sum(p.numel() for p in reference.parameters())  # a reference is spread, too
     result = updates(worker, config, folder)
     if rank == 0:
         torch.save(result, folder / f"broken {broken}")

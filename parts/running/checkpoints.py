@@ -7,6 +7,7 @@ mistake.
                                 state.json (step, config, metrics) and checksums.json
     out/earlier-run/            checkpoints of the run that was here before, until this one has written its first
     out/.lock                   held by the run that writes here; the system releases it however that run ends
+    out/.launch                 which call of torchrun has begun this run
 
 Seeds and data follow from the number of the step, so a checkpoint needs no state of random generators. States of policy
 and optimizer are stored whole, by the names of the weights: a sharded run can continue unsharded, and vice versa.
@@ -86,13 +87,26 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def start_from(config, say: Callable[[str], None]) -> Path | None:
+def launch() -> str:
+    """Return a name for this call of torchrun, the same in every attempt of it: its agent is the parent process."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()} {platform.node()}"
+
+
+def has_begun(out: Path) -> bool:
+    """Return whether an earlier attempt of this call of torchrun has come as far as `prepare`. If not, the checkpoints
+    in the folder are of another run. What rank 0 says counts: other hosts have other agents.
+    """
+    path = out / ".launch"
+    return path.exists() and path.read_text(encoding="utf-8") == launch()
+
+
+def start_from(config, say: Callable[[str], None], begun: bool = True) -> Path | None:
     """Return the checkpoint that a run continues from; None: it starts from the beginning.
 
-    config: train_grpo.Config; say: see `newest`. Raises UserError if --resume finds none, or one whose FIXED
-    settings are others.
+    config: train_grpo.Config; say: see `newest`; begun: see `has_begun`. Raises UserError if --resume finds none, or
+    one whose FIXED settings are others.
     """
-    if not config.resume and not restarted():
+    if not config.resume and not (restarted() and begun):
         return None
     out = Path(config.out)
     checkpoint = newest(out, say)
@@ -124,8 +138,8 @@ def nothing_to_resume(out: Path) -> UserError:
 
 
 def prepare(out: Path, config, start: Path | None) -> None:
-    """Write config.json. A new run moves the checkpoints of an earlier one aside, so that --resume cannot continue from
-    them.
+    """Write config.json and .launch. A new run moves the checkpoints of an earlier one aside, so that --resume cannot
+    continue from them.
     """
     if start is not None:
         before = read_state(start)["config"]
@@ -142,6 +156,7 @@ def prepare(out: Path, config, start: Path | None) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(old, aside)
     write_atomically(out / "config.json", json.dumps(asdict(config), indent=1))
+    write_atomically(out / ".launch", launch())
 
 
 def save_folder(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -24,6 +24,7 @@ import operator
 import re
 import subprocess
 import sys
+import threading
 from fractions import Fraction
 
 from parts.cli import UserError
@@ -201,6 +202,7 @@ class LatexChecker:
 
     def __init__(self):
         self.child: subprocess.Popen | None = None
+        self.one_at_a_time = threading.Lock()
         self.ask = functools.lru_cache(maxsize=4096)(self.ask_child)
 
     def equal(self, gold: str, answer: str) -> bool:
@@ -214,18 +216,19 @@ class LatexChecker:
         return self.ask("found", gold, text[-TEXT_LOOKED_AT:])
 
     def ask_child(self, *question: str) -> bool:
-        """Ask the child process, without remembering the reply."""
-        if self.child is None:
-            self.child = start_child()
-        try:
-            self.child.stdin.write(json.dumps(question) + "\n")
-            self.child.stdin.flush()
-            reply = self.child.stdout.readline()
-        except BrokenPipeError:
-            reply = ""
-        if not reply:
-            self.close()
-        return reply == "yes\n"
+        """Ask the child process, without remembering the reply. Threads take turns."""
+        with self.one_at_a_time:
+            if self.child is None:
+                self.child = start_child()
+            try:
+                self.child.stdin.write(json.dumps(question) + "\n")
+                self.child.stdin.flush()
+                reply = self.child.stdout.readline()
+            except BrokenPipeError:
+                reply = ""
+            if not reply:
+                self.close()
+            return reply == "yes\n"
 
     def close(self) -> None:
         """End the child process."""
