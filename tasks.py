@@ -45,7 +45,9 @@ from parts.tasks.data_files import check_text, halves, load_splits, pick_columns
 class TaskFlags:
     """Settings that choose the task and the form of its prompts; each a command-line flag."""
 
-    task: str = flag("countdown", "countdown, countdown-hard (numbers to 99, for language models), chain, gsm8k, math")
+    task: str = flag(
+        "countdown", "countdown, countdown-3 (three numbers), countdown-hard (numbers to 99), chain, gsm8k, math"
+    )
     data: str = flag("", "gsm8k, math: a folder with train and test (.jsonl or .parquet), a file, or owner/name")
     columns: str = flag(
         "", "math: the columns of problem and answer, e.g. prompt,reward_model.ground_truth; empty: found"
@@ -99,7 +101,7 @@ class Task:
         return None
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        """Grade a text. Any text must get a grade in bounded time."""
+        """Grade a text. Any text must get a grade in bounded time. Several threads may call it at once."""
         raise NotImplementedError
 
     def final(self, text: str) -> str | None:
@@ -466,6 +468,7 @@ def make_task(name: str, data: str = "", columns: str = "") -> Task:
     """
     makers = {
         "countdown": Countdown,
+        "countdown-3": lambda: Countdown(sizes=(3,)),  # a whole search fits into 640 tokens of words: base/searcher.py
         "countdown-hard": lambda: Countdown(sizes=(3, 4), high=99),  # the scale for real language models
         "chain": Chain,
         "gsm8k": lambda: GSM8K(data or "hub"),

@@ -17,6 +17,11 @@ def is_gpu(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
+def has_bfloat16_arithmetic() -> bool:
+    """Return whether this CPU multiplies matrices in bfloat16 (AVX512_BF16, AMX). Others convert, and are slower."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
 def free_memory(device: torch.device) -> int | None:
     """Return the bytes of GPU memory that torch can still hand out, of this process's share if several have the same
     GPU; None on a CPU, where memory is taken as it is touched.

