@@ -7,14 +7,16 @@
     round         milliseconds of a round by batch size and draft length; a draft step over a plain round
     speculation   fixed lengths and goodput against plain rollout by batch size, and batch 1 at temperature 0.6
     update        peak memory of an update of 4,096 tokens, with and without --gradient-checkpointing
+    update-speed  seconds of an update: all weights or LoRA, float32 or bfloat16, each prompt computed once or not
     step          one GRPO step, plain and TLT, phase by phase
 
-`make smollm2` makes the model (runs/smollm2). Ties are counted as in identity.py (so on a GPU `greedy` and `identity`
-need --actor-dtype float32).
+`make bench-real` makes the model, SmolLM2-135M taught to search (base/searcher.py). Ties are counted as in identity.py
+(so on a GPU `greedy` and `identity` need --actor-dtype float32).
 
 Ratio: speculative over plain rollout at batch 1, the best fixed length.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+import train_grpo
 from bench import engine as engine_table
 from bench import step as step_table
 from bench.harness import (
@@ -48,22 +51,24 @@ from parts.engine import acceptance
 from parts.engine.interfaces import Group
 from parts.engine.sampling import Sampling
 from parts.files import ROOT
+from parts.training import logprobs
 from parts.training.drafter_data import FeatureBuffer, TokenCounts
+from parts.training.layouts import trainable_parameters
 from rollout import Engine
 from strategy import Goodput, plans_for
 from tasks import make_task
 
-PARTS = ("greedy", "identity", "generate", "training", "round", "speculation", "update", "step")
+PARTS = ("greedy", "identity", "generate", "training", "round", "speculation", "update", "update-speed", "step")
 COLUMNS = {}
 
 
 @dataclass(frozen=True)
 class Config(Settings):
-    model: str = flag("runs/smollm2", "the policy: a folder or a hub name")
+    model: str = flag("runs/searcher", "the policy: a folder or a hub name")
     parts: tuple[str, ...] = flag(PARTS, "what is measured", PARTS)
-    task: str = flag("countdown-hard", "whose prompts: countdown-hard, gsm8k")
+    task: str = flag("countdown-3", "whose prompts: countdown-3, countdown-hard, gsm8k")
     data: str = flag("", "gsm8k: a local folder with train.jsonl and test.jsonl instead of the hub")
-    max_new: int = flag(200, "longest response in tokens")
+    max_new: int = flag(640, "longest response in tokens")
     batches: tuple[int, ...] = flag((1, 8, 32), "responses at once")
     drafter: str = flag("", "folder of a trained drafter; without it one is trained here")
     out: str = flag("runs/real", "folder for the drafter that is trained")
@@ -249,13 +254,52 @@ def update(bench: Bench) -> list[dict]:
     return [{**row, "ratio": row["megabytes"] / rows[0]["megabytes"]} for row in rows]
 
 
+UPDATES = {  # way -> settings of train_grpo.py; the last one is what `make real` does on a CPU
+    "all weights, float32, whole sequences": {},
+    "all weights, bfloat16, whole sequences": {"bf16": True},
+    "all weights, bfloat16, prompts once": {"bf16": True},
+    "LoRA, float32, whole sequences": {"lora_rank": 16},
+    "LoRA, bfloat16, whole sequences": {"lora_rank": 16, "bf16": True},
+    "LoRA, bfloat16, prompts once": {"lora_rank": 16, "bf16": True},
+}
+NEVER = 2.0  # for logprobs.WORTH_SHARING: a share that prompts cannot have
+
+
+def update_speed(bench: Bench) -> list[dict]:
+    """Measure one update on the same responses each way: 3 prompts x 8 responses, half of them right."""
+    policy = bench.policy
+    groups = bench.groups(3, 8, split="train")
+    engine = bench.engine(24, groups, bench.config.max_new)
+    responses = sorted(
+        engine.generate(groups, Sampling(max_new=bench.config.max_new)), key=lambda r: (r.group, r.sample)
+    )
+    tokens = sum(len(r.tokens) for r in responses)
+    advantage = [1.0 if i % 2 else -1.0 for i in range(len(responses))]
+    worth = logprobs.WORTH_SHARING
+    rows = []
+    for way, settings in tqdm(UPDATES.items(), desc="update", unit="way"):
+        config = train_grpo.Config(device=policy.model.device.type, prompts=3, samples=8, **settings)
+        worker = train_grpo.Worker(config)
+        model, _ = worker.layout.place(copy.deepcopy(policy.model).requires_grad_(True), config.device)
+        optimizer = torch.optim.AdamW(trainable_parameters(model), lr=0.0, fused=True)
+        logprobs.WORTH_SHARING = NEVER if "whole" in way else worth
+        seconds = []
+        for turn in range(2):  # the first allocates
+            started = now()
+            train_grpo.update(model, None, optimizer, responses, advantage, turn, config, worker)
+            seconds.append(now() - started)
+        logprobs.WORTH_SHARING = worth
+        rows.append({"name": way, "seconds": seconds[-1], "response_tokens_per_s": tokens / seconds[-1]})
+    return [{**row, "ratio": rows[0]["seconds"] / row["seconds"]} for row in rows]
+
+
 def step(bench: Bench) -> list[dict]:
     """Measure the second and third step of a run with 4 prompts x 8 samples and 2 workers, by phase."""
     config = bench.config
     common = {name: getattr(config, name) for name in ("model", "device", "actor_dtype", "seed", "max_new")}
     drafter = config.drafter or config.out
     settings = step_table.Config(**common, prompts=4, samples=8, steps=3, rounds=1, drafter=drafter)
-    flags = ("--task", config.task, "--data", config.data, "--lr", 1e-6)
+    flags = ("--task", config.task, "--data", config.data, "--lr", 1e-5, "--lora-rank", 16)
     rows = step_table.compare(settings, step_table.parties_of(settings, (2,), flags))
     plain, tlt = rows
     # the last worker to finish decides, so time that is waited counts with the rollout
@@ -263,7 +307,7 @@ def step(bench: Bench) -> list[dict]:
     return [*rows, {"party": "plain / TLT", "rollout": rollout[0] / rollout[1], "step": plain["step"] / tlt["step"]}]
 
 
-FUNCTIONS = dict(zip(PARTS, (greedy, identity, generate, training, rounds, speculation, update, step)))
+FUNCTIONS = dict(zip(PARTS, (greedy, identity, generate, training, rounds, speculation, update, update_speed, step)))
 
 
 def measure(config: Config) -> Result:

@@ -319,12 +319,14 @@ def check_right(rows: list[dict]) -> None:
 
 def test_a_real_model_part_by_part(model_folder, run_bench, tmp_path):
     """On a tiny policy, all parts but those that start processes."""
-    parts = ["greedy", "identity", "training", "round", "speculation"]
+    parts = ["greedy", "identity", "training", "round", "speculation", "update-speed"]
     argv = ["--model", model_folder, "--out", tmp_path / "drafter", "--parts", *parts, *SMALL_REAL]
     result = run_bench("real", *argv)
     check_right(result["rows"])
     assert {row["part"] for row in result["rows"]} == set(parts)
     assert (tmp_path / "drafter/drafter.safetensors").exists()
+    ways = [row["name"] for row in result["rows"] if row["part"] == "update-speed"]
+    assert ways == list(real.UPDATES)
     alone = [row for row in result["rows"] if row.get("temperature") == 1 and row["batch"] == 1]
     assert result["ratio"] == max(row["ratio"] for row in alone if row["mode"].startswith("chain"))
 
