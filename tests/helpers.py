@@ -16,6 +16,7 @@ from parts.engine.interfaces import DraftPlan, Group, Response, Sequence, Strate
 from parts.engine.ngram import NgramProposer
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.training.drafter_data import FeatureBuffer
+from parts.training.logprobs import token_scores
 from rollout import Engine
 
 FAMILIES = {
@@ -46,6 +47,11 @@ def groups_of(n: int, rng: random.Random, longest: int = 20, samples: int = 4) -
         prompt = [rng.randrange(2, 118) for _ in range(rng.randint(1, longest))]
         groups.append(Group(i, prompt, [sequence_seed(0, i, k) for k in range(rng.randint(1, samples))]))
     return groups
+
+
+def token_logprobs(model, responses: list[Response], temperature: float) -> torch.Tensor:
+    """Return the log-probabilities of `token_scores` alone, (N,)."""
+    return token_scores(model, responses, temperature)[0]
 
 
 def by_name(responses) -> dict[tuple, Response]:

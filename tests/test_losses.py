@@ -67,8 +67,8 @@ def by_the_code(case: Case, config: Config, monkeypatch) -> tuple[float, torch.T
     reference = "a reference" if config.kl else None
     stats = UpdateStats()
     with monkeypatch.context() as patch:
-        patch.setattr(ReplicatedLayout, "token_scores", lambda *args: (leaf, torch.ones(len(leaf))))
-        patch.setattr(train_grpo, "token_logprobs", lambda *args: torch.cat(case.reference))
+        scores = {None: (leaf, torch.ones(len(leaf))), "a reference": (torch.cat(case.reference), None)}
+        patch.setattr(ReplicatedLayout, "token_scores", lambda self, model, *args: scores[model])
         train_grpo.add_gradient(None, reference, batch, False, config, Worker(config), stats)
     return stats.loss, leaf.grad, stats
 

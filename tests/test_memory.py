@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LEARN, caught, run_in_process, tiny
-from helpers import FAMILIES, by_name, check_equal, groups_of
+from helpers import FAMILIES, by_name, check_equal, groups_of, token_logprobs
 from test_grpo import CONFIG, close, equal, gradient, logprobs_by_hand, make_responses
 from test_runs import check_same_run
 from torch.autograd.graph import saved_tensors_hooks
@@ -20,7 +20,7 @@ from parts.engine.sampling import Sampling
 from parts.running import communication
 from parts.running.launcher import spawn
 from parts.training import logprobs
-from parts.training.logprobs import checkpoint_layers, forward_bytes, token_logprobs, token_scores, update_mode
+from parts.training.logprobs import checkpoint_layers, forward_bytes, token_scores, update_mode
 from rollout import Engine
 
 VOCAB = 1009  # a prime, so that no other dimension has this size
@@ -31,6 +31,12 @@ SLICE_TOKENS = 40  # more than the width of the head
 def small_slices(monkeypatch):
     """Slices have SLICE_TOKENS tokens."""
     monkeypatch.setattr(logprobs, "SLICE", VOCAB * SLICE_TOKENS)
+
+
+@pytest.fixture
+def whole_sequences(monkeypatch):
+    """No prompt is shared: that sums in another order."""
+    monkeypatch.setattr(logprobs, "WORTH_SHARING", 2.0)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -209,7 +215,7 @@ def check_one_slice_is_computed_once(model, responses):
     model.zero_grad()
 
 
-def test_with_a_small_vocabulary_nothing_is_cut_or_computed_twice(monkeypatch):
+def test_with_a_small_vocabulary_nothing_is_cut_or_computed_twice(monkeypatch, whole_sequences):
     model = tiny()
     responses = make_responses(model)
     check_one_slice_is_computed_once(model, responses)
@@ -300,7 +306,7 @@ def check_checkpointed_update(enable):
     assert kept_bytes(model) < before / 4
 
 
-def test_gradients_are_the_same_with_checkpointed_layers():
+def test_gradients_are_the_same_with_checkpointed_layers(whole_sequences):
     check_checkpointed_update(checkpoint_layers)
     caught(check_checkpointed_update, lambda model: None)
 
@@ -349,7 +355,7 @@ def test_checkpointed_layers_do_not_change_the_rollout(fused):
             check_rollout_stays(tiny(), left_in_training_mode, fused)
 
 
-def test_a_run_with_checkpointed_layers_makes_the_same_policy(chain_policy, tmp_path, monkeypatch):
+def test_a_run_with_checkpointed_layers_makes_the_same_policy(chain_policy, tmp_path, monkeypatch, whole_sequences):
     enabled = []
     monkeypatch.setattr(train_grpo, "checkpoint_layers", lambda model: enabled.append(checkpoint_layers(model)))
     flags = (*LEARN, "--steps", 2, "--eval-every", 0)
