@@ -52,7 +52,7 @@ import torch
 from tqdm import tqdm
 
 from parts.cli import UserError, check_above, check_at_least, check_package, flag, parse_flags, run
-from parts.devices import is_gpu, pick_device
+from parts.devices import pick_device
 from parts.engine.forward import head_of
 from parts.engine.interfaces import Group, Response, Strategy
 from parts.engine.model_loading import (
@@ -71,7 +71,7 @@ from parts.engine.sampling import Sampling, sequence_seed
 from parts.running import checkpoints
 from parts.running.timers import WorkerTimer
 from parts.training.layouts import LoRALayout, ReplicatedLayout, trainable_parameters
-from parts.training.logprobs import autocast, checkpoint_layers, noise_settings, update_mode
+from parts.training.logprobs import autocast, checkpoint_layers, computes_in_bfloat16, noise_settings, update_mode
 from parts.training.losses import (
     has_variance,
     missing_groups,
@@ -347,8 +347,9 @@ class Worker:
     @property
     def lowest_precision(self) -> torch.dtype:
         """Return the dtype that limits how well rollout and update agree."""
-        updates_in_bf16 = self.config.bf16 or is_gpu(self.device)
-        return torch.bfloat16 if updates_in_bf16 else actor_dtype(self.config.actor_dtype, self.device)
+        if computes_in_bfloat16(self.device, self.config.bf16):
+            return torch.bfloat16
+        return actor_dtype(self.config.actor_dtype, self.device)
 
     def loading(self, name: str) -> contextlib.AbstractContextManager:
         """Return a context for loading a model, given by folder or hub name."""

@@ -99,10 +99,13 @@ def whole_token_scores(
 # ---------------------------------------------------------------- each prompt once
 
 
-def worth_sharing(responses: list[Response]) -> bool:
-    """Return whether enough of these tokens are prompts that repeat."""
-    once = {tuple(r.prompt) for r in responses}
-    saved = sum(len(r.prompt) for r in responses) - sum(len(prompt) for prompt in once)
+def worth_sharing(responses: list[Response], names: list | None = None) -> bool:
+    """Return whether enough of these tokens are prompts that repeat. names: of their prompts, where equal prompts have
+    been given equal names; None: the prompts are compared here.
+    """
+    names = names or [tuple(r.prompt) for r in responses]
+    once = dict(zip(names, [len(r.prompt) for r in responses]))
+    saved = sum(len(r.prompt) for r in responses) - sum(once.values())
     return saved >= WORTH_SHARING * sum(len(r.prompt) + len(r.tokens) for r in responses)
 
 
@@ -228,8 +231,13 @@ def forward_bytes(model, tokens: int) -> int:
     return 4 * (tokens * kept + logits + 2 * vocab * width) + 2 * weights
 
 
+def computes_in_bfloat16(device: str, bf16: bool) -> bool:
+    """Return whether the trainer's forwards are in bfloat16: on GPUs, and where it is asked for."""
+    return bf16 or device != "cpu"
+
+
 def autocast(device: str, bf16: bool) -> torch.autocast:
-    """Return the context of the trainer's forwards: bfloat16 on GPUs, and where it is asked for."""
+    """Return the context of the trainer's forwards."""
     # without its cache: there the gradients of several uses of a weight would be summed in bfloat16
-    enabled = bf16 or device != "cpu"
+    enabled = computes_in_bfloat16(device, bf16)
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled, cache_enabled=False)

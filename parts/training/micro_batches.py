@@ -26,6 +26,7 @@ class TrainingSample:
     advantage: float
     weight: float = 0.0  # of each of its tokens, see train_grpo.token_weights
     old: torch.Tensor | None = None  # (len(tokens),) log p_old, if the trainer has scored it (train_grpo.old_logprobs)
+    prompt_number: int = 0  # equal for equal prompts of an update, see best_partition
 
     @property
     def length(self) -> int:
@@ -51,9 +52,10 @@ def forward_tokens(batch: MicroBatch, share_prompts: bool) -> int:
     `logprobs.worth_sharing` says so.
     """
     responses = [x.response for x in batch]
-    if share_prompts and worth_sharing(responses):
-        prompts = {tuple(r.prompt) for r in responses}
-        return len(prompts) * max(map(len, prompts)) + len(batch) * max(len(r.tokens) for r in responses)
+    names = [x.prompt_number for x in batch]
+    if share_prompts and worth_sharing(responses, names):
+        longest_prompt = max(len(r.prompt) for r in responses)
+        return len(set(names)) * longest_prompt + len(batch) * max(len(r.tokens) for r in responses)
     return len(batch) * max(x.length for x in batch)
 
 
@@ -87,6 +89,9 @@ def best_partition(samples: list[TrainingSample], tokens: int, share_prompts: bo
     """Cut samples in the better of two orders: the longest first, which needs little padding, or group by group, which
     computes few prompts.
     """
+    numbers: dict[tuple, int] = {}  # prompts are compared once, not for each batch that is considered
+    for x in samples:
+        x.prompt_number = numbers.setdefault(tuple(x.response.prompt), len(numbers))
     by_length = sorted(samples, key=lambda x: (-x.length, x.response.group, x.response.sample))
     by_group = sorted(samples, key=lambda x: (x.response.group, -x.length, x.response.sample))
     choices = [partition(by_length, tokens, share_prompts)]
