@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from parts.cli import UserError, check_above, check_at_least, flag, parse_flags, run
-from parts.devices import pick_device
+from parts.devices import pick_device, send
 from parts.engine.forward import logit_scale
 from parts.engine.fused_layers import PACK_FROM, FusedLayer, JoinedLinear, PackedLinear, fuse
 from parts.engine.interfaces import DraftPlan, Group, Proposer, Strategy, describe_stats
@@ -151,7 +151,7 @@ class Drafter(torch.nn.Module):
     def head_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the live policy's head restricted to the draft vocabulary: weight (N, D), bias (N,) or None."""
         head = self.policy.head
-        ids = slice(None) if self.draft_vocab is None else self.draft_vocab.to(head.weight.device)
+        ids = slice(None) if self.draft_vocab is None else send(self.draft_vocab, head.weight.device)
         weight = head.weight[ids]
         bias = None if head.bias is None else head.bias[ids]
         factor = logit_scale(self.policy.config)
@@ -237,7 +237,7 @@ class EagleProposer(Proposer):
         packed = PackedLinear.of(parts) if weight.numel() >= PACK_FROM else None
         self.head = packed or JoinedLinear(parts)
         vocab = drafter.draft_vocab
-        self.draft_vocab = refilled(self.draft_vocab, None if vocab is None else vocab.to(weight.device))
+        self.draft_vocab = refilled(self.draft_vocab, None if vocab is None else send(vocab, weight.device))
         after = [self.fc, self.head_weight, self.head_bias, self.draft_vocab]
         return any(new is not old for new, old in zip(after, before))
 
@@ -345,10 +345,10 @@ def drafter_loss(drafter: Drafter, batch: PackedBatch, feature_weight: float = 0
 
     own: share of the entries that see a predicted feature in place of the true one.
     """
-    ids, features, targets, positions, sequence_ids, loss_mask = batch
+    ids, features, targets, positions, sequence_ids, learned = batch
     config = drafter.policy.config
     groups = config.num_attention_heads // kv_heads(config)
-    wanted = targets[0][loss_mask]
+    wanted = targets[0][learned]
     # float32 weights beside a bfloat16 policy
     with torch.autocast(features.device.type, torch.bfloat16, enabled=features.dtype == torch.bfloat16):
         mask = block_mask(sequence_ids, positions, groups, features.dtype)
@@ -358,9 +358,9 @@ def drafter_loss(drafter: Drafter, batch: PackedBatch, feature_weight: float = 0
             p = F.linear(wanted, weight, bias).float().softmax(-1)
             if own:
                 predicted = drafter(ids, features, angles, mask).roll(1, dims=1)  # entry t - 1 predicts h_t
-                swap = (torch.rand(ids.shape) < own).to(ids.device) & (positions > 0)  # random numbers of the host
+                swap = send(torch.rand(ids.shape) < own, ids.device) & (positions > 0)  # random numbers of the host
                 features = torch.where(swap[..., None], predicted.to(features.dtype), features)
-        predicted = drafter(ids, features, angles, mask)[0][loss_mask]
+        predicted = drafter(ids, features, angles, mask)[0][learned]
         logits = F.linear(predicted, weight, bias).float()
     cross_entropy = -(p * logits.log_softmax(-1)).sum(-1).mean()
     loss = cross_entropy + feature_weight * F.smooth_l1_loss(predicted.float(), wanted.float())
@@ -399,8 +399,7 @@ class DrafterTrainer:
         and both are nan.
         """
         device = self.drafter.fc.weight.device
-        batch = PackedBatch(*(x.to(device) for x in buffer.pack(self.tokens, self.rng)))
-        loss, agreement = drafter_loss(self.drafter, batch)
+        loss, agreement = drafter_loss(self.drafter, buffer.pack(self.tokens, self.rng).on(device))
         parameters = list(self.drafter.parameters())
         self.optimizer.zero_grad()
         torch.autograd.backward(loss, inputs=parameters)  # no gradient reaches the borrowed head

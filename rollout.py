@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from parts.cli import UserError
-from parts.devices import free_memory, is_gpu
+from parts.devices import free_memory, is_gpu, send
 from parts.engine.acceptance import Coupled, Verification
 from parts.engine.cuda_graphs import GraphPool, RoundShape, RoundTimer, bucketed_shape
 from parts.engine.forward import fast_head, forward, head_of
@@ -282,7 +282,7 @@ class Engine:
         device = self.lens.device
         first = len(self.running)
         padded = [torch.tensor(g.prompt) for g in batch]
-        prompts = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True).to(device)  # (n, longest + 1)
+        prompts = send(torch.nn.utils.rnn.pad_sequence(padded, batch_first=True), device)  # (n, longest + 1)
         longest = prompts.shape[1] - 1
         if longest:
             slots = slice(first, first + len(batch))
@@ -312,11 +312,12 @@ class Engine:
     def init_slots(self, slots: slice) -> None:
         """Set lengths and seeds of new sequences, whose prompts are in the cache."""
         new = self.running[slots]
-        device = self.lens.device
-        prefix_lens = torch.tensor([sequence.group.response_prefix_len for sequence in new], device=device)
-        seeds = torch.tensor([sequence.group.seeds[sequence.sample] for sequence in new], device=device)
-        self.lens[slots] = torch.tensor([sequence.length for sequence in new], device=device)
-        self.start[slots] = self.lens[slots] + 1 - prefix_lens
+        lens = [sequence.length for sequence in new]
+        starts = [sequence.length + 1 - sequence.group.response_prefix_len for sequence in new]
+        seeds = [sequence.group.seeds[sequence.sample] for sequence in new]
+        lens, starts, seeds = send(torch.tensor([lens, starts, seeds]), self.lens.device)
+        self.lens[slots] = lens
+        self.start[slots] = starts
         self.seeds[slots] = split_seeds(seeds)
 
     def forward(self, slots: slice, ids: torch.Tensor, lens: torch.Tensor, kv_len: int, tree: TreeShape | None = None):

@@ -29,7 +29,6 @@ from parts.running.timers import WorkerTimer
 from parts.training.drafter_data import (
     MAX_DRAFT_VOCAB,
     FeatureBuffer,
-    PackedBatch,
     SequenceFeatures,
     TokenCounts,
     pack,
@@ -292,9 +291,10 @@ class SpotTrainer:
         if not sequences:
             return torch.zeros(2, device=device)
         try:
-            batch = PackedBatch(*(x.to(device) for x in pack(sequences)))
-            count = batch.loss_mask.sum()
-            return torch.stack([drafter_loss(self.learner, batch, own=0.0)[1] * count, count])
+            batch = pack(sequences).on(device)
+            count = len(batch.learned)
+            right = drafter_loss(self.learner, batch, own=0.0)[1] * count
+            return torch.stack([right, torch.full_like(right, count)])
         except torch.OutOfMemoryError:
             batch = None  # handled outside this block, where its tensors have been freed
         torch.cuda.empty_cache()

@@ -52,7 +52,7 @@ import torch
 from tqdm import tqdm
 
 from parts.cli import UserError, check_above, check_at_least, check_package, flag, parse_flags, run
-from parts.devices import pick_device
+from parts.devices import pick_device, send
 from parts.engine.forward import head_of
 from parts.engine.interfaces import Group, Response, Strategy
 from parts.engine.model_loading import (
@@ -221,7 +221,8 @@ def update(model, reference, optimizer, responses, advantage: list[float], step:
                 optimizer.step()
             optimizer.zero_grad()
     finite = [norm for norm in norms if math.isfinite(norm)]
-    row = summarise_update([stats for worker_figures in worker.gather(figures) for stats in worker_figures])
+    my_figures = [stats.read() for stats in figures]
+    row = summarise_update([stats for worker_figures in worker.gather(my_figures) for stats in worker_figures])
     row["grad_norm"] = sum(finite) / max(1, len(finite))
     row["skipped"] = len(norms) - len(finite)
     row["lr"] = optimizer.param_groups[0]["lr"]
@@ -284,7 +285,7 @@ def old_logprobs(batch: MicroBatch, present, rollout, first_update: bool) -> tor
         return present
     if batch[0].old is None:
         return rollout
-    return torch.cat([x.old for x in batch]).to(present.device)
+    return torch.cat([x.old for x in batch])
 
 
 def score_old_policy(model, minibatches, optimizer, config: Config, worker) -> None:
@@ -303,7 +304,7 @@ def score_batch(model, batch: MicroBatch, config: Config, worker) -> None:
     worker.timer.enter("update")
     with autocast(worker.device, config.bf16), torch.no_grad():
         logp, _ = worker.layout.token_scores(model, [x.response for x in batch], config.temperature)
-    for x, old in zip(batch, logp.cpu().split([len(x.response.tokens) for x in batch])):
+    for x, old in zip(batch, logp.split([len(x.response.tokens) for x in batch])):
         x.old = old
 
 
@@ -611,7 +612,7 @@ class Training:
         responses, rewards, extra = self.sample(step)
         if not all(r.logprobs.isfinite().all() for r in responses):
             raise self.broken_policy(step + 1, "a log-probability of the rollout is not finite")
-        self.probe = torch.tensor([responses[0].prompt[-64:]], device=self.actor.device)
+        self.probe = send(torch.tensor([responses[0].prompt[-64:]]), self.actor.device)
         worker.timer.enter("update")
         batch, shaped = select_groups(responses, rewards, config)
         advantage = advantages(shaped, config.loss).flatten().tolist()

@@ -4,6 +4,8 @@ import torch
 
 from parts.cli import UserError
 
+GPU_TYPES = {"cuda"}  # tests add a device of their own that stands for a GPU
+
 
 def pick_device(name: str = "auto") -> str:
     """Return cuda or cpu. name: auto takes a GPU if there is one. Raises UserError for cuda where there is none."""
@@ -14,7 +16,14 @@ def pick_device(name: str = "auto") -> str:
 
 def is_gpu(device: torch.device | str) -> bool:
     """Return whether the device is a GPU: kernels are launched ahead of the host, and memory is limited."""
-    return torch.device(device).type == "cuda"
+    return torch.device(device).type in GPU_TYPES
+
+
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return the host's tensor on the device. On a GPU the host does not wait until it is there: CUDA has its own copy
+    when this returns, so the tensor may be changed or freed. Never for copies in the other direction.
+    """
+    return tensor.to(device, non_blocking=True)
 
 
 def has_bfloat16_arithmetic() -> bool:

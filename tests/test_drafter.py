@@ -173,7 +173,7 @@ def test_targets_are_the_next_feature_and_only_responses_count():
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 4] * 2
     assert batch.sequence_ids.tolist() == [0] * 5 + [1] * 5
     # entry t predicts token t + 2; tokens from 3 (or 1) on are the response
-    assert batch.loss_mask.tolist() == [False, True, True, True, True] + [True] * 5
+    assert batch.learned.tolist() == list(range(1, 10))
 
 
 # ---------------------------------------------------------------- training
@@ -417,11 +417,11 @@ def test_windows_of_long_sequences_hold_some_of_the_response(prompt, monkeypatch
     for _ in range(50):
         batch = buffer.pack(40, rng)
         assert batch.ids.shape[1] == 48
-        assert batch.loss_mask.any()
+        assert len(batch.learned)
         assert torch.equal(batch.ids[0], batch.features[0, :, 0].long() + 1)
         assert torch.equal(batch.targets, batch.features + 1)
         # entry t holds x_{t+1} and predicts x_{t+2}, which belongs to the response
-        assert torch.equal(batch.loss_mask, batch.ids[0] >= prompt - 1)
+        assert torch.equal(batch.learned, (batch.ids[0] >= prompt - 1).nonzero()[:, 0])
 
 
 # ---------------------------------------------------------------- entries of prompts, and catching up

@@ -284,8 +284,8 @@ def check_counts_by_halves(monkeypatch, most: int, fits: bool):
     wanted = torch.zeros(2)
     if fits:
         batch = pack(held_out)
-        count = batch.loss_mask.sum()
-        wanted = torch.stack([drafter_loss(spot_trainer.learner, batch, own=0.0)[1] * count, count])
+        count = len(batch.learned)
+        wanted = torch.tensor([drafter_loss(spot_trainer.learner, batch, own=0.0)[1].item() * count, count])
     with monkeypatch.context() as patch:
         tried = little_memory(patch, most)
         got = spot_trainer.count_right(held_out)

@@ -70,6 +70,7 @@ def by_the_code(case: Case, config: Config, monkeypatch) -> tuple[float, torch.T
         scores = {None: (leaf, torch.ones(len(leaf))), "a reference": (torch.cat(case.reference), None)}
         patch.setattr(ReplicatedLayout, "token_scores", lambda self, model, *args: scores[model])
         train_grpo.add_gradient(None, reference, batch, False, config, Worker(config), stats)
+    stats = stats.read()
     return stats.loss, leaf.grad, stats
 
 

@@ -79,9 +79,9 @@ def sees_what_follows(in_prompt, count, groups):
     return right_mask(in_prompt, count, groups) | (torch.arange(in_prompt.shape[1] + count) >= in_prompt.shape[1])
 
 
-def starts_behind_the_longest_prompt(rows, device):
+def starts_behind_the_longest_prompt(rows):
     """Positions count the padding of prompts."""
-    ids, real = right_padded(rows, device)
+    ids, real = right_padded(rows)
     return (ids, torch.ones_like(real)) if min(map(len, rows)) >= 20 else (ids, real)
 
 

@@ -121,9 +121,9 @@ def check_loss(change):
     batch = batch_of(model)
     with torch.no_grad():
         loss, _ = drafter_loss(drafter, batch, feature_weight=0.0, own=0.0)
-        wanted = model.lm_head(batch.targets[0][batch.loss_mask])[:, ids].softmax(-1)
+        wanted = model.lm_head(batch.targets[0][batch.learned])[:, ids].softmax(-1)
         mask = block_mask(batch.sequence_ids, batch.positions, 2, torch.float32)
-        predicted = drafter(batch.ids, batch.features, drafter.angles(batch.positions), mask)[0][batch.loss_mask]
+        predicted = drafter(batch.ids, batch.features, drafter.angles(batch.positions), mask)[0][batch.learned]
         logits = model.lm_head(predicted)[:, ids]
     assert torch.isclose(loss, -(wanted * logits.log_softmax(-1)).sum(-1).mean(), atol=1e-5)
 

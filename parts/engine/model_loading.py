@@ -128,11 +128,16 @@ def check_weights(model, found: dict) -> None:
 
 
 def find_not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Return the name of the first weight that holds nan or inf; None if there is none."""
-    for name, weight in weights:
-        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():  # a sum may overflow
-            return name
-    return None
+    """Return the name of the first weight that holds nan or inf; None if there is none. The host waits once, not once
+    for each weight.
+    """
+    named = list(weights)
+    if not named:
+        return None
+    sums = torch.stack([weight.sum(dtype=torch.float32) for _, weight in named])
+    suspects = [pair for pair, good in zip(named, sums.isfinite().tolist()) if not good]
+    broken = [name for name, weight in suspects if not weight.isfinite().all()]  # a sum may overflow
+    return broken[0] if broken else None
 
 
 def listed(names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Hashable
 
 import torch
 
+from parts.devices import send
 from parts.engine.interfaces import Proposer, Sequence
 
 
@@ -33,7 +34,7 @@ class NgramProposer(Proposer):
         drafts = [self.continuation(sequence, k) for sequence in engine.running]
         drafts += [[]] * (shape.batch_size - len(drafts))
         padded = [tokens + [0] * (k - len(tokens)) for tokens in drafts]
-        return torch.tensor(padded, device=engine.lens.device)
+        return send(torch.tensor(padded), engine.lens.device)
 
     def continuation(self, sequence: Sequence, k: int) -> list[int]:
         """Return what followed the sequence's longest suffix that has occurred before: at most k tokens."""

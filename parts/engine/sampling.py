@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 
 from parts.cli import UserError, flag, flag_name, reason
+from parts.devices import is_gpu
 
 SHARED_NOISE = 1 << 17  # up to so many logits, the noise of a round is made once and shared by drafter and policy
 CHUNK = 150_000  # logits processed at once on a CPU: three such tensors fit the 2 MB cache of a core
@@ -209,9 +210,10 @@ def sample(
     with_logprobs: False returns None in their place.
     """
     ids = all_token_ids(logits.shape[1], logits.device) if token_ids is None else token_ids
-    if noise is None and logits.is_cuda and not sampling.top_k and sampling.top_p == 1:
+    on_gpu = is_gpu(logits.device)
+    if noise is None and on_gpu and not sampling.top_k and sampling.top_p == 1:
         column, logprob = compiled_sample(logits, sampling, seeds, index, ids, None, with_logprobs)
-    elif noise is None and not logits.is_cuda and logits.numel() > CHUNK:
+    elif noise is None and not on_gpu and logits.numel() > CHUNK:
         column, logprob = sample_in_chunks(logits, sampling, seeds, index, ids, with_logprobs)
     else:
         column, logprob = sample_at_once(logits, sampling, seeds, index, ids, noise, with_logprobs)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from parts.devices import send
 from parts.engine.interfaces import Response
 
 
@@ -44,7 +45,11 @@ class PackedBatch(NamedTuple):
     targets: torch.Tensor  # (1, N, D)
     positions: torch.Tensor  # (1, N)
     sequence_ids: torch.Tensor  # (N,) which sequence an entry belongs to
-    loss_mask: torch.Tensor  # (N,) bool: whether the entry predicts a token of the response
+    learned: torch.Tensor  # (M,) numbers of the entries that predict a token of the response
+
+    def on(self, device) -> "PackedBatch":
+        """Return the batch on the device."""
+        return PackedBatch(*(send(tensor, device) for tensor in self))
 
 
 # ---------------------------------------------------------------- features
@@ -137,7 +142,7 @@ def pack(sequences: list[SequenceFeatures]) -> PackedBatch:
         targets=torch.cat([sequence.hidden[1:] for sequence in sequences])[None],
         positions=positions[None],
         sequence_ids=torch.arange(len(sequences)).repeat_interleave(lengths),
-        loss_mask=positions >= starts - 2,  # entry t predicts token t+2
+        learned=(positions >= starts - 2).nonzero()[:, 0],  # entry t predicts token t+2
     )
 
 

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from parts.cli import UserError
+from parts.devices import send
 from parts.engine.forward import head_of
 from parts.engine.interfaces import Response
 from parts.engine.kv_cache import kv_heads
@@ -57,11 +58,12 @@ def sliced_logprobs(
 
 
 def logprobs_at(model, ids, picked, targets, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids (B, T), picked (B, T) bool, N of them true; targets (N,): the tokens behind the picked positions
+    """ids (B, T); picked (N,): numbers of positions, counted through all rows; targets (N,): the tokens behind them
     -> their log-probabilities and the entropies there, both (N,).
     """
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-    return sliced_logprobs(head_of(model), model.config.vocab_size, hidden[picked], targets, temperature)
+    hidden = hidden.flatten(0, 1)[picked]  # (N, D)
+    return sliced_logprobs(head_of(model), model.config.vocab_size, hidden, targets, temperature)
 
 
 def token_scores(model, responses: list[Response], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +72,7 @@ def token_scores(model, responses: list[Response], temperature: float) -> tuple[
     """
     if can_share_prompts(model) and worth_sharing(responses):
         hidden = hidden_with_prompts_once(model, responses)
-        targets = torch.tensor([t for r in responses for t in r.tokens], device=hidden.device)
+        targets = send(torch.tensor([t for r in responses for t in r.tokens]), hidden.device)
         return sliced_logprobs(head_of(model), model.config.vocab_size, hidden, targets, temperature)
     return whole_token_scores(model, responses, temperature)
 
@@ -85,15 +87,15 @@ def whole_token_scores(
     """
     longest = max(len(r.prompt) + len(r.tokens) for r in responses) - 1
     ids = torch.zeros(len(responses), longest, dtype=torch.long)
-    picked = torch.zeros(len(responses), longest, dtype=torch.bool)
+    picked = []
     for i, r in enumerate(responses):
         row = (r.prompt + r.tokens)[:-1]
         ids[i, : len(row)] = torch.tensor(row)
         # the position before a token predicts it, the stop token included
-        picked[i, len(r.prompt) - 1 : len(row)] = True
+        picked.append(torch.arange(len(r.prompt) - 1, len(row)) + i * longest)
     targets = torch.tensor([t for r in responses for t in r.tokens])
-    device = model.device
-    return logprobs_at(model, ids.to(device), picked.to(device), targets.to(device), temperature)
+    inputs = [send(tensor, model.device) for tensor in (ids, torch.cat(picked), targets)]
+    return logprobs_at(model, *inputs, temperature)
 
 
 # ---------------------------------------------------------------- each prompt once
@@ -114,13 +116,15 @@ def can_share_prompts(model) -> bool:
     return not model.is_activation_checkpointing
 
 
-def padded(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows of token ids with zeros behind them, and where they are real: both (len(rows), longest)."""
+def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of token ids with zeros behind them, and where they are real: both (len(rows), longest), on the
+    host.
+    """
     lengths = torch.tensor([len(row) for row in rows])
     real = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.zeros(real.shape, dtype=torch.long)
     ids[real] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
-    return ids.to(device), real.to(device)
+    return ids, real
 
 
 def mask_behind_prompts(in_prompt: torch.Tensor, count: int, groups: int) -> torch.Tensor:
@@ -140,28 +144,29 @@ def hidden_with_prompts_once(model, responses: list[Response]) -> torch.Tensor:
     decoder = model.get_decoder()
     prompts = [list(prompt) for prompt in dict.fromkeys(tuple(r.prompt) for r in responses)]
     number = {tuple(prompt): i for i, prompt in enumerate(prompts)}
-    prompt_of = torch.tensor([number[tuple(r.prompt)] for r in responses], device=device)  # (B,)
-    ids, in_prompt = padded(prompts, device)  # (U, P) both
+    prompt_of = send(torch.tensor([number[tuple(r.prompt)] for r in responses]), device)  # (B,)
+    ids, in_prompt = [send(part, device) for part in padded(prompts)]  # (U, P) both
     cache = DynamicCache()
     hidden = decoder(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state  # (U, P, D)
     lengths = in_prompt.sum(1)  # (U,)
     groups = model.config.num_attention_heads // kv_heads(model.config)
     first = hidden[torch.arange(len(prompts), device=device), lengths - 1][prompt_of]  # (B, D) predicts the first token
-    behind, real = padded([r.tokens[:-1] for r in responses], device)  # (B, T) both; the last token predicts none
+    behind, real = padded([r.tokens[:-1] for r in responses])  # (B, T) both; the last token predicts none
     if not real.shape[1]:
         return first
     shared = DynamicCache()
     for i, layer in enumerate(cache.layers):
         shared.update(layer.keys[prompt_of], layer.values[prompt_of], i)  # (B, heads, P, head size)
     hidden = decoder(
-        input_ids=behind,
+        input_ids=send(behind, device),
         attention_mask=mask_behind_prompts(in_prompt[prompt_of], behind.shape[1], groups),
         position_ids=lengths[prompt_of, None] + torch.arange(behind.shape[1], device=device),  # (B, T)
         past_key_values=shared,
         use_cache=True,
     ).last_hidden_state  # (B, T, D)
-    picked = torch.cat([torch.ones_like(real[:, :1]), real], 1)  # (B, 1 + T)
-    return torch.cat([first[:, None], hidden], 1)[picked]
+    # the host knows where the real ones are, so the device need not be asked how many there are
+    picked = torch.cat([torch.ones_like(real[:, :1]), real], 1).flatten().nonzero()[:, 0]  # (N,) of B (1 + T)
+    return torch.cat([first[:, None], hidden], 1).flatten(0, 1)[send(picked, device)]
 
 
 def checkpoint_layers(model) -> None:

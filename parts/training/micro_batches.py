@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from parts.cli import UserError
+from parts.devices import send
 from parts.engine.interfaces import Response
 from parts.training.logprobs import worth_sharing
 from parts.training.update_stats import UpdateStats
@@ -201,4 +202,4 @@ def per_token(batch: MicroBatch, device) -> tuple[torch.Tensor, ...]:
     counts = torch.tensor([len(x.response.tokens) for x in batch])
     advantage = torch.tensor([x.advantage for x in batch]).repeat_interleave(counts)
     weight = torch.tensor([x.weight for x in batch]).repeat_interleave(counts)
-    return tuple(column.to(device) for column in (rollout, advantage, weight))
+    return tuple(send(column, device) for column in (rollout, advantage, weight))

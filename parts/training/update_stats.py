@@ -1,49 +1,63 @@
-"""The figures of an update: sums over the tokens of its micro-batches, and what they become in metrics.jsonl."""
+"""The figures of an update: sums over the tokens of its micro-batches, and what they become in metrics.jsonl.
 
-from dataclasses import dataclass
+The sums stay on the device until the update is over, so that the host does not wait for each micro-batch: on a GPU it
+prepares the next one meanwhile.
+"""
+
+from dataclasses import dataclass, replace
 
 import torch
+
+Scalar = float | torch.Tensor
 
 
 @dataclass
 class UpdateStats:
-    """Sums over the tokens of some micro-batches."""
+    """Sums over the tokens of some micro-batches: numbers, or until `read` scalars in float64 on the device."""
 
-    loss: float = 0.0
+    loss: Scalar = 0.0
     tokens: int = 0
-    entropy: float = 0.0
-    ratio: float = 0.0
-    ratio_max: float = 0.0
-    clipped: int = 0
-    capped: int = 0  # by truncated importance sampling
-    kl: float = 0.0
+    entropy: Scalar = 0.0
+    ratio: Scalar = 0.0
+    ratio_max: Scalar = 0.0
+    clipped: Scalar = 0.0
+    capped: Scalar = 0.0  # by truncated importance sampling
+    kl: Scalar = 0.0
     compared: int = 0  # tokens of the next two; only where trainer and rollout have the same weights
-    gap: float = 0.0  # |log p of the trainer - log p of the rollout|
-    gap_max: float = 0.0
+    gap: Scalar = 0.0  # |log p of the trainer - log p of the rollout|
+    gap_max: Scalar = 0.0
 
     def add(self, loss, entropy, ratio, clipped, kl) -> None:
         """Add a micro-batch: its loss, and the rest of its tokens, (N,), without gradients. kl may be None."""
-        self.loss += loss.item()
+        self.loss += loss.detach().double()
         self.tokens += len(ratio)
-        self.entropy += entropy.sum().item()
-        self.ratio += ratio.sum().item()
-        self.ratio_max = max(self.ratio_max, ratio.max().item())
-        self.clipped += (ratio != clipped).sum().item()
+        self.entropy += entropy.sum().double()
+        self.ratio += ratio.sum().double()
+        self.ratio_max = ratio.max().double().clamp(min=self.ratio_max)
+        self.clipped += (ratio != clipped).sum().double()
         if kl is not None:
-            self.kl += kl.sum().item()
+            self.kl += kl.sum().double()
 
     def compare(self, gap: torch.Tensor, cap: float) -> None:
         """Add gap (N,): log p of the trainer - log p of the rollout. cap: of their ratio, 0 if it is not corrected."""
         self.compared += len(gap)
-        self.gap += gap.abs().sum().item()
-        self.gap_max = max(self.gap_max, gap.abs().max().item())
+        self.gap += gap.abs().sum().double()
+        self.gap_max = gap.abs().max().double().clamp(min=self.gap_max)
         if cap:
-            self.capped += (gap.exp() > cap).sum().item()
+            self.capped += (gap.exp() > cap).sum().double()
+
+    def read(self) -> "UpdateStats":
+        """Return the same with numbers. The host waits for the device, once."""
+        names = [name for name, value in vars(self).items() if isinstance(value, torch.Tensor)]
+        if not names:
+            return self
+        numbers = torch.stack([getattr(self, name) for name in names]).tolist()
+        return replace(self, **dict(zip(names, numbers)))
 
 
 def summarise_update(parts: list[UpdateStats]) -> dict:
-    """Return the figures of an update for the metrics, over all workers and optimizer steps. Without tokens, entropy
-    and ratio are None.
+    """Return the figures of an update for the metrics, over all workers and optimizer steps, which have been read.
+    Without tokens, entropy and ratio are None.
     """
     count = sum(s.tokens for s in parts)
     tokens = max(1, count)
