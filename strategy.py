@@ -159,6 +159,7 @@ class Goodput(Strategy):
     PROBES = 0.005  # share of the time that goes into trying each other method
     HOLD = 8  # rounds with one plan
     TRIAL = 2  # rounds of a first try, or of a probe
+    LONGEST_TRIAL = 5  # as long as it has no time: on a GPU the first two rounds of a shape are slower than the rest
 
     def __init__(self, plans: list[DraftPlan]):
         super().__init__(plans[0])  # self.plan: the one in use
@@ -182,6 +183,8 @@ class Goodput(Strategy):
 
     def choose(self, running: list[Sequence]) -> DraftPlan:
         bucket = batch_bucket(len(running))
+        if not self.rounds_left and 0 < len(self.reports) < self.LONGEST_TRIAL and not self.timed_rounds():
+            self.rounds_left = 1
         if not self.rounds_left or bucket != self.bucket:
             if self.reports:
                 self.learn()
@@ -205,10 +208,13 @@ class Goodput(Strategy):
         for method in self.plans:
             self.credit[method] += self.PROBES * sum(report.seconds for report in reports)
         batch_size = sum(report.batch_size for report in reports) / len(reports)
-        timed = reports[1:] if self.method_changed else reports  # in the first, the drafter catches up
-        seconds = [report.seconds for report in timed if not report.warmup]
-        self.times[plan.method].add(plan, batch_size, self.kv_len, self.bucket, seconds)
+        self.times[plan.method].add(plan, batch_size, self.kv_len, self.bucket, self.timed_rounds())
         self.reports = []
+
+    def timed_rounds(self) -> list[float]:
+        """Return the seconds of the rounds since the last decision that tell what this plan costs."""
+        timed = self.reports[1:] if self.method_changed else self.reports  # in the first, the drafter catches up
+        return [report.seconds for report in timed if not report.warmup]
 
     def decide(self, batch_size: int) -> DraftPlan:
         """Return the plan for the next rounds, and set how many they are."""

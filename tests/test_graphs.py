@@ -7,6 +7,7 @@ shape; and it compares the addresses of all tensors with those at the recording.
 """
 
 import random
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -458,6 +459,40 @@ def test_few_shapes_in_a_rollout():
     assert engine.stats.rounds > 40
     assert len(engine.graphs.replays) <= 40
     assert recorder.recordings <= 40
+
+
+def recorded_shapes(limit: int, seed: int) -> int:
+    """Return how many shapes a rollout of 64 responses of up to `limit` tokens records, when most are short and the
+    draft length varies around one that depends on the batch size.
+    """
+    rng = random.Random(seed)
+    left = [min(limit, int(limit * 0.1 * rng.paretovariate(1.2))) for _ in range(64)]
+    done = [0] * len(left)
+    seen = Counter()
+    while left:
+        k = {7: 0, 6: 0, 5: 2, 4: 3, 3: 4, 2: 6, 1: 8}[len(left).bit_length()]
+        if rng.random() < 0.04:
+            k = max(0, k + rng.choice([-1, 1]))
+        catch_up_len = rng.randint(1, k + 1) if k else 0
+        shape = RoundShape(len(left), 200 + max(done) + k + 1, catch_up_len, DraftPlan("eagle", k), Sampling())
+        seen[bucketed_shape(shape, 64, limit + 300)] += 1
+        done = [n + rng.randint(1, k + 1) for n in done]
+        running = [(n, wanted) for n, wanted in zip(done, left) if n < wanted]
+        done = [n for n, _ in running]
+        left = [wanted for _, wanted in running]
+    return sum(count > 1 for count in seen.values())
+
+
+def check_all_recordings_are_kept(limit: int) -> None:
+    """The next rollout replays what this one has recorded."""
+    assert max(recorded_shapes(limit, seed) for seed in range(3)) <= cuda_graphs.MAX_GRAPHS
+
+
+def test_the_shapes_of_long_contexts_fit_the_pool(monkeypatch):
+    check_all_recordings_are_kept(16_384)
+    check_all_recordings_are_kept(32_768)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 64)
+    caught(check_all_recordings_are_kept, 16_384)
 
 
 def test_the_least_recently_used_recording_is_dropped(monkeypatch):

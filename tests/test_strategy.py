@@ -220,6 +220,29 @@ def test_strategies_do_not_learn_from_the_times_of_warmup_rounds(strategy, times
     caught(check_ignores_warmup_rounds, strategy(plans_for(METHODS)), times, chance, False)
 
 
+def check_probes_are_timed() -> None:
+    """On a machine that records each new shape, every decision to leave a plan has a time of it."""
+    machine = RecordingMachine(1.0, 0.1, 0.2, 0.1, {"eagle": 0.8, "ngram": 0.3}, reports_warmup=True)
+    strategy = Goodput(plans_for(METHODS))
+    untimed = []
+    right = RoundTimeEstimate.add
+
+    def recorded(self, plan, batch_size, kv_len, bucket, seconds):
+        untimed.append(not seconds)
+        right(self, plan, batch_size, kv_len, bucket, seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RoundTimeEstimate, "add", recorded)
+        machine.play(strategy, [8] * 4000)
+    assert sum(untimed) == 0, f"{sum(untimed)} of {len(untimed)} trials have no time"
+
+
+def test_a_probe_lasts_until_its_time_is_known(monkeypatch):
+    check_probes_are_timed()
+    monkeypatch.setattr(Goodput, "LONGEST_TRIAL", Goodput.TRIAL)
+    caught(check_probes_are_timed)
+
+
 class ReportChecker(Strategy):
     """Drafts 0 to 3 tokens in turn, and checks the reports."""
 

@@ -40,7 +40,9 @@ from parts.engine.sampling import Sampling
 
 KV_STEP = 128  # cache entries
 MAX_CATCH_UP = 16  # entries; longer catch-ups are rare, and run as usual
-MAX_GRAPHS = 64
+# A rollout to 16,384 tokens by 64 responses, whose draft length varies, records 100 to 110 shapes. With fewer graphs
+# than that, each shape would be dropped before the next rollout comes to it, and recorded again.
+MAX_GRAPHS = 192
 
 
 class RoundShape(NamedTuple):
