@@ -87,7 +87,7 @@ runs/vllm/installed:
 	@touch $@
 
 vllm-check: .venv/installed runs/vllm/installed  ## serve the policy with vLLM, with and without its drafter, beside our engine (10 minutes on 2 cores, 3 GB of downloads; MODEL=runs/real/policy)
-	$(RUN) -m bench vllm --model $(MODEL) --json runs/vllm-$(notdir $(MODEL)).json $(ARGS)
+	$(RUN) -m bench server --model $(MODEL) --json runs/vllm-$(notdir $(MODEL)).json $(ARGS)
 
 losses: .venv/installed  ## the same short training run with each loss, with dynamic sampling and with LoRA, three seeds (40 minutes on 2 cores)
 	$(RUN) -m bench losses --json runs/losses.json $(ARGS)

@@ -17,7 +17,7 @@ they describe: `step` takes means of training steps, `paired`, `drafter` and `se
     real          a real language model in the engine, part by part
     gpu           what is claimed of the GPU path, with verdicts
     losses        the same short training run with each loss
-    vllm          the drafter in vLLM, and our engine beside it
+    server        the drafter in a real server, vLLM, and our engine beside it
 
 Tables that generate take --device (a GPU if there is one) and --actor-dtype, as train_grpo.py. Each table is a module:
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import bench
-from bench import aging, engine, gpu, identity, losses, paired, real, scale, seeds, speculation, spot, step, vllm
+from bench import aging, engine, gpu, identity, losses, paired, real, scale, seeds, server, speculation, spot, step
 from bench.harness import machine, text_table
 from parts.cli import parse_flags, run
 from parts.files import write_atomically
@@ -25,7 +25,7 @@ TABLES = {
     "real": real,
     "gpu": gpu,
     "losses": losses,
-    "vllm": vllm,
+    "server": server,
 }
 
 

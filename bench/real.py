@@ -298,8 +298,9 @@ def step(bench: Bench) -> list[dict]:
     config = bench.config
     common = {name: getattr(config, name) for name in ("model", "device", "actor_dtype", "seed", "max_new")}
     drafter = config.drafter or config.out
-    settings = step_table.Config(**common, prompts=4, samples=8, steps=3, rounds=1, drafter=drafter)
-    flags = ("--task", config.task, "--data", config.data, "--lr", 1e-5, "--lora-rank", 16)
+    sizes = {"prompts": 4, "samples": 8, "steps": 3, "rounds": 1, "lora_rank": 16}
+    settings = step_table.Config(**common, **sizes, task=config.task, drafter=drafter)
+    flags = ("--data", config.data, "--lr", 1e-5)
     rows = step_table.compare(settings, step_table.parties_of(settings, (2,), flags))
     plain, tlt = rows
     # the last worker to finish decides, so time that is waited counts with the rollout

@@ -40,6 +40,9 @@ class Config(PolicySettings):
     steps: int = flag(4, "steps in a turn, with the first, which does not count")
     prompts: int = flag(8, "prompts per step")
     samples: int = flag(8, "samples per prompt")
+    task: str = flag("countdown", "whose prompts")
+    lora_rank: int = flag(0, "rank of LoRA adapters that learn in place of the policy's weights; 0: all weights learn")
+    bf16: bool = flag(False, "the update in bfloat16, which GPUs always do")
     drafter: str = flag("", "folder of a drafter for the policy; without it the policy's own (model/drafter)")
     trl: bool = flag(False, "compare with TRL (pip install trl)")
     trl_batch: int = flag(64, "responses in a forward-backward of TRL's")
@@ -69,6 +72,7 @@ def parties_of(config: Config, workers: tuple[int, ...], flags: tuple = ()) -> l
 def take_turn(config: Config, party: Party, seed: int) -> list[dict]:
     """Train -> the metrics of all steps but the first."""
     flags = ["--model", config.model, *worker_flags(config, party.workers), "--max-new", config.max_new]
+    flags += ["--task", config.task, "--lora-rank", config.lora_rank, *(["--bf16"] if config.bf16 else [])]
     flags += ["--prompts", config.prompts, "--samples", config.samples, "--steps", config.steps, "--seed", seed]
     with tempfile.TemporaryDirectory() as out:
         steps = train([*flags, *party.flags], out).steps

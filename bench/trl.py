@@ -1,7 +1,8 @@
 """The TRL party of step.py: its GRPOTrainer on the same prompts, in this process, with all cores.
 
-The same batch, group, loss, learning rate and limits; its own generation, of the whole batch at once. TRL is needed for
-this comparison only, and imported where it is used.
+The same prompts, batch, group, loss, learning rate, limits and adapters; its own generation, of the whole batch at
+once. Its update is in bfloat16 where the CPU has arithmetic for it, as ours may be. TRL is needed for this comparison
+only, and imported where it is used.
 """
 
 import os
@@ -12,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from parts.cli import check_package
-from parts.devices import pick_device
+from parts.devices import has_bfloat16_arithmetic, pick_device
 from parts.files import find_folder
-from tasks import Countdown
+from tasks import Task, encode_prompt, make_task
 
 
 class StepTimes(TrainerCallback):
@@ -31,11 +32,18 @@ class StepTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
 
-def reward(completions: list[str], index: list[int], **kwargs) -> list[float]:
-    """Return the rewards of our training. index: of each completion's problem."""
-    task = Countdown()
-    grades = [task.grade(task.problem("train", i), text) for i, text in zip(index, completions)]
-    return [float(grade.strict) for grade in grades]
+class Reward:
+    """The rewards of our training."""
+
+    __name__ = "reward"  # TRL logs it
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def __call__(self, completions: list[str], index: list[int], **kwargs) -> list[float]:
+        """index: of each completion's problem."""
+        grades = [self.task.grade(self.task.problem("train", i), text) for i, text in zip(index, completions)]
+        return [float(grade.strict) for grade in grades]
 
 
 def settings(config, seed: int, out: str) -> dict:
@@ -46,7 +54,7 @@ def settings(config, seed: int, out: str) -> dict:
         "output_dir": out,
         "seed": seed,
         "use_cpu": not on_gpu,
-        "bf16": on_gpu,
+        "bf16": on_gpu or (has_bfloat16_arithmetic() and config.bf16),
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
         "beta": 0.0,
@@ -73,24 +81,39 @@ def check_installed() -> None:
         check_package(package, "--trl")
 
 
+def adapters(config) -> dict:
+    """Return the setting of GRPOTrainer that adds the adapters which --lora-rank adds to ours."""
+    if not config.lora_rank:
+        return {}
+    from peft import LoraConfig
+
+    rank = config.lora_rank
+    return {"peft_config": LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")}
+
+
 def step_seconds(config, seed: int) -> list[float]:
     """Return the seconds of each of config.steps steps. config: step.Config."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(os.cpu_count() or 1)
-    task = Countdown()
-    problems = range(config.prompts * config.steps)
+    task = make_task(config.task, "")
     folder = find_folder(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    prompts = []
+    for i in range(config.prompts * config.steps):
+        ids = encode_prompt(task.problem("train", i), tokenizer)
+        prompts.append({"prompt": tokenizer.decode(ids), "index": i})
     times = StepTimes()
     with tempfile.TemporaryDirectory() as out:
         trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            reward_funcs=reward,
+            reward_funcs=Reward(task),
             args=GRPOConfig(**settings(config, seed, out)),
-            train_dataset=Dataset.from_list([{"prompt": task.problem("train", i).trace, "index": i} for i in problems]),
-            processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
+            train_dataset=Dataset.from_list(prompts),
+            processing_class=tokenizer,
             callbacks=[times],
+            **adapters(config),
         )
         trainer.train()
     return times.seconds

@@ -1,4 +1,4 @@
-"""vLLM's side of vllm.py: it runs in vLLM's own environment, so it imports nothing of this project.
+"""vLLM's side of server.py: it runs in vLLM's own environment, so it imports nothing of this project.
 
     python bench/vllm_side.py MODEL CONTEXT [DRAFTER K]
 

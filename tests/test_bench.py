@@ -11,7 +11,7 @@ from conftest import ROOT, caught, fake_gpus
 
 import tlt
 from base import smollm2
-from bench import aging, engine, harness, losses, memory, paired, real, scale, vllm
+from bench import aging, engine, harness, losses, memory, paired, real, scale, server
 from bench.__main__ import TABLES, main
 from parts.cli import UserError, parse_flags
 from parts.engine.interfaces import DraftPlan, RoundReport, Strategy
@@ -430,11 +430,10 @@ class WrongVLLM(FakeVLLM):
 
 
 def check_vllm_rows(party, run_bench, monkeypatch):
-    monkeypatch.setattr(vllm, "VLLM", party)
+    monkeypatch.setattr(server, "VLLM", party)
     small = "--prompts 3 --max-new 24 --batches 2 --length 8 --rounds 1 --threads 1 --parts text sampled speed".split()
-    rows = run_bench("vllm", "--model", ROOT / "base", "--task", "countdown", "--python", sys.executable, *small)[
-        "rows"
-    ]
+    policy = ("--model", ROOT / "base", "--task", "countdown", "--python", sys.executable)
+    rows = run_bench("server", *policy, *small)["rows"]
     texts = [row for row in rows if "greedy_text_of" in row]
     assert [row["wrong"] for row in texts] == [0, 0]
     ours, theirs = [row for row in rows if "accepted_by" in row]
@@ -460,4 +459,4 @@ def test_vllm_beside_the_engine(run_bench, monkeypatch):
 )
 def test_what_is_missing_for_vllm_is_one_line(argv, message):
     with pytest.raises(UserError, match=message):
-        main(["vllm", *argv])
+        main(["server", *argv])
