@@ -53,7 +53,7 @@ from parts.engine.interfaces import (
     Stats,
     Strategy,
 )
-from parts.engine.kv_cache import KVCache, TreeShape, sequences_that_fit
+from parts.engine.kv_cache import KVCache, TreeShape, sequences_that_fit, slot_bytes
 from parts.engine.model_loading import context_limit, too_long
 from parts.engine.parity import matches_own_code
 from parts.engine.sampling import Sampling, split_seeds
@@ -208,10 +208,8 @@ class Engine:
 
     def slot_bytes(self, max_len: int) -> int:
         """Return the memory that a slot of max_len tokens takes."""
-        config, dtype = self.model.config, self.model.dtype
-        layers = config.num_hidden_layers + len(self.proposers)
-        cache = KVCache(config, 1, max_len, dtype, "meta", layers).data.nbytes
-        return cache + self.keep_hidden * max_len * config.hidden_size * dtype.itemsize
+        columns = MAX_DRAFT_LEN + 1
+        return slot_bytes(self.model.config, max_len, columns, self.model.dtype, len(self.proposers), self.keep_hidden)
 
     # ---------------------------------------------------------------- a rollout
 

@@ -200,6 +200,17 @@ def signed_angles(angles):
 # ---------------------------------------------------------------- memory
 
 
+def slot_bytes(config, max_len: int, columns: int, dtype: torch.dtype, drafters: int, keep_hidden: bool) -> int:
+    """Return the memory that a slot of max_len tokens takes: keys and values of the policy and of drafters, features if
+    they are kept, and its part of the masks of a round of `columns` tokens.
+    """
+    cache = KVCache(config, 1, max_len, dtype, "meta", config.num_hidden_layers + drafters)
+    features = keep_hidden * config.hidden_size * dtype.itemsize
+    # of policy and drafter, each as `attention_inputs` makes it: what is hidden, then the mask before and after folding
+    masks = (1 + (drafters > 0)) * columns * (1 + (1 + cache.groups) * dtype.itemsize)
+    return cache.data.nbytes + max_len * (features + masks)
+
+
 def sequences_that_fit(wanted: int, max_len: int, slot_bytes: int, free: float, reserved: float) -> int:
     """Return how many sequences of max_len tokens fit: as many as wanted, or as four fifths of the free bytes hold,
     less the reserved ones. Prints a line if they are fewer than wanted. Raises UserError if not one fits.

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from parts.cli import UserError, reason
 from parts.devices import has_bfloat16_arithmetic
 from parts.engine.interfaces import MAX_DRAFT_LEN
-from parts.engine.kv_cache import KVCache
+from parts.engine.kv_cache import slot_bytes
 from parts.files import ROOT, find_folder
 from parts.training.fsdp import FSDPLayout
 from parts.training.layouts import ReplicatedLayout
@@ -123,8 +123,7 @@ def plan(config, gpu: float, sharded_over: int = 1) -> Plan | None:
     drafter = layer + 2 * config.hidden_size**2
     held = 4 * weights / sharded_over + 2 * weights + 18 * drafter + CUDA_BYTES
     room = PROMPT + MAX_NEW + MAX_DRAFT_LEN + 1
-    row = KVCache(config, 1, room, torch.bfloat16, "meta", config.num_hidden_layers + 1).data.nbytes
-    row += 2 * room * config.hidden_size
+    row = slot_bytes(config, room, MAX_DRAFT_LEN + 1, torch.bfloat16, drafters=1, keep_hidden=True)
     for tokens in MICRO_TOKENS:
         reserved = layout.update_bytes(model, tokens) + layout.moment_bytes(model)
         rows = int((0.8 * (gpu - held) - reserved) / row)
