@@ -3,14 +3,14 @@
     python export.py --model runs/demo/policy --out runs/export
 
 writes runs/export/sglang and runs/export/vllm (config.json and model.safetensors; embedding and head the server takes
-from the policy), and prints the two commands that serve them. For a
-drafter with a draft vocabulary, SGLang gets its token ids in sglang/token_map.pt; vLLM drafts from the whole
-vocabulary. For stock transformers nothing has to be exported: the folder of a policy that tlt.py has trained is
-complete, see custom_generate/generate.py.
+from the policy), and prints the two commands that serve them. For a drafter with a draft vocabulary, SGLang gets its
+token ids in sglang/token_map.pt; vLLM drafts from the whole vocabulary. For stock transformers nothing has to be
+exported: the folder of a policy that tlt.py has trained is complete, see custom_generate/generate.py.
 
 Names, shapes and settings follow the loaders in SGLang 0.5.23 (models/llama_eagle.py, qwen2_eagle.py) and vLLM 0.33
 (models/llama_eagle.py, which vLLM names Eagle + architecture; Qwen2 runs there as a Llama with biases on q, k, v).
-Neither server was started on them: a test computes their layer from the exported files.
+vLLM has served both kinds on a CPU (make vllm-check); SGLang was not started. A test computes the servers' layer from
+the exported files.
 """
 
 import json

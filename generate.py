@@ -23,7 +23,7 @@ from drafter import Drafter, EagleProposer
 from parts.cli import UserError, check_at_least, flag, parse_flags, run
 from parts.devices import pick_device
 from parts.engine.interfaces import MAX_DRAFT_LEN, DraftPlan, Group, RoundTrace, Strategy, describe_stats
-from parts.engine.model_loading import load_model, stop_tokens
+from parts.engine.model_loading import ACTOR_DTYPES, actor_dtype, cast_weights, load_model, stop_tokens
 from parts.engine.sampling import Sampling, sequence_seed
 from rollout import Engine
 from tasks import encode
@@ -37,6 +37,7 @@ class Command(Sampling):
     prompt: str = flag("", "the text as it is, with the tokenizer's first special tokens; no chat template is added")
     samples: int = flag(1, "responses to it; the first is shown while it is made")
     seed: int = flag(0, "of the noise: the same seed, the same responses")
+    dtype: str = flag("auto", "of the weights: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
     drafter: str = flag("", "folder of a drafter: decode speculatively, the same tokens faster")
     k: int = flag(6, "draft length with --drafter")
     show: bool = flag(False, "mark which tokens were drafted, accepted and rejected, round by round (with --drafter)")
@@ -131,7 +132,9 @@ def has_colours() -> bool:
 def main() -> None:
     """Generate responses to one prompt."""
     command = parse_flags(Command, __doc__)
-    model, tokenizer = load_model(command.model, pick_device())
+    device = pick_device()
+    model, tokenizer = load_model(command.model, device)
+    cast_weights(model, actor_dtype(command.dtype, device))
     proposers = {}
     strategy = Strategy()
     if command.drafter:

@@ -169,6 +169,29 @@ def test_where_compiling_fails_the_plain_function_samples(monkeypatch, capsys):
     assert CompiledSampler(lambda x: 2 * x)(3) == 7
 
 
+def check_the_limit_of_recompilations_is_reported(capsys) -> None:
+    """A function that is compiled anew more often than torch allows still works, and one line says that it is slow."""
+    torch._dynamo.reset()
+    named = CompiledSampler(lambda x, name: 2 * x + len(name))
+    for length in range(1, torch._dynamo.config.recompile_limit + 3):
+        assert named(torch.ones(2), "n" * length).tolist() == [2.0 + length] * 2
+    assert capsys.readouterr().err.count("sampling is not compiled") == 1
+
+
+def test_the_limit_of_recompilations_is_reported(capsys, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled(function, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
+    check_the_limit_of_recompilations_is_reported(capsys)
+
+    def compiled_without_a_word(function, dynamic):
+        torch._dynamo.config.fail_on_recompile_limit_hit = False
+        return compiled(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compiled_without_a_word)
+    caught(check_the_limit_of_recompilations_is_reported, capsys)
+
+
 def test_the_compiled_function_samples_the_same_tokens():
     """It is traced as for a GPU, without generating code, and as one graph."""
     torch.manual_seed(0)

@@ -176,9 +176,10 @@ class CompiledSampler:
     def __call__(self, *args):
         """Call the compiled function."""
         if self.function is None:
-            from torch._inductor import config  # seconds: only where it is used
+            from torch import _dynamo, _inductor  # seconds: only where it is used
 
-            config.compile_threads = 1  # for a few kernels no worker needs 32 processes beside it
+            _inductor.config.compile_threads = 1  # for a few kernels no worker needs 32 processes beside it
+            _dynamo.config.fail_on_recompile_limit_hit = True  # else it is no longer compiled, and nobody is told
             self.function = torch.compile(self.plain, dynamic=True)
         try:
             return self.function(*args)
