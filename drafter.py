@@ -41,7 +41,7 @@ from tqdm import tqdm
 from parts.cli import UserError, check_above, check_at_least, flag, parse_flags, run
 from parts.devices import pick_device, send
 from parts.engine.forward import logit_scale
-from parts.engine.fused_layers import PACK_FROM, FusedLayer, JoinedLinear, PackedLinear, fuse
+from parts.engine.fused_layers import FusedLayer, JoinedLinear, PackedLinear, as_one_linear, fuse
 from parts.engine.interfaces import DraftPlan, Group, Proposer, Strategy, describe_stats
 from parts.engine.kv_cache import CacheWindow, KVCache, attention_inputs, kv_heads
 from parts.engine.model_loading import load_model, stop_tokens
@@ -213,6 +213,7 @@ class EagleProposer(Proposer):
         self.drafter = drafter
         self.fused_layer: FusedLayer | None = None  # None: use the module itself
         self.fc: torch.Tensor | None = None  # (D, 2D), for unscaled embeddings
+        self.input: JoinedLinear | PackedLinear | None = None  # the same as a layer
         self.head_weight: torch.Tensor | None = None  # (N, D) of the policy's head, times SHARPEN
         self.head_bias: torch.Tensor | None = None  # (N,)
         self.head: JoinedLinear | PackedLinear | None = None  # features (B, T, D) -> logits (B, T, N)
@@ -233,9 +234,8 @@ class EagleProposer(Proposer):
         self.fc = refilled(self.fc, drafter.plain_weights()["fc.weight"])
         self.head_weight = refilled(self.head_weight, weight * self.SHARPEN)
         self.head_bias = refilled(self.head_bias, None if bias is None else bias * self.SHARPEN)
-        parts = [(self.head_weight, self.head_bias)]
-        packed = PackedLinear.of(parts) if weight.numel() >= PACK_FROM else None
-        self.head = packed or JoinedLinear(parts)
+        self.input = as_one_linear([(self.fc, None)])
+        self.head = as_one_linear([(self.head_weight, self.head_bias)])
         vocab = drafter.draft_vocab
         self.draft_vocab = refilled(self.draft_vocab, None if vocab is None else send(vocab, weight.device))
         after = [self.fc, self.head_weight, self.head_bias, self.draft_vocab]
@@ -278,7 +278,7 @@ class EagleProposer(Proposer):
 
     def forward(self, ids, features, angles, mask, window: CacheWindow) -> torch.Tensor:
         """As Drafter.forward, writing the cache's entries that `window` names."""
-        x = F.linear(torch.cat([self.drafter.policy.embed(ids), features], -1), self.fc)
+        x = self.input(torch.cat([self.drafter.policy.embed(ids), features], -1))
         if self.fused_layer is None:
             return self.drafter.run_layer(x, angles, mask, window)
         return self.fused_layer(x, mask, window, angles, 0)

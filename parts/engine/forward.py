@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from parts.engine.fused_layers import PACK_FROM, PackedLinear, can_pack, norm_of
+from parts.engine.fused_layers import as_one_linear, can_pack, norm_of
 from parts.engine.kv_cache import KVCache, attention_inputs
 
 
@@ -55,7 +55,6 @@ def scaled(head, factor: float):
 def fast_head(model) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return `head_of` with the weights as they are now, packed where that is faster."""
     head = model.get_output_embeddings()
-    if head.weight.numel() < PACK_FROM or not can_pack(head.weight):
+    if not can_pack(head.weight):
         return head_of(model)
-    packed = PackedLinear.of([(head.weight, head.bias)])
-    return scaled(packed, logit_scale(model.config)) if packed else head_of(model)
+    return scaled(as_one_linear([(head.weight, head.bias)]), logit_scale(model.config))

@@ -1,7 +1,7 @@
 """Decoder layers of the Llama kind for inference, faster than the modules they stand for, with the same numbers.
 
-    JoinedLinear    several linear layers that read the same input, as one matrix product (small models, and GPUs)
-    PackedLinear    the same on a CPU for large weights, laid out in the blocks that oneDNN multiplies best
+    JoinedLinear    several linear layers that read the same input, as one matrix product
+    PackedLinear    the same on a CPU for weights that do not fit its caches, in the blocks that oneDNN multiplies best
     FusedLayer      a whole decoder layer with one of the two, and without the modules' overhead
 
 Whether a layer can be fused is not looked up in a list but tried on random input (`fuse`).
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from parts.devices import is_gpu
 from parts.engine.kv_cache import CacheWindow, KVCache, attention_inputs, kv_heads, signed_angles, slot_attention
 
-FUSE_BELOW = 100_000_000  # weights; in larger models the overhead does not show, and on a CPU they are packed instead
-PACK_FROM = 1_000_000  # weights of an LM head
+FUSE_BELOW = 100_000_000  # weights; in larger models the overhead does not show, unless they are packed
+PACK_FROM = 1 << 18  # weights; smaller matrices stay in a core's cache, where packed ones are slower
 
 Weights = list[tuple[torch.Tensor, torch.Tensor | None]]  # (weight (out, in), bias (out,) or None) of each linear layer
 
@@ -91,10 +91,10 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def make_linear(modules: list, pack: bool, share: bool) -> JoinedLinear | PackedLinear:
-    """Return the linear modules as one: packed if asked for and possible, else joined."""
-    parts = [(module.weight, module.bias) for module in modules]
-    packed = PackedLinear.of(parts) if pack and can_pack(parts[0][0]) else None
+def as_one_linear(parts: Weights, share: bool = False, pack: bool = True) -> JoinedLinear | PackedLinear:
+    """Return the linear layers as one: joined, or packed where that is faster and possible, unless pack is False."""
+    large = sum(weight.numel() for weight, _ in parts) >= PACK_FROM
+    packed = PackedLinear.of(parts) if pack and large else None
     return packed or JoinedLinear(parts, share)
 
 
@@ -143,10 +143,10 @@ def norm_of(module):
 class FusedLayer:
     """A decoder layer of the Llama kind for inference: the same numbers, with joined projections and few operations.
 
-    pack: large weights on a CPU, see PackedLinear; share: see JoinedLinear.
+    share, pack: see `as_one_linear`.
     """
 
-    def __init__(self, layer, config, pack: bool = False, share: bool = False):
+    def __init__(self, layer, config, share: bool = False, pack: bool = True):
         attention = layer.self_attn
         self.module = attention
         self.heads = config.num_attention_heads
@@ -154,10 +154,14 @@ class FusedLayer:
         self.width = attention.head_dim
         self.first_norm = norm_of(layer.input_layernorm)
         self.second_norm = norm_of(layer.post_attention_layernorm)
-        self.qkv = make_linear([attention.q_proj, attention.k_proj, attention.v_proj], pack, share)
-        self.out = make_linear([attention.o_proj], pack, share)
-        self.gate_up = make_linear([layer.mlp.gate_proj, layer.mlp.up_proj], pack, share)
-        self.down = make_linear([layer.mlp.down_proj], pack, share)
+
+        def one_linear(*modules: torch.nn.Module) -> JoinedLinear | PackedLinear:
+            return as_one_linear([(module.weight, module.bias) for module in modules], share, pack)
+
+        self.qkv = one_linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = one_linear(attention.o_proj)
+        self.gate_up = one_linear(layer.mlp.gate_proj, layer.mlp.up_proj)
+        self.down = one_linear(layer.mlp.down_proj)
 
     def read_weights(self) -> None:
         """Take the layer's weights as they are now."""
@@ -200,12 +204,12 @@ def fuse(layers, config, rotary) -> list[FusedLayer] | None:
     try:
         angles = rotary(x, positions)
         own = layer(x, attention_mask=mask, past_key_values=window, use_cache=True, position_embeddings=angles)
-        fused = FusedLayer(layer, config, large)(x, mask, window, signed_angles(angles), 0)
+        fused = FusedLayer(layer, config)(x, mask, window, signed_angles(angles), 0)
     except (AttributeError, TypeError, RuntimeError):
         return None
     if not torch.allclose(own, fused, atol=1e-4):
         return None
-    return [FusedLayer(layer, config, large, share=is_gpu(device)) for layer in layers]
+    return [FusedLayer(layer, config, share=is_gpu(device)) for layer in layers]
 
 
 def fuse_model(model) -> list[FusedLayer] | None:

@@ -99,7 +99,7 @@ def matches_own_code(model, fused_layers) -> tuple[bool, float]:
     def layers_anew():
         """One at a time, and without packed weights, which exist in float32 only."""
         if fused_layers is not None:
-            return (FusedLayer(layer, model.config) for layer in model.get_decoder().layers)
+            return (FusedLayer(layer, model.config, pack=False) for layer in model.get_decoder().layers)
         return None
 
     experts = getattr(model.config, "_experts_implementation", None)
