@@ -34,7 +34,7 @@ from drafter import refilled
 from parts.engine import cuda_graphs
 from parts.engine.acceptance import Tree
 from parts.engine.cuda_graphs import GraphPool, RoundShape, bucketed_shape
-from parts.engine.fused_layers import FusedLayer, JoinedLinear
+from parts.engine.fused_layers import FusedLayer, JoinedLinear, PackedLinear, as_one_linear
 from parts.engine.interfaces import DraftPlan, Strategy
 from parts.engine.kv_cache import attention_inputs
 from parts.engine.sampling import Sampling, sequence_seed
@@ -339,6 +339,34 @@ def check_joined_weights(read_weights) -> None:
             read_weights(joined)
             assert [t.data_ptr() for t in (joined.weight, joined.bias) if t is not None] == buffers
             assert torch.allclose(joined(x), torch.cat([layer(x) for layer in layers], -1), atol=1e-6)
+
+
+def check_packed_weights(read_weights) -> None:
+    """Packed layers give the modules' numbers at every number of rows, also after the weights have changed."""
+    torch.manual_seed(0)
+    for sizes, inputs, bias in (((40, 24), 32, True), ((8,), 48, False), ((64,), 16, True)):
+        modules = [torch.nn.Linear(inputs, outputs, bias=bias) for outputs in sizes]
+        packed = PackedLinear.of([(module.weight, module.bias) for module in modules])
+        for rows in (1, 2, 3, 7, 160):
+            with torch.no_grad():
+                for module in modules:
+                    module.weight.add_(0.1)
+                read_weights(packed)
+                x = torch.randn(2, rows, inputs)
+                assert torch.allclose(packed(x), torch.cat([module(x) for module in modules], -1), atol=1e-5)
+
+
+def test_packed_weights_give_the_modules_numbers():
+    check_packed_weights(PackedLinear.read_weights)
+    caught(check_packed_weights, lambda packed: None)
+
+
+def test_small_matrices_are_joined_and_large_ones_packed():
+    kinds = []
+    for inputs in (16, 1024):
+        module = torch.nn.Linear(inputs, 512)
+        kinds.append(type(as_one_linear([(module.weight, module.bias)])))
+    assert kinds == [JoinedLinear, PackedLinear]
 
 
 def test_joined_weights_are_read_again_in_place():
