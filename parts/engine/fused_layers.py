@@ -118,7 +118,7 @@ def become_parts_of(buffer: torch.Tensor, parts: list[torch.Tensor]) -> None:
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Return whether oneDNN has a layout for weights of this type, on this device, that is faster than the usual one."""
+    """Return whether oneDNN has a faster layout for weights of this type, on this device."""
     fast = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_bfloat16_arithmetic())
     return weight.device.type == "cpu" and fast and torch.backends.mkldnn.is_available()
 
