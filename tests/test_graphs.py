@@ -34,7 +34,7 @@ from drafter import refilled
 from parts.engine import cuda_graphs
 from parts.engine.acceptance import Tree
 from parts.engine.cuda_graphs import GraphPool, RoundShape, bucketed_shape
-from parts.engine.fused_layers import FusedLayer, JoinedLinear, PackedLinear, as_one_linear
+from parts.engine.fused_layers import FusedLayer, JoinedLinear, PackedLinear, as_one_linear, can_pack
 from parts.engine.interfaces import DraftPlan, Strategy
 from parts.engine.kv_cache import attention_inputs
 from parts.engine.sampling import Sampling, sequence_seed
@@ -341,24 +341,28 @@ def check_joined_weights(read_weights) -> None:
             assert torch.allclose(joined(x), torch.cat([layer(x) for layer in layers], -1), atol=1e-6)
 
 
-def check_packed_weights(read_weights) -> None:
+def check_packed_weights(read_weights, dtype: torch.dtype) -> None:
     """Packed layers give the modules' numbers at every number of rows, also after the weights have changed."""
     torch.manual_seed(0)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
     for sizes, inputs, bias in (((40, 24), 32, True), ((8,), 48, False), ((64,), 16, True)):
-        modules = [torch.nn.Linear(inputs, outputs, bias=bias) for outputs in sizes]
+        modules = [torch.nn.Linear(inputs, outputs, bias=bias, dtype=dtype) for outputs in sizes]
         packed = PackedLinear.of([(module.weight, module.bias) for module in modules])
         for rows in (1, 2, 3, 7, 160):
             with torch.no_grad():
                 for module in modules:
                     module.weight.add_(0.1)
                 read_weights(packed)
-                x = torch.randn(2, rows, inputs)
-                assert torch.allclose(packed(x), torch.cat([module(x) for module in modules], -1), atol=1e-5)
+                x = torch.randn(2, rows, inputs, dtype=dtype)
+                assert torch.allclose(packed(x), torch.cat([module(x) for module in modules], -1), atol=tolerance)
 
 
-def test_packed_weights_give_the_modules_numbers():
-    check_packed_weights(PackedLinear.read_weights)
-    caught(check_packed_weights, lambda packed: None)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_give_the_modules_numbers(dtype):
+    if not can_pack(torch.zeros(1, dtype=dtype)):
+        pytest.skip("this CPU has no bfloat16 arithmetic")
+    check_packed_weights(PackedLinear.read_weights, dtype)
+    caught(check_packed_weights, lambda packed: None, dtype)
 
 
 def test_small_matrices_are_joined_and_large_ones_packed():
