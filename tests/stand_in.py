@@ -158,12 +158,11 @@ def makes_wait(source: torch.Tensor, non_blocking: bool) -> bool:
 def note_wait() -> None:
     """Count a wait of the host, at the line of the project that causes it. Raises WaitInRecording."""
     frame = sys._getframe(1)
-    place = "torch"
-    while frame:
+    place = "torch"  # what calls it is a test, or torch's thread for the backward
+    while frame and place == "torch":
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and "tests" not in path.parts and ".venv" not in path.parts:
-            place = f"{path.name} {frame.f_code.co_qualname if hasattr(frame.f_code, 'co_qualname') else ''}".strip()
-            break
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in ("tests", ".venv"):
+            place = f"{path.name} {frame.f_code.co_name}"
         frame = frame.f_back
     if recorded_now[0]:
         raise WaitInRecording(f"the host waits for the device in {place}")
