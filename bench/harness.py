@@ -39,8 +39,10 @@ class Output:
     json: str = flag("", "also write the result to this file")
 
     def __post_init__(self):
-        """Raises UserError for a count below 1."""
-        check_at_least(self, 1, *(f.name for f in fields(self) if type(f.default) is int and f.name != "seed"))
+        """Raises UserError for a count below 1, or below 0 where 0 is the default."""
+        for f in fields(self):
+            if type(f.default) is int and f.name != "seed":
+                check_at_least(self, min(1, f.default), f.name)
 
 
 @dataclass(frozen=True)
