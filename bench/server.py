@@ -52,7 +52,7 @@ START = 300  # seconds that a server may take to load a model
 class Config(Settings):
     model: str = flag("base", "the policy's folder, such as tlt.py writes")
     drafter: str = flag("", "folder of the drafter; empty: the policy's subfolder drafter/")
-    task: str = flag("", "whose prompts; empty: countdown for base, else countdown-3")
+    task: str = flag("", "whose prompts; empty: countdown-3 for a policy with a chat prompt, else countdown")
     python: str = flag("runs/vllm/bin/python", "the Python of an environment with vLLM")
     parts: tuple[str, ...] = flag(PARTS, "what is measured", PARTS)
     k: int = flag(4, "draft length")
@@ -173,7 +173,8 @@ class Check:
         self.config = config
         self.policy = policy
         self.exported = exported
-        task = make_task(config.task or ("countdown" if config.model == "base" else "countdown-3"), "")
+        in_words = policy.tokenizer.chat_template is not None
+        task = make_task(config.task or ("countdown-3" if in_words else "countdown"), "")
         count = max(config.prompts, *config.batches)
         self.all_groups = make_groups(policy.tokenizer, count, 1, config.seed, task=task)
         self.groups = self.all_groups[: config.prompts]
