@@ -9,8 +9,8 @@ exported: the folder of a policy that tlt.py has trained is complete, see custom
 
 Names, shapes and settings follow the loaders in SGLang 0.5.23 (models/llama_eagle.py, qwen2_eagle.py) and vLLM 0.33
 (models/llama_eagle.py, which vLLM names Eagle + architecture; Qwen2 runs there as a Llama with biases on q, k, v).
-vLLM has served both kinds on a CPU (make vllm-check); SGLang was not started. A test computes the servers' layer from
-the exported files.
+vLLM has served Llama policies on a CPU (make vllm-check); Qwen2 was not tried there, and SGLang was not started. A test
+computes the servers' layer from the exported files, for both kinds.
 """
 
 import json

@@ -32,7 +32,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.harness import Policy, Result, Settings, fixed, load, make_engine, make_groups, own_drafter, take_turns
+from bench.harness import (
+    Policy,
+    Result,
+    Settings,
+    by_name,
+    fixed,
+    load,
+    make_engine,
+    make_groups,
+    own_drafter,
+    take_turns,
+)
 from bench.identity import differences
 from drafter import Drafter
 from export import export
@@ -192,8 +203,7 @@ class Check:
 
     def our_responses(self, groups: list[Group], k: int, tokens: int) -> dict[tuple, Response]:
         """Return our engine's greedy responses by name."""
-        responses = self.engine.generate(groups, Sampling(temperature=0.0, max_new=tokens), fixed(k))
-        return {(response.group, response.sample): response for response in responses}
+        return by_name(self.engine.generate(groups, Sampling(temperature=0.0, max_new=tokens), fixed(k)))
 
     def texts(self) -> list[dict]:
         """Compare greedy texts, and acceptance by depth."""
