@@ -44,7 +44,7 @@ from parts.engine.forward import logit_scale
 from parts.engine.fused_layers import FusedLayer, JoinedLinear, PackedLinear, as_one_linear, fuse
 from parts.engine.interfaces import DraftPlan, Group, Proposer, Strategy, describe_stats
 from parts.engine.kv_cache import CacheWindow, KVCache, attention_inputs, kv_heads
-from parts.engine.model_loading import load_model, stop_tokens
+from parts.engine.model_loading import ACTOR_DTYPES, actor_dtype, cast_weights, load_model, stop_tokens
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.files import load_weights, read_notes, save_weights
 from parts.training.drafter_data import FeatureBuffer, PackedBatch, TokenCounts, block_mask, embedding_scale
@@ -207,7 +207,9 @@ class EagleProposer(Proposer):
     # on what is likely. Tokens per round: base/ 7.11 -> 7.15 (k = 8), SmolLM2-135M 1.63 -> 1.65 (k = 4), and early in
     # its training 1.47 -> 1.52
     SHARPEN = 1.2
-    PIECE = 256  # entries computed at once: the mask of 12,000 at once would take gigabytes
+    # entries computed at once, of one sequence and of all: masks and activations of 12,000 would take gigabytes
+    PIECE = 256
+    ALL_PIECES = 4096
 
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
@@ -317,8 +319,9 @@ class EagleProposer(Proposer):
         first = (lens - count).clamp(min=0)  # (B,)
         newest = lens - first - 1  # column of a sequence's last true feature; -1: it has none, and drafts from 0
         feature = torch.zeros((), device=lens.device)
-        for done in range(0, count, self.PIECE):
-            width = min(self.PIECE, count - done)
+        piece = min(self.PIECE, max(16, self.ALL_PIECES // n))
+        for done in range(0, count, piece):
+            width = min(piece, count - done)
             columns = (first + done)[:, None] + torch.arange(width, device=lens.device)
             columns = columns.clamp(max=engine.tokens.shape[1] - 2)
             ids = engine.tokens[:n].gather(1, columns + 1)
@@ -459,7 +462,12 @@ def warm_start(drafter, engine: Engine, groups, sampling: Sampling, seconds: flo
     counts = TokenCounts(engine.model.config.vocab_size, engine.stop_set)
     collect(engine, groups, sampling, buffer, counts)
     drafter.draft_vocab = counts.choose(draft_vocab)
-    trainer = DrafterTrainer(drafter, seed=seed)
+    learner = drafter
+    if drafter.fc.weight.dtype is not torch.float32:  # in bfloat16 most steps would be rounded away
+        learner = Drafter(drafter.policy, torch.float32)
+        learner.load_state_dict(drafter.state_dict())
+        learner.draft_vocab = drafter.draft_vocab
+    trainer = DrafterTrainer(learner, seed=seed)
     loss, agreement = fit(trainer, buffer, seconds)
     trainer.publish(drafter)
     how = f"{trainer.steps} steps in {seconds:.0f} s, {torch.get_num_threads()} threads"
@@ -481,6 +489,7 @@ class Command(TaskFlags):
     draft_vocab: int = flag(0, "token ids that the drafter may draft; 0: all, of a large vocabulary those in use")
     k: int = flag(4, "draft length of the measurement before and after")
     max_new: int = flag(512, "longest response in tokens")
+    dtype: str = flag("auto", "of the policy's weights: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
     threads: int = flag(0, "threads of torch; 0: torch's own choice")
     seed: int = flag(0, "of samples, initial weights and batches")
 
@@ -502,7 +511,9 @@ def main() -> None:
         torch.set_num_threads(command.threads)
     torch.manual_seed(command.seed)
     task = make_task(command.task, command.data, command.columns)
-    model, tokenizer = load_model(command.model, pick_device())
+    device = pick_device()
+    model, tokenizer = load_model(command.model, device)
+    cast_weights(model, actor_dtype(command.dtype, device))
     drafter = Drafter(model)
     if command.start:
         drafter.load(command.start)

@@ -12,6 +12,7 @@ Waits that are allowed, and counted here:
     a checkpoint    one for each tensor that is written, and a few for the check that all weights are finite
 """
 
+import gc
 import random
 import sys
 from collections import Counter
@@ -35,19 +36,23 @@ from helpers import (
 )
 from stand_in import HostMeetsDevice, WaitInRecording, waits
 from test_grpo import CONFIG, NormRecorder, SimulatedWorker, advantage_of, close, make_responses
+from transformers import AutoModelForCausalLM
 
 import drafter
 import generate
 import tlt
 import train_grpo
-from drafter import Drafter, DrafterTrainer
+from drafter import Drafter, DrafterTrainer, EagleProposer
 from parts.engine import acceptance, forward, kv_cache
+from parts.engine.interfaces import DraftPlan, Group, Response, Strategy
+from parts.engine.model_loading import cast_weights
+from parts.engine.sampling import Sampling
 from parts.files import ROOT
-from parts.running import checkpoints
+from parts.running import checkpoints, demo
 from parts.running.timers import WorkerTimer
 from parts.training import micro_batches
 from parts.training.layouts import LoRALayout, trainable_parameters
-from parts.training.logprobs import checkpoint_layers
+from parts.training.logprobs import autocast, checkpoint_layers, forward_bytes, token_scores, update_mode
 from parts.training.update_stats import UpdateStats
 from rollout import Engine
 from spot import SpotTrainer
@@ -279,6 +284,102 @@ def test_the_warm_start():
     spot_trainer.count_tokens(responses)
     spot_trainer.warm_start(0.2, WorkerTimer(), lambda tensors: None)
     assert spot_trainer.trainer.steps > 0
+
+
+# ---------------------------------------------------------------- memory, of the models of the GPU demo
+
+
+def demo_model(number: int) -> torch.nn.Module:
+    """Return a model of demo.MODELS on the device, in float32."""
+    with torch.device("meta"):
+        settings = {"dtype": torch.float32, "attn_implementation": "slots"}
+        model = AutoModelForCausalLM.from_config(demo.MODELS[number].config, **settings)
+    return model.eval().to(stand_in.NAME)
+
+
+def taken_now() -> int:
+    gc.collect()
+    return stand_in.memory.restart()
+
+
+class AnyTokens(Engine):
+    """An engine whose rounds emit so many tokens that speculation, which begins behind the first round, has to catch up
+    with hundreds; what they are does not matter.
+    """
+
+    def read_back(self, outcome, k):
+        n = len(self.running)
+        return [k] * n, [[7] * 300] * n, [[7] * k] * n
+
+
+def rollout_bytes(number: int, rows: int) -> tuple[int, int, int]:
+    """Roll out so many sequences of the demo's length -> bytes that the engine allocates, bytes that it takes at most,
+    and bytes that it plans for slots.
+    """
+    model = cast_weights(demo_model(number), torch.bfloat16)
+    made = Drafter(model)
+    before = taken_now()
+    context = demo.PROMPT + demo.MAX_NEW
+    settings = {"slots": rows, "context": context, "keep_hidden": True, "proposers": {"eagle": EagleProposer(made)}}
+    engine = AnyTokens(model, [5], **settings)
+    allocated = taken_now() - before
+    prompt = [7] * demo.PROMPT
+    groups = [Group(i, prompt, [8 * i + k for k in range(8)]) for i in range(rows // 8)]
+    plans = iter([DraftPlan()])
+    strategy = Strategy()
+    strategy.choose = lambda running: next(plans, DraftPlan("eagle", 4))
+    assert len(list(engine.generate(groups, Sampling(max_new=demo.MAX_NEW), strategy))) == rows
+    return allocated, stand_in.memory.most - before, rows * engine.slot_bytes(engine.tokens.shape[1])
+
+
+def update_bytes(number: int, tokens: int) -> tuple[int, int]:
+    """Return what forward and backward of so many tokens take beside weights and gradients, and what is planned."""
+    model = demo_model(number)
+    checkpoint_layers(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    length = demo.MAX_NEW - demo.PROMPT
+    responses = []
+    for i in range(tokens // demo.MAX_NEW):
+        responses.append(Response(i, 0, [7] * demo.PROMPT, [8] * length, torch.zeros(length), True))
+    before = taken_now()
+    with update_mode(model), autocast(stand_in.NAME, True):
+        logp, _ = token_scores(model, responses, 1.0)
+    logp.sum().backward()
+    return stand_in.memory.most - before, forward_bytes(model, tokens)
+
+
+def check_rollout_memory(number: int, rows: int = demo.ROWS) -> None:
+    """What a rollout takes is planned: slots, the drafter's copy of the head, and 1 GB for a round."""
+    config = demo.MODELS[number].config
+    allocated, most, slots = rollout_bytes(number, rows)
+    head = 2 * config.vocab_size * config.hidden_size
+    print(f"{config.hidden_size} wide, {rows} rows: {slots / 1e9:.2f} GB planned, {allocated / 1e9:.2f} taken")
+    print(f"a round: {demo.ROUND_BYTES / 1e9:.2f} GB planned, {(most - allocated - head) / 1e9:.2f} taken")
+    assert 0.9 * slots < allocated < slots
+    assert most < slots + head + demo.ROUND_BYTES
+
+
+def check_update_memory(number: int, tokens: int) -> None:
+    """What an update takes is planned, and not more than four times."""
+    counted, planned = update_bytes(number, tokens)
+    width = demo.MODELS[number].config.hidden_size
+    print(f"{width} wide, an update of {tokens} tokens: {planned / 1e9:.2f} GB planned, {counted / 1e9:.2f} taken")
+    assert planned / 4 < counted < planned
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_memory_is_planned(number, monkeypatch):
+    stand_in.without_values(monkeypatch)
+    check_rollout_memory(number)
+    check_update_memory(number, 16384 if number else 2048)
+
+
+def test_catching_up_takes_no_more_memory_with_more_rows(monkeypatch):
+    stand_in.without_values(monkeypatch)
+    check_rollout_memory(3, rows=96)
+    monkeypatch.setattr(EagleProposer, "ALL_PIECES", 1 << 20)
+    caught(check_rollout_memory, 3, rows=96)
 
 
 # ---------------------------------------------------------------- whole programs

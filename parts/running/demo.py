@@ -9,8 +9,9 @@ Memory of a GPU, in bytes:
     16 for each weight     float32 weights, gradients, Adam's two moments (with --shard divided by the workers)
      2 for each weight     the bfloat16 copy that generates
     18 for each weight     of the drafter, one layer and fc: learner, average, moments, bfloat16 copy
+    2 for each weight      of the policy's head: the drafter's sharpened copy
     up to 8e9              forward and backward of --micro-tokens with --gradient-checkpointing (logprobs.forward_bytes)
-    1.5e9                  what CUDA and NCCL take, and the logits of a round
+    1.5e9                  what CUDA and NCCL take, and the activations and logits of a round
 
 Of what is free beside these, four fifths hold sequences (rollout.Engine.affordable): keys, values and hidden states of
 MAX_NEW tokens and a prompt. At least ROWS of them must fit. So Qwen2.5-3B needs 18 x 3.1e9 = 56 GB and a
@@ -41,7 +42,8 @@ MAX_NEW = 1024
 PROMPT = 160  # tokens of a prompt of countdown-hard
 ROWS = 32
 MICRO_TOKENS = (16384, 8192, 4096, 2048)
-CUDA_BYTES = 1.5e9
+ROUND_BYTES = 1e9  # activations and logits of a round
+CUDA_BYTES = 0.5e9 + ROUND_BYTES
 LARGEST_FORWARD = 8 << 30  # what the engine leaves to it, see ReplicatedLayout.update_bytes
 ON_A_GPU = (
     f"--task countdown-hard --lr 1e-6 --max-new {MAX_NEW} --slots 256 --prompts 32 --samples 8 --steps 100 "
@@ -121,7 +123,8 @@ def plan(config, gpu: float, sharded_over: int = 1) -> Plan | None:
     weights = sum(p.numel() for p in model.parameters())
     layer = sum(p.numel() for p in model.get_decoder().layers[0].parameters())
     drafter = layer + 2 * config.hidden_size**2
-    held = 4 * weights / sharded_over + 2 * weights + 18 * drafter + CUDA_BYTES
+    head = config.vocab_size * config.hidden_size
+    held = 4 * weights / sharded_over + 2 * weights + 18 * drafter + 2 * head + CUDA_BYTES
     room = PROMPT + MAX_NEW + MAX_DRAFT_LEN + 1
     row = slot_bytes(config, room, MAX_DRAFT_LEN + 1, torch.bfloat16, drafters=1, keep_hidden=True)
     for tokens in MICRO_TOKENS:
