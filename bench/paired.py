@@ -3,7 +3,8 @@
 The steps behind the last checkpoint but one of --run (with --whole, or if there is none, all of them) are made twice
 more, without evaluations: plain, then with TLT again. So TLT is measured before and after the plain steps, and its
 seconds are the mean of both: a machine that slowly becomes faster or slower favours neither. --plain names a finished
-plain run instead; then nothing is made here.
+plain run instead; then nothing is made here. With --actor-dtype the rollout of both is in another type than the run's,
+so the steps of the run itself are not compared.
 
 In float32 all of them must make the same tokens, so the steps' digests are compared as well, and the held-out results
 that the runs have. The rollout's seconds are also shown by how many responses a worker was generating at once:
@@ -25,7 +26,7 @@ import torch
 
 from bench.harness import Metrics, Output, Result, device_of, read_metrics, tlt_command
 from parts.cli import UserError, flag
-from parts.engine.model_loading import actor_dtype
+from parts.engine.model_loading import ACTOR_DTYPES, actor_dtype
 from parts.running import checkpoints
 from parts.running.pictures import draw_timeline
 from parts.running.timers import Span
@@ -38,6 +39,7 @@ PHASES = {
     "step": ("step",),
 }
 COLUMNS = {"phase": "", "plain": ".2f", "tlt": ".2f", "ratio": ".2f"}
+ACTOR_TYPES = ("", *ACTOR_DTYPES)
 WITHOUT_TLT = ("--drafter", "off", "--strategy", "off", "--drafter-from", "")
 
 
@@ -46,6 +48,7 @@ class Config(Output):
     run: str = flag("runs/demo", "folder of the run")
     plain: str = flag("", "folder of a finished plain run; without it the steps are made here")
     whole: bool = flag(False, "compare from the first step")
+    actor_dtype: str = flag("", "of the weights that generate, in the repeated steps; empty: the run's", ACTOR_TYPES)
 
 
 def repeat(run: Path, folder: Path, whole: bool, flags: tuple = ()) -> None:
@@ -190,15 +193,19 @@ def in_bfloat16(run: Path, device: str) -> str:
 
 def measure(config: Config) -> Result:
     """Return a row for each phase, one for each range of responses at once, and one of checks."""
+    if config.plain and config.actor_dtype:
+        raise UserError("--actor-dtype: it is for the steps that are made here; with --plain none are")
     run = Path(config.run)
     if not (run / "trace.json").exists():
         raise UserError(f"--run {run}: no finished run of tlt.py there")
-    again = Path(config.run.rstrip("/") + "-again")
-    plain = Path(config.plain or config.run.rstrip("/") + "-plain")
-    with_tlt = [run]
+    name = config.run.rstrip("/") + (f"-{config.actor_dtype}" if config.actor_dtype else "")
+    again = Path(name + "-again")
+    plain = Path(config.plain or name + "-plain")
+    with_tlt = [] if config.actor_dtype else [run]
     if not config.plain:
-        repeat(run, plain, config.whole, WITHOUT_TLT)
-        repeat(run, again, config.whole)
+        flags = ("--actor-dtype", config.actor_dtype) if config.actor_dtype else ()
+        repeat(run, plain, config.whole, (*WITHOUT_TLT, *flags))
+        repeat(run, again, config.whole, flags)
         with_tlt.append(again)
     pair = read_pair(plain, *with_tlt)
     plain_spans = read_spans(plain)
@@ -209,7 +216,8 @@ def measure(config: Config) -> Result:
 
     last = pair.steps[-1]
     panels = {f"plain, step {last}": plain_spans[last], f"TLT, step {last}": tlt_spans[0][last]}
-    draw_timeline(panels, run / "paired.png")
+    picture = (again if config.actor_dtype else run) / "paired.png"
+    draw_timeline(panels, picture)
     device = device_of(run)
-    remarks = f"{remarks_on(pair, checks)}\nwrote {run}/paired.png{in_bfloat16(run, device)}"
+    remarks = f"{remarks_on(pair, checks)}\nwrote {picture}{in_bfloat16(with_tlt[-1], device)}"
     return Result(phases[-1]["ratio"], [*phases, *by_batch, checks], device, remarks)

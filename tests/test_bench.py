@@ -24,6 +24,7 @@ from rollout import Engine
     ("argv", "message"),
     [
         (["paired", "--run", "nowhere"], "nowhere: no finished run"),
+        (["paired", "--plain", "x", "--actor-dtype", "bfloat16"], "with --plain none are"),
         (["drafter", "--adaptive", "nowhere"], "nowhere: no metrics.jsonl"),
         (["engine", "--rounds", "0"], "--rounds 0"),
     ],
