@@ -34,6 +34,7 @@ from parts.tasks.answers import (
     LatexChecker,
     answer_tag,
     boxed_answer,
+    canonical,
     evaluate,
     last_number,
     stated_answer,
@@ -88,7 +89,7 @@ class Task:
     """The base class of tasks. A new one needs `problem` and `grade`, and a line in `make_task`."""
 
     # for search at test time; a task without them cannot be searched
-    step_end = ""  # the token that ends a step
+    step_end = ""  # the text that ends a step: every token that contains it does
     again = ""  # what stands between two attempts
     longest = 0  # tokens of an attempt, at most
 
@@ -118,7 +119,13 @@ class Countdown(Task):
 
     sizes: how many numbers, drawn evenly from this tuple. high: numbers are 1..high. The target is made by a random
     solution whose intermediate results are whole and at most 99.
+
+    For search at test time, in words: a line is a step, and equal expressions (see `canonical`) are equal answers.
     """
+
+    step_end = "\n"
+    again = "\nOnce more:\n"
+    longest = 640
 
     def __init__(self, sizes=(3, 3, 4), high=10):
         self.sizes = tuple(sizes)
@@ -132,6 +139,11 @@ class Countdown(Task):
             held_out = zlib.crc32(repr((sorted(numbers), target)).encode()) % 8 == 0
             if target and target not in numbers and held_out == (split == "test"):
                 return countdown_problem(numbers, target)
+
+    def final(self, text):
+        """As Task.final. An expression whose value is not the target is an answer, too: a wrong one."""
+        stated = answer_tag(text)
+        return None if stated is None else canonical(stated.strip())
 
     def grade(self, problem, text):
         numbers, target = problem.answer

@@ -1,4 +1,5 @@
-"""Merge a LoRA adapter in peft's format into its model: the result is an ordinary Hugging Face folder.
+"""Merge a LoRA adapter in peft's format into its model: the result is an ordinary Hugging Face folder, with the adapter
+again in adapter/.
 
 python -m base.merge --model runs/smollm2 --adapter base/searcher --out runs/searcher
 """
@@ -41,8 +42,7 @@ def main() -> None:
     card = Path(command.adapter) / "README.md"
 
     def fill(folder: Path) -> None:
-        model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+        checkpoints.save_policy(folder, model, tokenizer, weights)
         if card.exists():
             (folder / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
 

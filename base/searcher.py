@@ -114,13 +114,17 @@ def demonstrations(command: Command, tokenizer) -> list[Response]:
         text = in_words(trace(*problem.answer, rng, **noise), len(problem.answer[0]))
         tokens = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
         if len(tokens) <= command.longest:
-            prompt = encode_prompt(problem, tokenizer)
-            responses.append(Response(("train", len(responses)), 0, prompt, tokens, torch.zeros(len(tokens)), True))
+            responses.append(to_imitate(encode_prompt(problem, tokenizer), tokens))
             bar.update()
     bar.close()
     return in_batches_of_like_length(responses[:clean], command.batch, rng) + in_batches_of_like_length(
         responses[clean:], command.batch, rng
     )
+
+
+def to_imitate(prompt: list[int], tokens: list[int]) -> Response:
+    """Return a response that no policy made, for `train`."""
+    return Response("", 0, prompt, tokens, torch.zeros(len(tokens)), True)
 
 
 def in_batches_of_like_length(responses: list[Response], batch: int, rng: random.Random) -> list[Response]:
@@ -134,17 +138,16 @@ def in_batches_of_like_length(responses: list[Response], batch: int, rng: random
 # ---------------------------------------------------------------- training
 
 
-def train(model, responses: list[Response], command: Command) -> None:
-    """Train the adapter on the responses, a batch a step."""
+def train(model, batches: list[list[Response]], lr: float, bf16: bool, title: str = "searcher") -> None:
+    """Train the adapter, a batch a step. lr: learning rate after the warm-up; bf16: autocast; title: of the bar."""
     parameters = trainable_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=command.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    bar = tqdm(range(command.steps), desc="searcher", unit="step")
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    bar = tqdm(batches, desc=title, unit="step")
     average = None
-    for step in bar:
+    for step, batch in enumerate(bar):
         warm_up = min(1.0, (step + 1) / 10)
-        optimizer.param_groups[0]["lr"] = command.lr * warm_up * (1 - step / command.steps)
-        batch = responses[step * command.batch : (step + 1) * command.batch]
-        with autocast("cpu", command.bf16):
+        optimizer.param_groups[0]["lr"] = lr * warm_up * (1 - step / len(batches))
+        with autocast(model.device.type, bf16):
             logp, _ = token_scores(model, batch, 1.0)
         loss = -logp.mean()
         loss.backward()
@@ -170,7 +173,8 @@ def main() -> None:
     if command.start:
         lora.load(Path(command.start), model)
     model.eval()
-    train(model, responses, command)
+    batches = [responses[i : i + command.batch] for i in range(0, len(responses), command.batch)]
+    train(model, batches, command.lr, command.bf16)
     with torch.no_grad():
         for p in trainable_parameters(model):
             p.data = p.data.bfloat16()

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.cli import UserError, flag
+from parts.cli import UserError, check_at_least, flag
+from parts.engine.model_loading import ACTOR_DTYPES
 from test_time.strategies import SEARCHES
 
 COMMANDS = ["answer", "learn", "sweep", "speed", "report"]
@@ -16,8 +17,9 @@ class Config:
 
     command: str = flag("answer", "what to do", choices=COMMANDS, positional=True)
     model: str = flag("base/chain", "folder of the policy, which also holds its verifiers, drafter and revise/")
-    task: str = flag("chain", "chain or gsm8k")
+    task: str = flag("chain", "chain, gsm8k, or countdown, countdown-3, countdown-hard (for language models)")
     data: str = flag("", "folder of the task's data, if it needs any")
+    dtype: str = flag("auto", "of the policy's weights: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
     seed: int = flag(0, "seed of all sampling")
     prompt: str = flag("", "(answer) the question")
     strategy: str = flag("auto", "(answer) search strategy; auto: by predicted difficulty", choices=["auto", *SEARCHES])
@@ -25,9 +27,12 @@ class Config:
     budget: int = flag(1000, "(answer) mean tokens per question for auto; hard questions may get more")
     questions: int = flag(8000, "(learn) training questions")
     continuations: int = flag(2, "(learn) samples from the end of each step, which label it")
-    epochs: int = flag(12, "(learn) epochs of tuning the revision policy")
+    held_out: int = flag(200, "(learn) questions that the verifiers are measured on")
+    epochs: int = flag(12, "(learn) epochs of tuning the revision policy; 0: there will be none")
+    lora_rank: int = flag(0, "(learn) tune adapters of this rank, for language models; 0: all weights")
     drafter_seconds: float = flag(60.0, "(learn) training time of each drafter")
     count: int = flag(1000, "(sweep, speed) held-out questions")
+    most: int = flag(64, "(sweep) strategies with more attempts at a question are left out")
     seeds: int = flag(1, "(sweep) repetitions with other samples")
     chunk: int = flag(100, "(sweep) questions in one part of the work")
     workers: int = flag(2, "(sweep) processes")
@@ -35,6 +40,13 @@ class Config:
     verifier_noise: float = flag(0.2, "(sweep) share of the scores that are inverted for the noisy strategies")
     large: str = flag("", "(sweep) folder of a larger model to compare with")
     json: str = flag("runs/test-time.jsonl", "(sweep, report) file of the rows; speed writes its own beside it")
+
+    def __post_init__(self):
+        """Raises UserError."""
+        check_at_least(self, 1, "n", "questions", "continuations", "held_out", "count", "seeds", "chunk", "workers")
+        check_at_least(self, 0, "epochs", "lora_rank", "drafter_seconds")
+        if self.most not in (4, 8, 16, 32, 64):
+            raise UserError(f"--most {self.most}: must be 4, 8, 16, 32 or 64")
 
 
 def writable_folder(model: str) -> Path:

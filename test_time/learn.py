@@ -27,11 +27,14 @@ from typing import NamedTuple
 
 import torch
 
-from base import pretrain
+from base import pretrain, searcher
 from drafter import Drafter, warm_start
+from parts.devices import has_bfloat16_arithmetic, pick_device
 from parts.engine.interfaces import Group
 from parts.engine.model_loading import load_model
 from parts.engine.sampling import Sampling, sequence_seed
+from parts.running import checkpoints
+from parts.training import lora
 from tasks import make_task
 from test_time.attempts import shown_in_prompt
 from test_time.config import Config, writable_folder
@@ -49,17 +52,19 @@ def learn(config: Config) -> None:
     task = make_task(config.task, config.data)
     folder = writable_folder(config.model)
     rng = random.Random(config.seed)
-    solver = Solver(folder, task, speculate=False, verify=False)
+    solver = Solver(folder, task, speculate=False, verify=False, dtype=config.dtype)
     training = questions_of(solver, "train", 0, config.questions)
-    train_helpers(solver, training, questions_of(solver, "test", MILLION, 200), config)
+    train_helpers(solver, training, questions_of(solver, "test", MILLION, config.held_out), config)
+    if not config.epochs:
+        return
 
     questions = questions_of(solver, "train", 2 * MILLION, config.questions)
     for name, examples in revision_examples(solver, questions, rng).items():
-        tune(folder, name, examples, config.epochs, rng)
+        tune(folder, name, examples, config, rng)
 
-    reviser = Solver(folder / "revise", task, speculate=False, verify=False)
+    reviser = Solver(folder / "revise", task, speculate=False, verify=False, dtype=config.dtype)
     training = with_attempts(reviser, questions_of(reviser, "train", 3 * MILLION, config.questions), config.seed, rng)
-    held_out = with_attempts(reviser, questions_of(reviser, "test", 2 * MILLION, 200), config.seed, rng)
+    held_out = with_attempts(reviser, questions_of(reviser, "test", 2 * MILLION, config.held_out), config.seed, rng)
     train_helpers(reviser, training, held_out, config)
 
 
@@ -203,12 +208,20 @@ def choose_attempts(wrong: list[list[int]], target: list[int], rng: random.Rando
     return shown
 
 
-def tune(folder: Path, name: str, examples: list[Example], epochs: int, rng: random.Random) -> None:
-    """Tune the policy in the folder on the examples, and write it to folder/name."""
-    model, tokenizer = load_model(str(folder))
+def tune(folder: Path, name: str, examples: list[Example], config: Config, rng: random.Random) -> None:
+    """Tune the policy in the folder on the examples, and write it to folder/name. With --lora-rank adapters are tuned,
+    and merged into the weights. Raises UserError.
+    """
+    model, tokenizer = load_model(str(folder), pick_device())
+    if config.lora_rank:
+        lora.add(model, config.lora_rank, config.seed)
     plan = []
-    for _ in range(epochs):
+    for _ in range(config.epochs):
         plan += pretrain.batches(examples, 2048, rng)
-    pretrain.learn(model.train(), plan, 1.5e-3, name)
-    model.save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / name)
+    if config.lora_rank:
+        batches = [[searcher.to_imitate(*example) for example in batch] for batch in plan]
+        searcher.train(model, batches, 5e-4, has_bfloat16_arithmetic(), name)
+    else:
+        pretrain.learn(model.train(), plan, 1.5e-3, name)
+    weights = checkpoints.whole_weights(model)
+    checkpoints.save_folder(folder / name, lambda part: checkpoints.save_policy(part, model, tokenizer, weights))

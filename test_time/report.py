@@ -6,7 +6,7 @@ Tables are printed, pictures are written beside --json, and the choices for --st
     noise            by difficulty, with a good and a noisy verifier
     best             the best strategy by difficulty and budget
     speed            right against seconds, plain and with the drafter   (if `speed` has written its rows)
-    revisions        16 revisions: sequential against parallel           (with a revision policy)
+    revisions        sequential against parallel revisions               (with a revision policy)
     large            the small model with search against a larger one    (with a larger one)
 """
 
@@ -20,7 +20,7 @@ from parts.running.pictures import pyplot
 from test_time.config import Config, writable_folder
 from test_time.optimal import BINS, best_within
 from test_time.results import CHOICE_FILE, GREEDY, LARGE, Key, Results, write_choices
-from test_time.sweep import CHAIN_LENGTHS
+from test_time.sweep import chain_lengths
 
 
 def report(config: Config) -> None:
@@ -75,10 +75,11 @@ def print_budgets(results: Results, unit: str) -> None:
 
 
 def print_difficulty(results: Results) -> None:
-    """Print N = 16 by difficulty, and the effect of a noisy verifier on it."""
-    print("\nN = 16, right by difficulty (fifths by pass@1 in 16 other attempts)")
-    by_majority = [Key("parallel", 1, "majority"), Key("parallel", 16, "majority"), Key("parallel", 16, "max")]
-    weighted = [Key(name, 16, "weighted") for name in ("parallel", "beam", "noisy parallel", "noisy beam")]
+    """Print strategies with an equal number of attempts by difficulty, and the effect of a noisy verifier on them."""
+    n = results.compared
+    print(f"\nN = {n}, right by difficulty (fifths by pass@1 in 16 other attempts)")
+    by_majority = [Key("parallel", 1, "majority"), Key("parallel", n, "majority"), Key("parallel", n, "max")]
+    weighted = [Key(name, n, "weighted") for name in ("parallel", "beam", "noisy parallel", "noisy beam")]
     for key in by_majority + weighted:
         print(f"{f'{key.search} {key.n} {key.pick}':>28}  {numbers(results.by_bin(results.right[key]))}")
     lead = results.right[weighted[2]] - results.right[weighted[3]]
@@ -87,12 +88,13 @@ def print_difficulty(results: Results) -> None:
 
 
 def print_revisions(results: Results) -> None:
-    """Print whether revisions improve attempts, and sequential against parallel at 16 attempts."""
-    chains = results.attempts(Key("revise 16", 16, "weighted"))  # (Q, 16)
+    """Print whether revisions improve attempts, and sequential against parallel at an equal number of attempts."""
+    n = results.compared
+    chains = results.attempts(Key(f"revise {n}", n, "weighted"))  # (Q, n)
     print(f"\nrevisions, pass@1 by attempt: {numbers(chains.mean(0))}")
-    alone = results.attempts(Key("revise 1", 16, "weighted")).mean()
-    control = results.attempts(Key("refit parallel", 16, "majority")).mean()
-    before_tuning = results.attempts(Key("parallel", 16, "majority")).mean()
+    alone = results.attempts(Key("revise 1", n, "weighted")).mean()
+    control = results.attempts(Key("refit parallel", n, "majority")).mean()
+    before_tuning = results.attempts(Key("parallel", n, "majority")).mean()
     print(
         f"controls: the same policy without earlier attempts in the prompt {alone:.3f}, "
         f"tuned without them {control:.3f}, before tuning {before_tuning:.3f}"
@@ -101,8 +103,8 @@ def print_revisions(results: Results) -> None:
     revised = chains[:, 1:]
     to_wrong = 1 - revised[was_right].mean()
     print(f"right attempts revised to wrong {to_wrong:.1%}, wrong ones to right {revised[~was_right].mean():.1%}")
-    for length in CHAIN_LENGTHS:
-        keys = [Key(f"revise {length}", 16, how) for how in ("chains", "weighted", "majority")]
+    for length in chain_lengths(n):
+        keys = [Key(f"revise {length}", n, how) for how in ("chains", "weighted", "majority")]
         cells = "  ".join(f"{key.pick} {results.right[key].mean():.3f}" for key in keys)
         by_bin = numbers(results.by_bin(results.right[keys[0]]))
         print(f"{f'chains of {length}':>14}: {cells}   by difficulty {by_bin}")
@@ -194,12 +196,14 @@ BY_DIFFICULTY = {"xlabel": "difficulty (fifths; 5: hardest)", "xticks": range(BI
 
 
 def draw_noise(axis, results: Results) -> None:
-    """Draw the effect of noise on the verifier's scores, at N = 16."""
+    """Draw the effect of noise on the verifier's scores, at an equal number of attempts."""
     for noise, style, end in (("", "o-", ""), ("noisy ", "o--", ", noisy verifier")):
         for name, search in (("weighted", "parallel"), ("beam", "beam")):
-            right = results.right[Key(noise + search, 16, "weighted")]
+            right = results.right[Key(noise + search, results.compared, "weighted")]
             axis.plot(results.by_bin(right), style, label=name + end)
-    axis.set(title=f"N = 16; noise inverts {results.settings['noise']:.0%} of the scores", **BY_DIFFICULTY)
+    axis.set(
+        title=f"N = {results.compared}; noise inverts {results.settings['noise']:.0%} of the scores", **BY_DIFFICULTY
+    )
 
 
 def draw_best(axis, results: Results) -> None:
@@ -224,13 +228,15 @@ def draw_best(axis, results: Results) -> None:
 
 
 def draw_revisions(axis, results: Results) -> None:
-    """Draw 16 attempts of the revision policy, from 16 chains of one to one chain of 16."""
-    by_length = [results.by_bin(results.right[Key(f"revise {length}", 16, "chains")]) for length in CHAIN_LENGTHS]
+    """Draw n attempts of the revision policy, from n chains of one to one chain of n."""
+    n = results.compared
+    lengths = chain_lengths(n)
+    by_length = [results.by_bin(results.right[Key(f"revise {length}", n, "chains")]) for length in lengths]
     for b, rights in enumerate(zip(*by_length)):
-        axis.plot(CHAIN_LENGTHS, rights, "o-", label=f"difficulty {b + 1}")
-    ticks = [f"{length}:{16 // length}" for length in CHAIN_LENGTHS]
-    axis.set(xscale="log", xticks=CHAIN_LENGTHS, xticklabels=ticks, xlabel="sequential : parallel")
-    axis.set(title="16 attempts of the revision policy")
+        axis.plot(lengths, rights, "o-", label=f"difficulty {b + 1}")
+    ticks = [f"{length}:{n // length}" for length in lengths]
+    axis.set(xscale="log", xticks=lengths, xticklabels=ticks, xlabel="sequential : parallel")
+    axis.set(title=f"{n} attempts of the revision policy")
 
 
 def draw_large(axis, results: Results) -> None:

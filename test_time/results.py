@@ -63,7 +63,9 @@ class Results:
             self.cost["flops"][key] = np.array([row["flops"] for row in column], float)
         probes = self.columns[PROBE]
         self.settings = probes[0]
-        self.has_revisions = Key("revise 1", 16, "chains") in self.columns
+        # the number of attempts of the strategies that are compared at equal number
+        self.compared = max(key.n for key in self.columns if key.search == "noisy parallel")
+        self.has_revisions = Key("revise 1", self.compared, "chains") in self.columns
         self.times_larger = 0.0  # how many times more weights the large model has; 0: there is none
         if LARGE in self.columns:
             self.times_larger = self.columns[LARGE][0]["weights"] / probes[0]["weights"]

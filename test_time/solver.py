@@ -4,7 +4,7 @@
 rollout (a Request is a Group, since its attempts share a prefix), scores what was generated, adds it to the attempts
 and sends them back, until every search has returned.
 
-Whole attempts end at a stop token, steps also at the token that ends a step. Steps are decoded without speculation:
+Whole attempts end at a stop token, steps also at a token that ends a step. Steps are decoded without speculation:
 they are shorter than what the drafter would have to read before its first draft token (0.6 times the speed with it).
 
 --verifier-noise inverts a share of the verifier's scores, s -> 1 - s. Which ones depends only on the attempt's seed and
@@ -26,7 +26,7 @@ from drafter import Drafter, EagleProposer
 from parts.cli import UserError
 from parts.devices import pick_device
 from parts.engine.interfaces import Group, Response
-from parts.engine.model_loading import load_model, stop_tokens
+from parts.engine.model_loading import actor_dtype, cast_weights, load_model, stop_tokens
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.files import find_folder
 from rollout import Engine
@@ -54,25 +54,31 @@ class Solver:
     """A policy, its verifiers and its drafter, as far as they are in its folder.
 
     speculate, verify: whether to use the drafter and the verifiers. slots: sequences that run at once. noise: share of
-    the verifier's scores that are inverted. Raises UserError.
+    the verifier's scores that are inverted. dtype: of the policy's weights, one of ACTOR_DTYPES. Raises UserError.
     """
 
     def __init__(
-        self, folder, task: Task, speculate: bool = True, verify: bool = True, slots: int = 256, noise: float = 0.0
+        self,
+        folder,
+        task: Task,
+        speculate: bool = True,
+        verify: bool = True,
+        slots: int = 256,
+        noise: float = 0.0,
+        dtype: str = "auto",
     ):
         if not task.step_end:
             name = type(task).__name__.lower()
-            raise UserError(f"--task {name}: search needs a task with steps and final answers: chain or gsm8k")
+            raise UserError(f"--task {name}: search needs a task with steps and final answers: countdown, chain, gsm8k")
         self.task = task
         self.noise = noise
         self.max_new = task.longest
         self.folder = Path(find_folder(str(folder)))
-        self.policy, self.tokenizer = load_model(str(self.folder), pick_device())
+        device = pick_device()
+        self.policy, self.tokenizer = load_model(str(self.folder), device)
+        cast_weights(self.policy, actor_dtype(dtype, device))
         self.stops = stop_tokens(self.policy, self.tokenizer)
-        step_end = self.tokenizer.encode(task.step_end, add_special_tokens=False)
-        if len(step_end) != 1:
-            raise UserError(f"{self.folder}: {task.step_end!r}, the end of a step, is no single token of the tokenizer")
-        self.ends = self.stops | set(step_end)
+        self.ends = self.stops | self.tokens_with(task.step_end)  # the tokens that end a step
         self.separator = self.tokenizer.encode(task.again, add_special_tokens=False)  # between two attempts
         width = self.policy.config.hidden_size
         names = [name for name in VERIFIERS if verify and (self.folder / name).exists()]
@@ -89,6 +95,16 @@ class Solver:
         multiplied = weights_of(self.policy) - (0 if tied else weights_of(embedding))  # an embedding is only looked up
         self.sizes = ModelSizes(multiplied, weights_of(drafter), weights_of(self.verifiers.get("process")))
 
+    def tokens_with(self, text: str) -> set[int]:
+        """Return the ids of all tokens that contain a text: a line may end with "\\n", or with "\\n\\n". Raises
+        UserError if there is none.
+        """
+        texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
+        found = {token for token, written in enumerate(texts) if text in written}
+        if not found:
+            raise UserError(f"{self.folder}: the tokenizer has no token for {text!r}, which ends a step of this task")
+        return found
+
     def encode(self, problem: Problem) -> list[int]:
         """Return the token ids of a problem's prompt."""
         return encode_prompt(problem, self.tokenizer)
@@ -100,7 +116,8 @@ class Solver:
     def prepare(self, groups: list[Group], step: bool = False) -> None:
         """Make the engine ready for these groups. step: responses also end at the end of a step."""
         self.engine.set_stop_tokens(self.ends if step else self.stops)
-        self.engine.reserve(max(len(group.prompt) - group.response_prefix_len for group in groups) + self.max_new)
+        longest = max((len(group.prompt) - group.response_prefix_len for group in groups), default=0)
+        self.engine.reserve(longest + self.max_new)
 
     def generate(self, groups: list[Group], title: str = "", step: bool = False, greedy: bool = False):
         """Return an iterator of Responses, in the order in which they are finished. title: of a progress bar, "" for

@@ -43,27 +43,40 @@ def trials_of(solver: str, name: str, search: Callable, counts: tuple[int, ...],
     return [Trial(solver, name, n, partial(search, n=n), picks) for n in counts]
 
 
-CHAIN_LENGTHS = (1, 2, 4, 8, 16)  # among 16 revisions
+COMPARED = 16  # attempts of the strategies that are compared at equal number; fewer with a smaller --most
 MAJORITY = ("majority",)
 BY_SCORE = ("max", "weighted")
 CHAINS = ("chains", "weighted", "majority")
-TRIALS = [
-    *trials_of("base", "greedy", SEARCHES["greedy"], (1,), MAJORITY),
-    *trials_of("base", "probe", parallel, (1,), ("weighted",)),  # predicts difficulty
-    *trials_of("base", "oracle", parallel, (16,), ("weighted",)),  # determines the known difficulty
-    *trials_of("base", "parallel", parallel, (1, 2, 4, 8, 16, 32, 64), ("max", "weighted", "majority", "outcome")),
-    *trials_of("base", "beam", SEARCHES["beam"], (4, 8, 16, 32, 64), BY_SCORE),
-    *trials_of("base", "lookahead", SEARCHES["lookahead"], (4, 16), BY_SCORE),
-    *trials_of("base", "dvts", SEARCHES["dvts"], (16, 64), BY_SCORE),
-    *trials_of("noisy", "noisy parallel", parallel, (16,), BY_SCORE),
-    *trials_of("noisy", "noisy beam", SEARCHES["beam"], (16,), BY_SCORE),
-    *trials_of("revise", "revise 1", partial(revise, length=1), (4,), CHAINS),
-    *trials_of("revise", "revise 4", partial(revise, length=4), (4,), CHAINS),
-]
-for chain_length in CHAIN_LENGTHS:
-    TRIALS += trials_of("revise", f"revise {chain_length}", partial(revise, length=chain_length), (16,), CHAINS)
-TRIALS += trials_of("refit", "refit parallel", parallel, (1, 16), MAJORITY)  # the control, see learn.py
-TRIALS += trials_of("large", "large greedy", SEARCHES["greedy"], (1,), MAJORITY)
+
+
+def chain_lengths(n: int) -> list[int]:
+    """Return the lengths of the chains that n revisions are divided into: 1, 2, 4 ... n."""
+    return [2**i for i in range(n.bit_length())]
+
+
+def trials(most: int) -> list[Trial]:
+    """Return all trials with at most so many attempts, and those that determine the difficulty."""
+    compared = min(COMPARED, most)
+    found = [
+        *trials_of("base", "greedy", SEARCHES["greedy"], (1,), MAJORITY),
+        *trials_of("base", "parallel", parallel, (1, 2, 4, 8, 16, 32, 64), ("max", "weighted", "majority", "outcome")),
+        *trials_of("base", "beam", SEARCHES["beam"], (4, 8, 16, 32, 64), BY_SCORE),
+        *trials_of("base", "lookahead", SEARCHES["lookahead"], (4, 16), BY_SCORE),
+        *trials_of("base", "dvts", SEARCHES["dvts"], (compared, 64), BY_SCORE),
+        *trials_of("noisy", "noisy parallel", parallel, (compared,), BY_SCORE),
+        *trials_of("noisy", "noisy beam", SEARCHES["beam"], (compared,), BY_SCORE),
+    ]
+    for n, lengths in ((4, [1, 4]), (compared, chain_lengths(compared))):
+        for length in lengths:
+            found += trials_of("revise", f"revise {length}", partial(revise, length=length), (n,), CHAINS)
+    found += trials_of("refit", "refit parallel", parallel, (1, compared), MAJORITY)  # the control, see learn.py
+    found += trials_of("large", "large greedy", SEARCHES["greedy"], (1,), MAJORITY)
+    by_name = {(trial.name, trial.n): trial for trial in found if trial.n <= most}  # each once
+    difficulty = [
+        *trials_of("base", "probe", parallel, (1,), ("weighted",)),  # predicts it
+        *trials_of("base", "oracle", parallel, (16,), ("weighted",)),  # determines it
+    ]
+    return difficulty + list(by_name.values())
 
 
 # ---------------------------------------------------------------- sweep
@@ -111,9 +124,9 @@ def sweep_part(config: Config, folders: dict[str, Path], indices: list[int], see
     for name, folder in folders.items():
         if (folder / "config.json").exists():
             noise = config.verifier_noise if name == "noisy" else 0.0
-            solvers[name] = Solver(folder, task, speculate=False, noise=noise)
+            solvers[name] = Solver(folder, task, speculate=False, noise=noise, dtype=config.dtype)
     rows = []
-    for trial in TRIALS:
+    for trial in trials(config.most):
         if trial.solver in solvers:
             solver = solvers[trial.solver]
             samples = trial.name if trial.name in ("probe", "oracle") else "attempts"
@@ -154,8 +167,13 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 # ---------------------------------------------------------------- speed
 
-# the other searches decode step by step, without speculation
-TIMED = (("greedy", 1), ("parallel", 8), ("revise 1", 16), ("revise 4", 16), ("revise 16", 16))
+
+def timed(most: int) -> list[Trial]:
+    """Return the trials that are timed. All others decode step by step, without speculation."""
+    compared = min(COMPARED, most)
+    names = {("greedy", 1), ("parallel", min(8, most))}
+    names |= {(f"revise {length}", compared) for length in (1, 4, compared)}
+    return [trial for trial in trials(most) if (trial.name, trial.n) in names]
 
 
 def speed(config: Config) -> None:
@@ -166,11 +184,12 @@ def speed(config: Config) -> None:
     problems = [task.problem("test", 10**6 + i) for i in range(config.count)]
     solvers = {}  # by name: plain, speculative
     for name, path in (("base", folder), ("revise", folder / "revise")):
-        solvers[name] = [Solver(path, task, speculate=on, slots=64) for on in (False, True)]
+        if (path / "config.json").exists():
+            solvers[name] = [Solver(path, task, speculate=on, slots=64, dtype=config.dtype) for on in (False, True)]
     print(f"{'':>16} {'plain s':>8} {'spec. s':>8} {'ratio':>6} {'same':>7} {'MFLOPs plain / speculative':>28}")
     rows = []
-    for trial in TRIALS:
-        if (trial.name, trial.n) in TIMED:
+    for trial in timed(config.most):
+        if trial.solver in solvers:
             seconds, flops, same = time_trial(trial, solvers[trial.solver], problems, config.seed)
             print(
                 f"{f'{trial.name} {trial.n}':>16} {seconds[0]:8.4f} {seconds[1]:8.4f} {seconds[0] / seconds[1]:6.2f} "

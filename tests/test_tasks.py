@@ -19,10 +19,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import drafter
+import tasks
 import train_grpo
 from base.pretrain import make_tokenizer, trace
 from parts.cli import UserError
-from parts.tasks.answers import answer_tag, evaluate, last_number
+from parts.tasks.answers import answer_tag, canonical, evaluate, last_number
 from parts.tasks.data_files import read_jsonl
 from tasks import GSM8K, Countdown, Grade, Problem, encode_prompt, gsm8k_row, make_task
 from train_grpo import Worker, advantages
@@ -116,6 +117,58 @@ EXPRESSIONS = st.recursive(
 @given(EXPRESSIONS)
 def test_evaluate_agrees_with_an_independent_stack_machine(expression):
     assert evaluate(expression) == stack_machine(expression)
+
+
+def test_canonical_forms_by_hand():
+    same = {
+        "(3+4)*2": ["2*(3+4)", "(4+3)*2", "((4)+3) * 2"],
+        "2*3+2*4": ["2*4+3*2", "(2*3)+(4*2)"],
+        "3+5-4": ["5+3-4", "3-(4-5)", "5-(4-3)"],
+        "8/2/2": ["8/(2*2)"],
+        "(1+1)*8/4": ["8/(4/(1+1))"],
+        "29": ["29", "(29)"],
+    }
+    for form, expressions in same.items():
+        assert [canonical(expression) for expression in expressions] == [form] * len(expressions)
+    assert [canonical(text) for text in ("", "3(4)", "-3", "1/0", "7*3+8=29", "2**3")] == [None] * 6
+
+
+def turned(expression: str) -> str:
+    """Return a sum or product of two operands with their order changed, and everything else as it is."""
+    match = re.fullmatch(r"\((\d+|\(.*\))([+*])(\d+|\(.*\))\)", expression)
+    return f"({match[3]}{match[2]}{match[1]})" if match and evaluate(match[1]) and evaluate(match[3]) else expression
+
+
+def check_canonical(expression):
+    """A canonical form has the same value and numbers, is its own form, and is that of other orders of operands."""
+    form = tasks.canonical(expression)
+    if stack_machine(expression) is None:
+        assert form is None
+        return
+    value, numbers = evaluate(form)
+    assert (value, sorted(numbers)) == (stack_machine(expression)[0], sorted(stack_machine(expression)[1]))
+    assert tasks.canonical(form) == form == tasks.canonical(turned(expression))
+
+
+@cases(100)
+@given(EXPRESSIONS)
+def test_canonical_forms(expression):
+    check_canonical(expression)
+
+
+def test_wrong_canonical_forms_are_caught(monkeypatch):
+    monkeypatch.setattr(tasks, "canonical", lambda text: text)
+    caught(check_canonical, "(3*7)")
+    monkeypatch.setattr(tasks, "canonical", lambda text: canonical(text.replace("-", "+")))
+    caught(check_canonical, "(8-3)")
+
+
+def test_the_final_answer_of_a_search_in_words():
+    final = Countdown().final
+    assert final("<think>\n7*3=21\n</think>\n<answer> (7*3)+8 </answer>") == final("<answer>8+3*7</answer>") == "3*7+8"
+    assert final("<answer> 7*3 </answer>") == "3*7"  # wrong, but an answer
+    for text in ("", "7*3+8", "<answer>7*3+8", "<answer>twenty</answer>", "<answer>7*3+8=29</answer>"):
+        assert final(text) is None
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Search strategies, picking answers, the ledger, the verifier, the command. (The statistics: test_optimal.py.)"""
 
 import random
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from parts.cli import UserError
 from parts.engine.interfaces import Group
 from parts.engine.sampling import Sampling
 from tasks import Chain
-from test_time import strategies, verifier
+from test_time import learn, strategies, sweep, verifier
 from test_time.__main__ import main
 from test_time.attempts import Attempt, ModelSizes, pick, score, shown_in_prompt, vote
 from test_time.learn import labelled_steps, questions_of
@@ -373,7 +375,68 @@ def test_noise_inverts_its_share_of_the_scores_and_changes_no_token(solver):
     assert 0.17 < sum(changed) / len(changed) < 0.33
 
 
+class Words:
+    """A tokenizer of a few words, some of them with line breaks."""
+
+    TEXTS = ("<pad>", "\n", "\n\n", "a", ")\n", "b")
+
+    def __len__(self):
+        return len(self.TEXTS)
+
+    def batch_decode(self, rows):
+        return [self.TEXTS[token] for (token,) in rows]
+
+
+def check_ends(tokens_with):
+    """A step ends at every token that has a line break in it."""
+    solver = SimpleNamespace(tokenizer=Words(), folder="x")
+    assert tokens_with(solver, "\n") == {1, 2, 4}
+    with pytest.raises(UserError, match="no token for ';'"):
+        tokens_with(solver, ";")
+
+
+def test_steps_end_at_all_tokens_with_their_end():
+    check_ends(Solver.tokens_with)
+    caught(check_ends, lambda solver, text: {Words.TEXTS.index(text)})
+
+
 # ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("most", [4, 8, 64])
+def test_trials_of_a_sweep(most):
+    """Each strategy once, none with too many attempts, and those at equal number that the tables compare."""
+    found = [(trial.name, trial.n) for trial in sweep.trials(most)]
+    assert len(found) == len(set(found))
+    assert max(n for name, n in found if name != "oracle") == most
+    compared = min(16, most)
+    names = {name for name, n in found if n == compared}
+    assert {"parallel", "beam", "dvts", "noisy parallel", "noisy beam", "revise 1", f"revise {compared}"} <= names
+    assert {trial.name for trial in sweep.timed(most)} == {
+        "greedy",
+        "parallel",
+        *{f"revise {n}" for n in (1, 4, compared)},
+    }
+
+
+def test_learning_sweeping_and_reporting(capsys, monkeypatch, tmp_path):
+    """All commands on a policy of which nothing but the weights is there, with adapters for its revisions."""
+    folder = tmp_path / "policy"
+    parts_of_it = ("process", "outcome", "drafter", "revise", "refit", "choice.json")
+    shutil.copytree(FOLDER, folder, ignore=lambda path, names: [name for name in names if name in parts_of_it])
+    where = ("--model", str(folder), "--json", str(tmp_path / "rows.jsonl"))
+    monkeypatch.setattr(learn, "fit_verifier", partial(verifier.fit_verifier, steps=20))
+    few = ("--questions", "12", "--held-out", "2", "--continuations", "1", "--drafter-seconds", "0.2")
+    run_command(monkeypatch, "learn", *where, *few, "--epochs", "1", "--lora-rank", "2")
+    assert "AUC" in capsys.readouterr().out
+    run_command(monkeypatch, "sweep", *where, "--count", "20", "--chunk", "10", "--workers", "1", "--most", "4")
+    run_command(monkeypatch, "speed", *where, "--count", "2", "--most", "4")
+    run_command(monkeypatch, "report", *where)
+    text = capsys.readouterr().out
+    assert "revise 4 4" in text and "N = 4, right by difficulty" in text
+    assert (folder / "choice.json").exists() and (tmp_path / "rows-best.png").exists()
+    run_command(monkeypatch, "--prompt", "7:cfa=", "--budget", "100", "--model", str(folder))
+    assert "answer: " in capsys.readouterr().out
 
 
 def run_command(monkeypatch, *argv):
@@ -391,7 +454,10 @@ def test_answering_one_question(capsys, monkeypatch):
     "argv, message",
     [
         ([], "--prompt"),
-        (["--prompt", "x", "--task", "countdown"], "chain or gsm8k"),
+        (["--prompt", "x", "--task", "math", "--data", "nowhere.jsonl"], "search needs a task with steps"),
+        (["--prompt", "x", "--task", "countdown"], "no token for '.n', which ends a step"),
+        (["sweep", "--most", "5"], "--most 5: must be 4, 8, 16, 32 or 64"),
+        (["learn", "--held-out", "0"], "--held-out 0: must be at least 1"),
         (["--prompt", "7:cfa=", "--model", "base"], "no token for 'c' of the prompt '7:cfa='"),
         (["learn", "--model", "base/chain/drafter"], "no policy in this folder"),
         (["report", "--json", "nowhere.jsonl", "--model", str(FOLDER)], "test_time sweep"),

@@ -3,6 +3,7 @@
     answer_tag      what stands in <answer> </answer>
     boxed_answer    what stands in \\boxed{}
     evaluate        the value of + - * / over whole numbers
+    canonical       one form for all orders and brackets of the same sums and products
     last_number     the number that a text ends with
     LatexChecker         whether two answers in LaTeX are equal
 
@@ -90,12 +91,22 @@ OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast
 MAX_EXPRESSION = 120  # characters; with 6 numbers of 2 digits and all brackets one needs about 40
 
 
+# what a walk over a parsed expression may raise: ** and // are not in OPS, nor are calls such as 3(4), and signs; the
+# parser itself gives up on deep brackets
+NOT_ARITHMETIC = (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError)
+
+
+def parse(expression: str) -> ast.expr:
+    """Return the tree of an expression over whole numbers. Raises one of NOT_ARITHMETIC."""
+    if len(expression) > MAX_EXPRESSION or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
+        raise ValueError("not arithmetic")
+    return ast.parse(expression.strip(), mode="eval").body
+
+
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
     """Return (value, numbers used) of an arithmetic expression over whole numbers with + - * / and brackets; None if it
     is anything else. It is parsed by `ast` and evaluated over exact fractions.
     """
-    if len(expression) > MAX_EXPRESSION or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
-        return None
     numbers = []
 
     def walk(node):
@@ -106,11 +117,44 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
             return OPS[type(node.op)](walk(node.left), walk(node.right))
         raise ValueError(f"not arithmetic: {type(node).__name__}")
 
-    # the walk covers ** and // (not in OPS), calls such as 3(4), and signs; the parser itself gives up on deep brackets
     try:
-        return walk(ast.parse(expression.strip(), mode="eval").body), numbers
-    except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+        return walk(parse(expression)), numbers
+    except NOT_ARITHMETIC:
         return None
+
+
+# the operators of sums and of products: the first keeps an operand as it is, the second negates or inverts it
+SUM = {ast.Add: "+", ast.Sub: "-"}
+PRODUCT = {ast.Mult: "*", ast.Div: "/"}
+
+
+def operands(node: ast.expr, level: dict, kept: bool = True) -> list[tuple[bool, ast.expr]]:
+    """Return the operands of a sum or a product, brackets opened: (True if added or multiplied, operand)."""
+    if not (isinstance(node, ast.BinOp) and type(node.op) in level):
+        return [(kept, node)]
+    right_kept = kept == (type(node.op) in (ast.Add, ast.Mult))
+    return operands(node.left, level, kept) + operands(node.right, level, right_kept)
+
+
+def canonical(expression: str) -> str | None:
+    """Return one form for all expressions that differ only in the order and the brackets of their sums and products:
+    2*(3+4), (4+3)*2 and (3+4)*2 are the same answer, 2*3+2*4 is another one. None for what `evaluate` gives None.
+    """
+
+    def walk(node):
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        is_sum = type(node.op) in SUM
+        level = SUM if is_sum else PRODUCT
+        kept_sign, other_sign = level.values()
+        parts = []
+        for kept, operand in operands(node, level):
+            text = walk(operand)
+            in_brackets = not is_sum and isinstance(operand, ast.BinOp)
+            parts.append((not kept, f"({text})" if in_brackets else text))
+        return "".join((other_sign if other else kept_sign) + text for other, text in sorted(parts))[1:]
+
+    return walk(parse(expression)) if evaluate(expression) else None
 
 
 # ---------------------------------------------------------------- the number at a text's end
