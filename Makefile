@@ -111,6 +111,19 @@ test-time: .venv/installed  ## search at test time: 1,000 held-out questions, ev
 	$(RUN) -m test_time speed --count 24
 	$(RUN) -m test_time report
 
+# what `make search` does with a policy, $(1), and the name of its files, $(2)
+define search
+	$(RUN) -m test_time learn --model $(1) --task countdown-3 --slots 64 --questions 600 --held-out 16 --continuations 1 \
+		--epochs 1 --lora-rank 16 $(if $(wildcard runs/real/policy/drafter),--drafter-from runs/real/policy/drafter) $(ARGS)
+	$(RUN) -m test_time sweep --model $(1) --task countdown-3 --slots 64 --count 100 --chunk 50 --most 8 --json runs/$(2).jsonl $(ARGS)
+	$(RUN) -m test_time speed --model $(1) --task countdown-3 --count 8 --most 8 --json runs/$(2).jsonl $(ARGS)
+	$(RUN) -m test_time report --model $(1) --json runs/$(2).jsonl
+endef
+
+search: runs/searcher/config.json  ## search at test time with the real model, as it was taught and, behind `make real`, as it was trained (two hours on 2 cores)
+	$(call search,runs/searcher,search-taught)
+	$(if $(wildcard runs/real/policy),$(call search,runs/real/policy,search-trained))
+
 chain: .venv/installed  ## make base/chain/ again: policy, verifiers, revision policies, drafters
 	$(RUN) -m base.pretrain --task chain --layers 12 --noisy 190000 --out base/chain
 	$(RUN) -m test_time learn --epochs 4
@@ -125,4 +138,4 @@ base: .venv/installed  ## make base/ again: the tiny policy from scratch, and it
 clean:  ## remove runs and the virtual environment
 	rm -rf runs .venv .pytest_cache .hypothesis .ruff_cache __pycache__ */__pycache__
 
-.PHONY: help demo one-page test soak fuzz bench-quick bench seeds figures drafter test-time chain large base real searcher smollm2 bench-real bench-gpu vllm-check losses clean
+.PHONY: help demo one-page test soak fuzz bench-quick bench seeds figures drafter test-time search chain large base real searcher smollm2 bench-real bench-gpu vllm-check losses clean

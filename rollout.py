@@ -53,7 +53,7 @@ from parts.engine.interfaces import (
     Stats,
     Strategy,
 )
-from parts.engine.kv_cache import KVCache, TreeShape, sequences_that_fit, slot_bytes
+from parts.engine.kv_cache import KVCache, TreeShape, sequences_that_fit, slot_bytes, zeros_when_touched
 from parts.engine.model_loading import context_limit, too_long
 from parts.engine.parity import matches_own_code
 from parts.engine.sampling import Sampling, split_seeds
@@ -187,7 +187,7 @@ class Engine:
         self.tokens = torch.zeros(slots, max_len, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(slots, max_len, device=device)
         if self.keep_hidden:
-            self.hidden = torch.zeros(slots, max_len, config.hidden_size, dtype=dtype, device=device)
+            self.hidden = zeros_when_touched((slots, max_len, config.hidden_size), dtype, device)
         self.running_count = torch.zeros((), dtype=torch.long, device=device)
         for proposer in self.proposers.values():
             proposer.reserve(self, slots, max_len)

@@ -20,6 +20,7 @@ class Config:
     task: str = flag("chain", "chain, gsm8k, or countdown, countdown-3, countdown-hard (for language models)")
     data: str = flag("", "folder of the task's data, if it needs any")
     dtype: str = flag("auto", "of the policy's weights: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
+    slots: int = flag(256, "sequences that run at once")
     seed: int = flag(0, "seed of all sampling")
     prompt: str = flag("", "(answer) the question")
     strategy: str = flag("auto", "(answer) search strategy; auto: by predicted difficulty", choices=["auto", *SEARCHES])
@@ -30,6 +31,7 @@ class Config:
     held_out: int = flag(200, "(learn) questions that the verifiers are measured on")
     epochs: int = flag(12, "(learn) epochs of tuning the revision policy; 0: there will be none")
     lora_rank: int = flag(0, "(learn) tune adapters of this rank, for language models; 0: all weights")
+    drafter_from: str = flag("", "(learn) folder of a drafter to start from; empty: random weights")
     drafter_seconds: float = flag(60.0, "(learn) training time of each drafter")
     count: int = flag(1000, "(sweep, speed) held-out questions")
     most: int = flag(64, "(sweep) strategies with more attempts at a question are left out")
@@ -43,7 +45,9 @@ class Config:
 
     def __post_init__(self):
         """Raises UserError."""
-        check_at_least(self, 1, "n", "questions", "continuations", "held_out", "count", "seeds", "chunk", "workers")
+        check_at_least(
+            self, 1, "slots", "n", "questions", "continuations", "held_out", "count", "seeds", "chunk", "workers"
+        )
         check_at_least(self, 0, "epochs", "lora_rank", "drafter_seconds")
         if self.most not in (4, 8, 16, 32, 64):
             raise UserError(f"--most {self.most}: must be 4, 8, 16, 32 or 64")

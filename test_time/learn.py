@@ -52,7 +52,7 @@ def learn(config: Config) -> None:
     task = make_task(config.task, config.data)
     folder = writable_folder(config.model)
     rng = random.Random(config.seed)
-    solver = Solver(folder, task, speculate=False, verify=False, dtype=config.dtype)
+    solver = Solver(folder, task, speculate=False, verify=False, slots=config.slots, dtype=config.dtype)
     training = questions_of(solver, "train", 0, config.questions)
     train_helpers(solver, training, questions_of(solver, "test", MILLION, config.held_out), config)
     if not config.epochs:
@@ -62,7 +62,7 @@ def learn(config: Config) -> None:
     for name, examples in revision_examples(solver, questions, rng).items():
         tune(folder, name, examples, config, rng)
 
-    reviser = Solver(folder / "revise", task, speculate=False, verify=False, dtype=config.dtype)
+    reviser = Solver(folder / "revise", task, speculate=False, verify=False, slots=config.slots, dtype=config.dtype)
     training = with_attempts(reviser, questions_of(reviser, "train", 3 * MILLION, config.questions), config.seed, rng)
     held_out = with_attempts(reviser, questions_of(reviser, "test", 2 * MILLION, config.held_out), config.seed, rng)
     train_helpers(reviser, training, held_out, config)
@@ -166,6 +166,8 @@ def train_helpers(solver: Solver, training: list[Group], held_out: list[Group], 
 
     torch.manual_seed(config.seed)
     drafter = Drafter(solver.policy)
+    if config.drafter_from:
+        drafter.load(config.drafter_from)
     groups = with_seeds(training[:2000], 4, config.seed, "drafter")
     solver.prepare(groups)
     warm_start(drafter, solver.engine, groups, Sampling(max_new=solver.max_new), config.drafter_seconds, config.seed)

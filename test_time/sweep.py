@@ -124,7 +124,7 @@ def sweep_part(config: Config, folders: dict[str, Path], indices: list[int], see
     for name, folder in folders.items():
         if (folder / "config.json").exists():
             noise = config.verifier_noise if name == "noisy" else 0.0
-            solvers[name] = Solver(folder, task, speculate=False, noise=noise, dtype=config.dtype)
+            solvers[name] = Solver(folder, task, False, slots=config.slots, noise=noise, dtype=config.dtype)
     rows = []
     for trial in trials(config.most):
         if trial.solver in solvers:
@@ -185,7 +185,7 @@ def speed(config: Config) -> None:
     solvers = {}  # by name: plain, speculative
     for name, path in (("base", folder), ("revise", folder / "revise")):
         if (path / "config.json").exists():
-            solvers[name] = [Solver(path, task, speculate=on, slots=64, dtype=config.dtype) for on in (False, True)]
+            solvers[name] = [Solver(path, task, on, slots=64, dtype=config.dtype) for on in (False, True)]
     print(f"{'':>16} {'plain s':>8} {'spec. s':>8} {'ratio':>6} {'same':>7} {'MFLOPs plain / speculative':>28}")
     rows = []
     for trial in timed(config.most):

@@ -1,5 +1,8 @@
-"""An update in little memory: head and loss in slices, gradient checkpointing, sums in small messages."""
+"""An update in little memory: head and loss in slices, gradient checkpointing, sums in small messages; a cache that
+takes what is written.
+"""
 
+import mmap
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from transformers import GraniteConfig
 
 import train_grpo
 from parts.cli import UserError
+from parts.engine.kv_cache import zeros_when_touched
 from parts.engine.sampling import Sampling
 from parts.running import communication
 from parts.running.launcher import spawn
@@ -258,6 +262,34 @@ def test_entropies_equal_those_by_hand(slice_tokens, monkeypatch):
     caught(check_entropies, lambda model, responses, temperature: token_scores(model, responses, 1.0))
 
 
+def check_frozen_head(head: str, bf16: bool) -> None:
+    """A head that does not learn is computed once, and gradients below it are those below a head that does learn."""
+    gradients = []
+    for learns in (True, False):
+        model = model_with(head)
+        for p in model.lm_head.parameters():
+            p.requires_grad_(learns)
+        calls = []
+        model.lm_head.register_forward_hook(lambda module, args, out, calls=calls: calls.append(len(out)))
+        responses = make_responses(tiny(vocab_size=VOCAB))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+            logp = token_logprobs(model, responses, 0.7)
+        (logp * torch.linspace(-1, 1, len(logp))).sum().backward()
+        gradients.append([p.grad for p in model.get_decoder().parameters()])
+        assert sum(calls) == len(logp) * (2 if learns else 1)
+    for learned, frozen in zip(*gradients):
+        assert (learned - frozen).norm() <= (0.02 if bf16 else 1e-5) * learned.norm()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("head", ["own", "biased"])
+def test_a_head_that_does_not_learn_is_computed_once(head, bf16, small_slices, monkeypatch):
+    check_frozen_head(head, bf16)
+    right = logprobs.FrozenHead.apply
+    monkeypatch.setattr(logprobs.FrozenHead, "apply", lambda *args: right(*args[:3], 1.0, *args[4:]))
+    caught(check_frozen_head, head, bf16)  # without the temperature
+
+
 class Exponentials(TorchDispatchMode):
     """Counts calls of exp on tensors that have the vocabulary as a dimension."""
 
@@ -383,6 +415,39 @@ def check_estimate(estimate):
 def test_the_memory_of_an_update_is_estimated():
     check_estimate(forward_bytes)
     caught(check_estimate, lambda model, tokens: 12 * tokens * model.config.vocab_size)  # the logits alone
+
+
+# ---------------------------------------------------------------- the cache on a CPU
+
+
+def resident_megabytes() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * mmap.PAGESIZE / 2**20
+
+
+def check_untouched_pages(zeros) -> None:
+    """Of a cache for long sequences only what is written takes memory, and all of it is zero at first."""
+    before = resident_megabytes()
+    cache = zeros((4, 64, 1 << 19), torch.bfloat16, "cpu")  # 256 MB
+    cache[1, 2] = 1
+    assert resident_megabytes() - before < 32
+    assert not cache[2, 3].any() and cache[1, 2].all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_a_cache_takes_memory_when_it_is_written():
+    check_untouched_pages(zeros_when_touched)
+    caught(check_untouched_pages, lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (2, 3, 1, 7)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_zeros_of_any_shape(shape, dtype):
+    made = zeros_when_touched(shape, dtype, "cpu")
+    assert torch.equal(made, torch.zeros(shape, dtype=dtype))
+    part = made[:1]
+    del made
+    assert (part.fill_(2) == 2).all()  # a view keeps the memory alive
 
 
 # ---------------------------------------------------------------- sums over the workers

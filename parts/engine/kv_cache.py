@@ -14,6 +14,8 @@ heads per key/value head.
 Left out: paged memory (a slot holds a whole sequence), sliding windows, linear attention.
 """
 
+import math
+import mmap
 import sys
 from typing import NamedTuple
 
@@ -31,6 +33,17 @@ def kv_heads(config) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
+def zeros_when_touched(shape: tuple[int, ...], dtype: torch.dtype, device) -> torch.Tensor:
+    """Return `torch.zeros`. On a CPU a page of memory is taken when it is first written, so a slot takes what its
+    sequence needs, not what the longest one could need.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS") or not size:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # the tensor keeps it alive
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
 # ---------------------------------------------------------------- the cache
 
 
@@ -45,7 +58,7 @@ class KVCache:
         self.groups = config.num_attention_heads // self.heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (layers or config.num_hidden_layers, 2, slots, self.heads, max_len, width)
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.data = zeros_when_touched(shape, dtype, device)
         # views of each layer, made once because at batch 1 the time to make them shows: keys, values, both flattened
         self.views = [(k, v, k.flatten(0, 2), v.flatten(0, 2)) for k, v in self.data]
         self.minus_inf = torch.tensor(-torch.inf, dtype=dtype, device=device)  # the two values of a mask

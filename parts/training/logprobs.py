@@ -6,6 +6,11 @@ several tensors of that size at once. So head and loss go through the tokens in 
 when its log-probabilities are computed; the backward computes them once more. A small vocabulary fits one slice: there
 nothing is cut, and nothing is computed twice.
 
+A head that does not learn, as with LoRA, needs no second computation. The gradient of log p(y) to the hidden state is
+a vector of D numbers that is known as soon as the probabilities are, and it is kept instead (`FrozenHead`):
+
+    d log p(y) / d h = (W_y - sum over v of p_v W_v) / temperature
+
 The samples of a group have the same prompt. Where prompts are long, a micro-batch computes each different prompt once,
 and its responses attend to that prompt's keys and values, as in a rollout. Autograd sums what flows back into them, so
 log-probabilities and gradients are those of whole sequences, to rounding.
@@ -34,6 +39,41 @@ SLICE = 1 << 24  # logits in memory at once: 64 MB in float32
 WORTH_SHARING = 0.125  # share of a micro-batch's tokens that must be saved: below it, two forwards cost more than one
 
 
+def all_logprobs(head: Callable, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the log-probabilities (n, V) of all tokens, in float32. hidden (n, D)."""
+    logits = head(hidden).float()
+    if temperature != 1:  # a pass over all logits
+        logits = logits / temperature
+    return logits.log_softmax(-1)
+
+
+class FrozenHead(torch.autograd.Function):
+    """Log-probabilities and entropies of a head that does not learn: see the equation above."""
+
+    @staticmethod
+    def forward(context, hidden, targets, head: torch.nn.Linear, temperature: float, rows: int):
+        """hidden (N, D), targets (N,); rows: tokens in a slice -> both (N,)."""
+        logps = []
+        entropies = []
+        slopes = []  # d logp / d hidden, (n, D) each
+        for h, target in zip(hidden.split(rows), targets.split(rows)):
+            every = all_logprobs(head, h, temperature)  # (n, V)
+            p = every.exp()
+            logps.append(every.gather(1, target[:, None])[:, 0])
+            entropies.append(-(p * every).sum(-1))
+            mean = p.to(torch.result_type(h, head.weight)) @ head.weight  # (n, D)
+            slopes.append((head.weight[target] - mean) / temperature)
+        context.save_for_backward(torch.cat(slopes))
+        entropy = torch.cat(entropies)
+        context.mark_non_differentiable(entropy)
+        return torch.cat(logps), entropy
+
+    @staticmethod
+    def backward(context, gradient, _):
+        (slopes,) = context.saved_tensors
+        return gradient[:, None] * slopes, None, None, None, None
+
+
 def sliced_logprobs(
     head: Callable, vocab: int, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,13 +82,15 @@ def sliced_logprobs(
     """
 
     def of_slice(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        every = (head(hidden).float() / temperature).log_softmax(-1)  # (n, V)
+        every = all_logprobs(head, hidden, temperature)  # (n, V)
         logp = -F.nll_loss(every, targets, reduction="none")
         with torch.no_grad():  # last: when the backward recomputes the slice, it stops before this
             entropy = -(every.exp() * every).sum(-1)
         return logp, entropy
 
     rows = max(1, SLICE // vocab)
+    if type(head) is torch.nn.Linear and not head.weight.requires_grad and hidden.requires_grad:
+        return FrozenHead.apply(hidden, targets, head, temperature, rows)
     if len(hidden) <= rows:
         return of_slice(hidden, targets)
     slices = zip(hidden.split(rows), targets.split(rows))
