@@ -113,9 +113,9 @@ test-time: .venv/installed  ## search at test time: 1,000 held-out questions, ev
 
 # what `make search` does with a policy, $(1), and the name of its files, $(2)
 define search
-	$(RUN) -m test_time learn --model $(1) --task countdown-3 --slots 64 --questions 600 --held-out 16 --continuations 1 \
+	$(RUN) -m test_time learn --model $(1) --task countdown-3 --slots 32 --questions 500 --labelled 3 --held-out 16 --continuations 1 \
 		--epochs 1 --lora-rank 16 $(if $(wildcard runs/real/policy/drafter),--drafter-from runs/real/policy/drafter) $(ARGS)
-	$(RUN) -m test_time sweep --model $(1) --task countdown-3 --slots 64 --count 100 --chunk 50 --most 8 --json runs/$(2).jsonl $(ARGS)
+	$(RUN) -m test_time sweep --model $(1) --task countdown-3 --slots 32 --count 64 --chunk 32 --most 8 --json runs/$(2).jsonl $(ARGS)
 	$(RUN) -m test_time speed --model $(1) --task countdown-3 --count 8 --most 8 --json runs/$(2).jsonl $(ARGS)
 	$(RUN) -m test_time report --model $(1) --json runs/$(2).jsonl
 endef

@@ -28,11 +28,12 @@ class Config:
     budget: int = flag(1000, "(answer) mean tokens per question for auto; hard questions may get more")
     questions: int = flag(8000, "(learn) training questions")
     continuations: int = flag(2, "(learn) samples from the end of each step, which label it")
+    labelled: int = flag(0, "(learn) steps of each attempt that are labelled, beside its last; 0: all")
     held_out: int = flag(200, "(learn) questions that the verifiers are measured on")
     epochs: int = flag(12, "(learn) epochs of tuning the revision policy; 0: there will be none")
     lora_rank: int = flag(0, "(learn) tune adapters of this rank, for language models; 0: all weights")
     drafter_from: str = flag("", "(learn) folder of a drafter to start from; empty: random weights")
-    drafter_seconds: float = flag(60.0, "(learn) training time of each drafter")
+    drafter_seconds: float = flag(60.0, "(learn) training time of each drafter; 0: none")
     count: int = flag(1000, "(sweep, speed) held-out questions")
     most: int = flag(64, "(sweep) strategies with more attempts at a question are left out")
     seeds: int = flag(1, "(sweep) repetitions with other samples")
@@ -48,7 +49,7 @@ class Config:
         check_at_least(
             self, 1, "slots", "n", "questions", "continuations", "held_out", "count", "seeds", "chunk", "workers"
         )
-        check_at_least(self, 0, "epochs", "lora_rank", "drafter_seconds")
+        check_at_least(self, 0, "labelled", "epochs", "lora_rank", "drafter_seconds")
         if self.most not in (4, 8, 16, 32, 64):
             raise UserError(f"--most {self.most}: must be 4, 8, 16, 32 or 64")
 

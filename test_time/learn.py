@@ -12,6 +12,9 @@ Labelled steps, to train a verifier on and to measure it with:
               (Monte-Carlo). After the last step nothing is random any more, so its label is the outcome, 0 or 1
     outcome   whether the attempt was right in the end: the label of all its steps for the outcome verifier
 
+Attempts of a language model have dozens of steps, and samples are long. There it is better to label a few steps of many
+attempts than all steps of a few (--labelled); the others have no label, nan, and no part in the loss.
+
 The revision policy is tuned on prompts with a question and 0 to 4 attempts at it, with a right attempt as the target.
 The attempts in the prompt are wrong ones, as in the paper; in some prompts any number of them are right ones. A policy
 that has seen only wrong ones learns that whatever it is shown is wrong, and its second attempt is right less often than
@@ -19,6 +22,7 @@ its first (0.66 after 0.91).
 """
 
 import difflib
+import math
 import random
 from dataclasses import replace
 from functools import partial
@@ -104,15 +108,18 @@ class LabelledSteps(NamedTuple):
 
     features: torch.Tensor  # (S, 2 D + 2), see verifier.step_features
     counts: list[int]  # steps of each attempt
-    labels: torch.Tensor  # (S,)
+    labels: torch.Tensor  # (S,); nan: not labelled
     outcomes: torch.Tensor  # (S,)
     place: torch.Tensor  # (S, 2): index of the question, number of the step in its attempt
 
 
-def labelled_steps(solver: Solver, questions: list[Group], attempts: int, continuations: int, seed) -> LabelledSteps:
+def labelled_steps(
+    solver: Solver, questions: list[Group], attempts: int, continuations: int, seed, labelled: int = 0
+) -> LabelledSteps:
     """Make `attempts` attempts at each question, and `continuations` of each from the end of each step -> their steps.
-    seed: a number or a tuple.
+    seed: a number or a tuple; labelled: how many steps of an attempt are labelled, beside the last; 0: all.
     """
+    rng = random.Random(f"{seed} labelled")
     groups = with_seeds(questions, attempts, seed, "attempt")
     responses = sorted(solver.generate(groups, "attempts"), key=lambda r: (r.group, r.sample))
     features, counts = step_features(solver.policy, responses, [len(r.prompt) for r in responses], solver.ends)
@@ -122,9 +129,11 @@ def labelled_steps(solver: Solver, questions: list[Group], attempts: int, contin
     for n, r in enumerate(responses):
         label_of[n, len(r.tokens)] = float(solver.grade(r.problem, r.tokens))
         ends = [j + 1 for j, token in enumerate(r.tokens) if token in solver.ends]
+        inner = [j for j in ends if j < len(r.tokens)]
+        chosen = set(rng.sample(inner, labelled) if 0 < labelled < len(inner) else inner)
         for number, j in enumerate(ends):
             steps.append((n, number, j))
-            if j < len(r.tokens):
+            if j in chosen:
                 label_of[n, j] = 0.0
                 seeds = [sequence_seed(seed, "onward", r.group, r.sample, j, k) for k in range(continuations)]
                 prompt = r.prompt + r.tokens[:j]
@@ -132,7 +141,7 @@ def labelled_steps(solver: Solver, questions: list[Group], attempts: int, contin
     for r in solver.generate(groups, "continuations"):
         n, j = r.group
         label_of[n, j] += solver.grade(r.problem, responses[n].tokens[:j] + r.tokens) / continuations
-    labels = torch.tensor([label_of[n, j] for n, _, j in steps])
+    labels = torch.tensor([label_of.get((n, j), math.nan) for n, _, j in steps])
     outcomes = torch.tensor([label_of[n, len(responses[n].tokens)] for n, _, _ in steps])
     place = torch.tensor([(responses[n].group, number) for n, number, _ in steps])
     return LabelledSteps(features, counts, labels, outcomes, place)
@@ -145,7 +154,7 @@ def train_helpers(solver: Solver, training: list[Group], held_out: list[Group], 
     """Train both verifiers and the drafter on a policy's own attempts, write them into its folder, and print how well
     the verifiers tell good steps from bad ones.
     """
-    steps = labelled_steps(solver, training, 1, config.continuations, config.seed)
+    steps = labelled_steps(solver, training, 1, config.continuations, config.seed, config.labelled)
     without_logp = steps.features.clone()
     without_logp[:, -2:] = 0
     verifiers = {
@@ -155,7 +164,8 @@ def train_helpers(solver: Solver, training: list[Group], held_out: list[Group], 
     }
     for name in VERIFIERS:
         verifiers[name].save(solver.folder / name)
-    features, counts, labels, _, place = labelled_steps(solver, held_out, 8, 8, (config.seed, "held out"))
+    seed = (config.seed, "held out")
+    features, counts, labels, _, place = labelled_steps(solver, held_out, 8, 8, seed, config.labelled)
     print(f"{solver.folder}: AUC of steps of {len(held_out)} held-out questions   pooled   within question and step")
     scores = {name: verifier(features, counts) for name, verifier in verifiers.items()}
     logp = features[:, -2]
@@ -164,14 +174,24 @@ def train_helpers(solver: Solver, training: list[Group], held_out: list[Group], 
     for name, s in scores.items():
         print(f"{name:>50} {auc(s, labels):9.3f} {auc(s, labels, place):9.3f}")
 
+    train_drafter(solver, training, config)
+
+
+def train_drafter(solver: Solver, training: list[Group], config: Config) -> None:
+    """Write a drafter into the policy's folder: the one of --drafter-from, trained for --drafter-seconds. Raises
+    UserError.
+    """
     torch.manual_seed(config.seed)
     drafter = Drafter(solver.policy)
     if config.drafter_from:
         drafter.load(config.drafter_from)
-    groups = with_seeds(training[:2000], 4, config.seed, "drafter")
-    solver.prepare(groups)
-    warm_start(drafter, solver.engine, groups, Sampling(max_new=solver.max_new), config.drafter_seconds, config.seed)
-    drafter.save(solver.folder / "drafter")
+    if config.drafter_seconds:
+        groups = with_seeds(training[:2000], 4, config.seed, "drafter")
+        solver.prepare(groups)
+        sampling = Sampling(max_new=solver.max_new)
+        warm_start(drafter, solver.engine, groups, sampling, config.drafter_seconds, config.seed)
+    if config.drafter_from or config.drafter_seconds:
+        drafter.save(solver.folder / "drafter")
 
 
 # ---------------------------------------------------------------- the revision policy

@@ -120,8 +120,8 @@ def token_logprobs(policy, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[
 
 
 def fit_verifier(features, counts: list[int], labels, steps: int = 3000, lr: float = 2e-3, batch: int = 64) -> Verifier:
-    """Return a verifier trained on features (S, 2 D + 2) and soft labels (S,) of steps. counts: steps of each attempt;
-    steps: optimizer steps; batch: attempts in each of them.
+    """Return a verifier trained on features (S, 2 D + 2) and soft labels (S,) of steps, nan where there is none.
+    counts: steps of each attempt; steps: optimizer steps; batch: attempts in each of them.
     """
     torch.manual_seed(0)
     verifier = Verifier(features.shape[1] // 2 - 1)
@@ -133,8 +133,10 @@ def fit_verifier(features, counts: list[int], labels, steps: int = 3000, lr: flo
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         chosen = torch.randint(len(attempts), (batch,)).tolist()
         xs, ys = zip(*(attempts[i] for i in chosen))
-        scores = verifier(torch.cat(xs), [len(x) for x in xs])
-        loss = F.binary_cross_entropy(scores.clamp(1e-6, 1 - 1e-6), torch.cat(ys))
+        scores = verifier(torch.cat(xs), [len(x) for x in xs]).clamp(1e-6, 1 - 1e-6)
+        wanted = torch.cat(ys)
+        known = ~wanted.isnan()
+        loss = F.binary_cross_entropy(scores[known], wanted[known])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -355,11 +355,31 @@ def test_labels_are_soft_and_right_at_the_end(solver):
     assert torch.equal(labels[lasts], outcomes[lasts])  # nothing is random after the last step
 
 
+def test_few_steps_are_labelled_and_the_others_teach_nothing(solver, monkeypatch):
+    questions = questions_of(solver, "test", 0, len(PROBLEMS))
+    every = labelled_steps(solver, questions, 2, 4, 0)
+    some = labelled_steps(solver, questions, 2, 4, 0, labelled=2)
+    known = ~some.labels.isnan()
+    assert torch.equal(some.labels[known], every.labels[known])
+    shares = zip(known.split(some.counts), some.counts)
+    assert all(part.sum() == min(3, count) and part[-1] for part, count in shares)
+
+    def check():
+        fitted = verifier.fit_verifier(some.features, some.counts, some.labels, steps=20)
+        assert fitted(some.features, some.counts).isfinite().all()
+
+    check()
+    monkeypatch.setattr(torch.Tensor, "isnan", lambda x: torch.zeros_like(x, dtype=torch.bool))
+    caught(check)
+
+
 def test_auc_by_hand():
     labels = torch.tensor([1.0, 0.0, 1.0, 0.0])
     scores = torch.tensor([0.9, 0.8, 0.2, 0.1])
     place = torch.tensor([[0, 0], [0, 0], [1, 0], [1, 0]])
     assert verifier.auc(scores, labels) == 0.75 and verifier.auc(scores, labels, place) == 1.0
+    unknown = torch.tensor([1.0, torch.nan, 1.0, 0.0])
+    assert verifier.auc(scores, unknown, place) == 1.0 and verifier.auc(scores, unknown) == 1.0
     assert verifier.auc(torch.zeros(4), labels) == 0.5 and np.isnan(verifier.auc(scores, torch.ones(4)))
 
 
