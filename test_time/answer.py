@@ -24,7 +24,7 @@ def answer(config: Config) -> None:
     if not config.prompt:
         raise UserError('--prompt "7:cfa=": a question is needed')
     task = make_task(config.task, config.data)
-    solver = Solver(config.model, task)
+    solver = Solver(config.model, task, slots=config.slots, dtype=config.dtype)
     problem = Problem(config.prompt, config.prompt, None)
     solver.encode(problem)  # raises UserError for a symbol that the tokenizer does not have
     if not solver.verifiers and config.strategy not in ("majority", "greedy"):
@@ -46,7 +46,7 @@ def answer(config: Config) -> None:
     if search == "greedy":
         n = 1
     if search == "revise":
-        solver = Solver(solver.folder / "revise", task)
+        solver = Solver(solver.folder / "revise", task, slots=config.slots, dtype=config.dtype)
     attempts, ledger = solver.solve([problem], partial(SEARCHES[search], n=n), config.seed, "answer")[0]
     ledger += probe
     by_score = partial(score, aggregate=aggregate)

@@ -40,7 +40,7 @@ class Config:
     chunk: int = flag(100, "(sweep) questions in one part of the work")
     workers: int = flag(2, "(sweep) processes")
     aggregate: str = flag("last", "(sweep, answer) how steps' scores make an attempt's score", choices=AGGREGATES)
-    verifier_noise: float = flag(0.2, "(sweep) share of the scores that are inverted for the noisy strategies")
+    verifier_noise: float = flag(0.2, "(sweep) share of scores that the noisy strategies get inverted; 0: none run")
     large: str = flag("", "(sweep) folder of a larger model to compare with")
     json: str = flag("runs/test-time.jsonl", "(sweep, report) file of the rows; speed writes its own beside it")
 

@@ -3,8 +3,8 @@
 Tables are printed, pictures are written beside --json, and the choices for --strategy auto to --model/choice.json.
 
     tokens, flops    right against cost, all strategies
-    noise            by difficulty, with a good and a noisy verifier
     best             the best strategy by difficulty and budget
+    noise            by difficulty, with a good and a noisy verifier     (with --verifier-noise)
     speed            right against seconds, plain and with the drafter   (if `speed` has written its rows)
     revisions        sequential against parallel revisions               (with a revision policy)
     large            the small model with search against a larger one    (with a larger one)
@@ -79,12 +79,14 @@ def print_difficulty(results: Results) -> None:
     n = results.compared
     print(f"\nN = {n}, right by difficulty (fifths by pass@1 in 16 other attempts)")
     by_majority = [Key("parallel", 1, "majority"), Key("parallel", n, "majority"), Key("parallel", n, "max")]
-    weighted = [Key(name, n, "weighted") for name in ("parallel", "beam", "noisy parallel", "noisy beam")]
+    names = ["parallel", "beam"] + (["noisy parallel", "noisy beam"] if results.has_noise else [])
+    weighted = [Key(name, n, "weighted") for name in names]
     for key in by_majority + weighted:
         print(f"{f'{key.search} {key.n} {key.pick}':>28}  {numbers(results.by_bin(results.right[key]))}")
-    lead = results.right[weighted[2]] - results.right[weighted[3]]
-    print(f"{'noisy: parallel - beam, +-':>28}  {numbers(results.by_bin(lead))}")
-    print(f"{'':>28}  {numbers(results.by_bin(lead, results.interval))}")
+    if results.has_noise:
+        lead = results.right[weighted[2]] - results.right[weighted[3]]
+        print(f"{'noisy: parallel - beam, +-':>28}  {numbers(results.by_bin(lead))}")
+        print(f"{'':>28}  {numbers(results.by_bin(lead, results.interval))}")
 
 
 def print_revisions(results: Results) -> None:
@@ -128,7 +130,9 @@ def print_large(results: Results) -> None:
 def draw(results: Results, path: Path) -> list[Path]:
     """Write each picture to STEM-NAME.png beside the file of the rows -> the pictures."""
     accuracy = {unit: partial(draw_accuracy, unit=unit) for unit in ("tokens", "flops")}
-    panels = {**accuracy, "noise": draw_noise, "best": draw_best}
+    panels = {**accuracy, "best": draw_best}
+    if results.has_noise:
+        panels["noise"] = draw_noise
     speed_rows = path.with_suffix(".speed.jsonl")
     if speed_rows.exists():
         panels["speed"] = partial(draw_speed, rows=[json.loads(line) for line in speed_rows.read_text().splitlines()])

@@ -64,7 +64,8 @@ class Results:
         probes = self.columns[PROBE]
         self.settings = probes[0]
         # the number of attempts of the strategies that are compared at equal number
-        self.compared = max(key.n for key in self.columns if key.search == "noisy parallel")
+        self.compared = min(key.n for key in self.columns if key.search == "dvts")
+        self.has_noise = Key("noisy beam", self.compared, "weighted") in self.columns
         self.has_revisions = Key("revise 1", self.compared, "chains") in self.columns
         self.times_larger = 0.0  # how many times more weights the large model has; 0: there is none
         if LARGE in self.columns:

@@ -122,7 +122,7 @@ def sweep_part(config: Config, folders: dict[str, Path], indices: list[int], see
     problems = [task.problem("test", i) for i in indices]
     solvers = {}
     for name, folder in folders.items():
-        if (folder / "config.json").exists():
+        if (folder / "config.json").exists() and (name != "noisy" or config.verifier_noise):
             noise = config.verifier_noise if name == "noisy" else 0.0
             solvers[name] = Solver(folder, task, False, slots=config.slots, noise=noise, dtype=config.dtype)
     rows = []

@@ -67,6 +67,8 @@ WHAT_TO_EXPECT = """\
   to see    its drafter starts from random weights: the first rollout is plain, and behind the first three or four the
             drafter is trained (warm start). From then on `=` (speculative) replaces `#`, idle workers go on training it
             (`d`), and tokens per round rise. So do reward and lengths: the policy learns to go on searching
+  faster    ARGS="--actor-dtype bfloat16", on a CPU with AMX: rollouts take half the time or less; tokens with and
+            without TLT are then of the same distribution, not the same ones
 """
 
 
