@@ -52,7 +52,7 @@ import torch
 from tqdm import tqdm
 
 from parts.cli import UserError, check_above, check_at_least, check_package, flag, parse_flags, run
-from parts.devices import pick_device, send
+from parts.devices import keep_freed_memory, pick_device, send
 from parts.engine.forward import head_of
 from parts.engine.interfaces import Group, Response, Strategy
 from parts.engine.model_loading import (
@@ -333,6 +333,8 @@ class Worker:
         self.config = config
         self.timer = WorkerTimer(heartbeat)
         self.device = pick_device(config.device)
+        if self.device == "cpu":
+            keep_freed_memory()
         self.layout = LoRALayout(config) if config.lora_rank else ReplicatedLayout(config.actor_dtype)
         self.micro_batch_size = MicroBatchSize(config, self.rank)
 

@@ -3,13 +3,16 @@ takes what is written.
 """
 
 import mmap
+import platform
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LEARN, caught, run_in_process, tiny
+from conftest import LEARN, ROOT, caught, run_in_process, tiny
 from helpers import FAMILIES, by_name, check_equal, groups_of, token_logprobs
 from test_grpo import CONFIG, close, equal, gradient, logprobs_by_hand, make_responses
 from test_runs import check_same_run
@@ -448,6 +451,31 @@ def test_zeros_of_any_shape(shape, dtype):
     part = made[:1]
     del made
     assert (part.fill_(2) == 2).all()  # a view keeps the memory alive
+
+
+PAGES = """
+import resource, torch
+from parts.devices import keep_freed_memory
+{}
+for i in range(30):
+    if i == 25:  # by then malloc reuses the same place
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10 << 20)  # 40 MB, freed at once
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def check_pages_are_kept(call: str) -> None:
+    """A block of 40 MB that is freed and allocated again and again takes no new pages."""
+    command = [sys.executable, "-c", PAGES.format(call)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is meant")
+def test_freed_memory_is_kept():
+    check_pages_are_kept("keep_freed_memory()")
+    caught(check_pages_are_kept, "")
 
 
 # ---------------------------------------------------------------- sums over the workers
