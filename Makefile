@@ -8,6 +8,8 @@ MODEL ?= base
 START ?=
 DRAFTER ?= runs/drafter
 K ?= 4
+POLICY ?= runs/searcher
+SEARCH := --model $(POLICY) --task countdown-3 --most 8 --json runs/search-$(notdir $(POLICY)).jsonl
 SECONDS ?= 60
 SEEDS ?= 0 1 2
 OFTEN := --demo --eval-every 18
@@ -111,18 +113,12 @@ test-time: .venv/installed  ## search at test time: 1,000 held-out questions, ev
 	$(RUN) -m test_time speed --count 24
 	$(RUN) -m test_time report
 
-# what `make search` does with a policy, $(1), and the name of its files, $(2)
-define search
-	$(RUN) -m test_time learn --model $(1) --task countdown-3 --slots 32 --questions 500 --labelled 3 --held-out 16 --continuations 1 \
-		--epochs 1 --lora-rank 16 $(if $(wildcard runs/real/policy/drafter),--drafter-from runs/real/policy/drafter) $(ARGS)
-	$(RUN) -m test_time sweep --model $(1) --task countdown-3 --slots 32 --count 64 --chunk 32 --most 8 --json runs/$(2).jsonl $(ARGS)
-	$(RUN) -m test_time speed --model $(1) --task countdown-3 --count 8 --most 8 --json runs/$(2).jsonl $(ARGS)
-	$(RUN) -m test_time report --model $(1) --json runs/$(2).jsonl
-endef
-
-search: runs/searcher/config.json  ## search at test time with the real model, as it was taught and, behind `make real`, as it was trained (two hours on 2 cores)
-	$(call search,runs/searcher,search-taught)
-	$(if $(wildcard runs/real/policy),$(call search,runs/real/policy,search-trained))
+search: runs/searcher/config.json  ## search at test time with the real model (two hours on 2 cores; POLICY=runs/real/policy, ARGS="--dtype bfloat16" on a CPU with AMX)
+	$(RUN) -m test_time learn --model $(POLICY) --task countdown-3 --slots 32 --questions 300 --labelled 3 --held-out 4 \
+		--continuations 1 --epochs 1 --lora-rank 16 $(ARGS)
+	$(RUN) -m test_time sweep $(SEARCH) --slots 32 --count 48 --chunk 24 --verifier-noise 0 $(ARGS)
+	$(RUN) -m test_time speed $(SEARCH) --count 8 $(ARGS)
+	$(RUN) -m test_time report $(SEARCH)
 
 chain: .venv/installed  ## make base/chain/ again: policy, verifiers, revision policies, drafters
 	$(RUN) -m base.pretrain --task chain --layers 12 --noisy 190000 --out base/chain
