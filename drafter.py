@@ -464,7 +464,7 @@ def warm_start(drafter, engine: Engine, groups, sampling: Sampling, seconds: flo
     drafter.draft_vocab = counts.choose(draft_vocab)
     learner = drafter
     if drafter.fc.weight.dtype is not torch.float32:  # in bfloat16 most steps would be rounded away
-        learner = Drafter(drafter.policy, torch.float32)
+        learner = Drafter(engine.model, torch.float32)
         learner.load_state_dict(drafter.state_dict())
         learner.draft_vocab = drafter.draft_vocab
     trainer = DrafterTrainer(learner, seed=seed)

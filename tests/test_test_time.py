@@ -440,14 +440,16 @@ def test_trials_of_a_sweep(most):
 
 
 def test_learning_sweeping_and_reporting(capsys, monkeypatch, tmp_path):
-    """All commands on a policy of which nothing but the weights is there, with adapters for its revisions."""
+    """All commands on a policy of which nothing but the weights is there; its helpers are learned in bfloat16, with
+    adapters for its revisions.
+    """
     folder = tmp_path / "policy"
     parts_of_it = ("process", "outcome", "drafter", "revise", "refit", "choice.json")
     shutil.copytree(FOLDER, folder, ignore=lambda path, names: [name for name in names if name in parts_of_it])
     where = ("--model", str(folder), "--json", str(tmp_path / "rows.jsonl"))
     monkeypatch.setattr(learn, "fit_verifier", partial(verifier.fit_verifier, steps=20))
     few = ("--questions", "12", "--held-out", "2", "--continuations", "1", "--drafter-seconds", "0.2")
-    run_command(monkeypatch, "learn", *where, *few, "--epochs", "1", "--lora-rank", "2")
+    run_command(monkeypatch, "learn", *where, *few, "--epochs", "1", "--lora-rank", "2", "--dtype", "bfloat16")
     assert "AUC" in capsys.readouterr().out
     run_command(monkeypatch, "sweep", *where, "--count", "20", "--chunk", "10", "--workers", "1", "--most", "4")
     run_command(monkeypatch, "speed", *where, "--count", "2", "--most", "4")
