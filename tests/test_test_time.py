@@ -1,5 +1,6 @@
 """Search strategies, picking answers, the ledger, the verifier, the command. (The statistics: test_optimal.py.)"""
 
+import contextlib
 import random
 import shutil
 from dataclasses import replace
@@ -364,13 +365,13 @@ def test_few_steps_are_labelled_and_the_others_teach_nothing(solver, monkeypatch
     shares = zip(known.split(some.counts), some.counts)
     assert all(part.sum() == min(3, count) and part[-1] for part, count in shares)
 
-    def check():
-        fitted = verifier.fit_verifier(some.features, some.counts, some.labels, steps=20)
-        assert fitted(some.features, some.counts).isfinite().all()
+    def fit():
+        return verifier.fit_verifier(some.features, some.counts, some.labels, steps=20)
 
-    check()
+    assert fit()(some.features, some.counts).isfinite().all()
     monkeypatch.setattr(torch.Tensor, "isnan", lambda x: torch.zeros_like(x, dtype=torch.bool))
-    caught(check)
+    with pytest.raises(RuntimeError, match="between 0 and 1"):
+        fit()
 
 
 def test_auc_by_hand():
@@ -439,6 +440,16 @@ def test_trials_of_a_sweep(most):
     }
 
 
+class ThisProcess(contextlib.nullcontext):
+    """Stands for a pool of processes."""
+
+    def __init__(self, workers, mp_context):
+        super().__init__(self)
+
+    def map(self, function, *iterables):
+        return map(function, *iterables)
+
+
 def test_learning_sweeping_and_reporting(capsys, monkeypatch, tmp_path):
     """All commands on a policy of which nothing but the weights is there; its helpers are learned in bfloat16, with
     adapters for its revisions.
@@ -448,11 +459,12 @@ def test_learning_sweeping_and_reporting(capsys, monkeypatch, tmp_path):
     shutil.copytree(FOLDER, folder, ignore=lambda path, names: [name for name in names if name in parts_of_it])
     where = ("--model", str(folder), "--json", str(tmp_path / "rows.jsonl"))
     monkeypatch.setattr(learn, "fit_verifier", partial(verifier.fit_verifier, steps=20))
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", ThisProcess)
     few = ("--questions", "12", "--held-out", "2", "--continuations", "1", "--drafter-seconds", "0.2")
     run_command(monkeypatch, "learn", *where, *few, "--epochs", "1", "--lora-rank", "2", "--dtype", "bfloat16")
     assert "AUC" in capsys.readouterr().out
-    run_command(monkeypatch, "sweep", *where, "--count", "20", "--chunk", "10", "--workers", "1", "--most", "4")
-    run_command(monkeypatch, "speed", *where, "--count", "2", "--most", "4")
+    run_command(monkeypatch, "sweep", *where, "--count", "10", "--chunk", "10", "--workers", "1", "--most", "4")
+    run_command(monkeypatch, "speed", *where, "--count", "1", "--most", "4")
     run_command(monkeypatch, "report", *where)
     text = capsys.readouterr().out
     assert "revise 4 4" in text and "N = 4, right by difficulty" in text
