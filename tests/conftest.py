@@ -136,7 +136,14 @@ def chain_policy(tmp_path_factory):
 
 # `make test` gives each file to one of several processes. The long files come first, so that at the end no process
 # works on one of them alone.
-LONG = ("test_runs.py", "test_bench.py", "test_harm.py", "test_verdicts.py", "test_acceptance.py")
+LONG = (
+    "test_runs.py",
+    "test_stand_in.py",
+    "test_bench.py",
+    "test_harm.py",
+    "test_verdicts.py",
+    "test_acceptance.py",
+)
 
 
 def pytest_collection_modifyitems(items) -> None:
