@@ -124,7 +124,7 @@ chain: .venv/installed  ## make base/chain/ again: policy, verifiers, revision p
 	$(RUN) -m base.pretrain --task chain --layers 12 --noisy 190000 --out base/chain
 	$(RUN) -m test_time learn --epochs 4
 
-large: .venv/installed  ## a policy 14 times larger, by the same recipe, that `make test-time` compares with (half an hour on 2 cores)
+large: .venv/installed  ## a policy 14 times larger, by the same recipe, that `make test-time` compares with (about an hour)
 	$(RUN) -m base.pretrain --task chain --layers 11 --width 256 --noisy 190000 --lr 1.5e-3 --out runs/chain-large
 
 base: .venv/installed  ## make base/ again: the tiny policy from scratch, and its drafter (half an hour on 2 cores)
