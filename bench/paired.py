@@ -216,8 +216,8 @@ def measure(config: Config) -> Result:
 
     last = pair.steps[-1]
     panels = {f"plain, step {last}": plain_spans[last], f"TLT, step {last}": tlt_spans[0][last]}
-    picture = (again if config.actor_dtype else run) / "paired.png"
+    picture = with_tlt[0] / "paired.png"
     draw_timeline(panels, picture)
     device = device_of(run)
-    remarks = f"{remarks_on(pair, checks)}\nwrote {picture}{in_bfloat16(with_tlt[-1], device)}"
+    remarks = f"{remarks_on(pair, checks)}\nwrote {picture}{in_bfloat16(with_tlt[0], device)}"
     return Result(phases[-1]["ratio"], [*phases, *by_batch, checks], device, remarks)

@@ -85,7 +85,9 @@ def trials(most: int) -> list[Trial]:
 def sweep(config: Config) -> None:
     """Run all trials, the questions divided among --workers processes, and write the rows. Raises UserError."""
     folder = Path(find_folder(config.model))
-    folders = {"base": folder, "noisy": folder, "revise": folder / "revise", "refit": folder / "refit"}
+    folders = {"base": folder, "revise": folder / "revise", "refit": folder / "refit"}
+    if config.verifier_noise:
+        folders["noisy"] = folder
     if config.large:
         folders["large"] = Path(find_folder(config.large, "--large"))
         if not folders["large"].is_dir():
@@ -122,7 +124,7 @@ def sweep_part(config: Config, folders: dict[str, Path], indices: list[int], see
     problems = [task.problem("test", i) for i in indices]
     solvers = {}
     for name, folder in folders.items():
-        if (folder / "config.json").exists() and (name != "noisy" or config.verifier_noise):
+        if (folder / "config.json").exists():
             noise = config.verifier_noise if name == "noisy" else 0.0
             solvers[name] = Solver(folder, task, False, slots=config.slots, noise=noise, dtype=config.dtype)
     rows = []
