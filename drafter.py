@@ -44,7 +44,7 @@ from parts.engine.forward import logit_scale
 from parts.engine.fused_layers import FusedLayer, JoinedLinear, PackedLinear, as_one_linear, fuse
 from parts.engine.interfaces import DraftPlan, Group, Proposer, Strategy, describe_stats
 from parts.engine.kv_cache import CacheWindow, KVCache, attention_inputs, kv_heads
-from parts.engine.model_loading import ACTOR_DTYPES, actor_dtype, cast_weights, load_model, stop_tokens
+from parts.engine.model_loading import ACTOR_DTYPES, load_actor, stop_tokens
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.files import load_weights, read_notes, save_weights
 from parts.training.drafter_data import FeatureBuffer, PackedBatch, TokenCounts, block_mask, embedding_scale
@@ -512,8 +512,7 @@ def main() -> None:
     torch.manual_seed(command.seed)
     task = make_task(command.task, command.data, command.columns)
     device = pick_device()
-    model, tokenizer = load_model(command.model, device)
-    cast_weights(model, actor_dtype(command.dtype, device))
+    model, tokenizer = load_actor(command.model, device, command.dtype)
     drafter = Drafter(model)
     if command.start:
         drafter.load(command.start)

@@ -23,7 +23,7 @@ from drafter import Drafter, EagleProposer
 from parts.cli import UserError, check_at_least, flag, parse_flags, run
 from parts.devices import pick_device
 from parts.engine.interfaces import MAX_DRAFT_LEN, DraftPlan, Group, RoundTrace, Strategy, describe_stats
-from parts.engine.model_loading import ACTOR_DTYPES, actor_dtype, cast_weights, load_model, stop_tokens
+from parts.engine.model_loading import ACTOR_DTYPES, load_actor, stop_tokens
 from parts.engine.sampling import Sampling, sequence_seed
 from rollout import Engine
 from tasks import encode
@@ -133,8 +133,7 @@ def main() -> None:
     """Generate responses to one prompt."""
     command = parse_flags(Command, __doc__)
     device = pick_device()
-    model, tokenizer = load_model(command.model, device)
-    cast_weights(model, actor_dtype(command.dtype, device))
+    model, tokenizer = load_actor(command.model, device, command.dtype)
     proposers = {}
     strategy = Strategy()
     if command.drafter:

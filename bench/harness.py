@@ -21,7 +21,7 @@ from drafter import Drafter, EagleProposer, warm_start
 from parts.cli import UserError, check_at_least, flag
 from parts.devices import pick_device
 from parts.engine.interfaces import DraftPlan, Group, Response, RoundReport, Sequence, Stats, Strategy
-from parts.engine.model_loading import ACTOR_DTYPES, actor_dtype, cast_weights, load_model, stop_tokens
+from parts.engine.model_loading import ACTOR_DTYPES, load_actor, stop_tokens
 from parts.engine.ngram import NgramProposer
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.files import ROOT, find_folder
@@ -241,9 +241,7 @@ class Policy(NamedTuple):
 def load(config: Settings) -> Policy:
     """Return the policy without a drafter, on the device and in the type that the settings name. Raises UserError."""
     torch.set_num_threads(config.threads)
-    device = pick_device(config.device)
-    model, tokenizer = load_model(config.model, device)
-    return Policy(cast_weights(model, actor_dtype(config.actor_dtype, device)), tokenizer)
+    return Policy(*load_actor(config.model, pick_device(config.device), config.actor_dtype))
 
 
 def own_drafter(model: str) -> Path | None:

@@ -27,6 +27,7 @@ class Config:
     n: int = flag(16, "(answer) number of attempts N, unless --strategy is auto")
     budget: int = flag(1000, "(answer) mean tokens per question for auto; hard questions may get more")
     questions: int = flag(8000, "(learn) training questions")
+    attempts: int = flag(1, "(learn) attempts at each question that the verifiers are trained on")
     continuations: int = flag(2, "(learn) samples from the end of each step, which label it")
     labelled: int = flag(0, "(learn) steps of each attempt that are labelled, beside its last; 0: all")
     held_out: int = flag(200, "(learn) questions that the verifiers are measured on")
@@ -46,9 +47,8 @@ class Config:
 
     def __post_init__(self):
         """Raises UserError."""
-        check_at_least(
-            self, 1, "slots", "n", "questions", "continuations", "held_out", "count", "seeds", "chunk", "workers"
-        )
+        check_at_least(self, 1, "slots", "n", "questions", "attempts", "continuations", "held_out")
+        check_at_least(self, 1, "count", "seeds", "chunk", "workers")
         check_at_least(self, 0, "labelled", "epochs", "lora_rank", "drafter_seconds")
         if self.most not in (4, 8, 16, 32, 64):
             raise UserError(f"--most {self.most}: must be 4, 8, 16, 32 or 64")

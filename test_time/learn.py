@@ -12,8 +12,10 @@ Labelled steps, to train a verifier on and to measure it with:
               (Monte-Carlo). After the last step nothing is random any more, so its label is the outcome, 0 or 1
     outcome   whether the attempt was right in the end: the label of all its steps for the outcome verifier
 
-Attempts of a language model have dozens of steps, and samples are long. There it is better to label a few steps of many
-attempts than all steps of a few (--labelled); the others have no label, nan, and no part in the loss.
+Attempts of a language model have dozens of steps, and samples are long. There it is better to continue from a few steps
+of many attempts (--labelled, --attempts) than from all steps of a few. The label of a step from which nothing continues
+is the outcome: the attempt itself is one sample that continues from there, c = 1. Verifiers are measured on steps with
+c samples only.
 
 The revision policy is tuned on prompts with a question and 0 to 4 attempts at it, with a right attempt as the target.
 The attempts in the prompt are wrong ones, as in the paper; in some prompts any number of them are right ones. A policy
@@ -108,7 +110,7 @@ class LabelledSteps(NamedTuple):
 
     features: torch.Tensor  # (S, 2 D + 2), see verifier.step_features
     counts: list[int]  # steps of each attempt
-    labels: torch.Tensor  # (S,); nan: not labelled
+    labels: torch.Tensor  # (S,); nan: of a step from which nothing continues
     outcomes: torch.Tensor  # (S,)
     place: torch.Tensor  # (S, 2): index of the question, number of the step in its attempt
 
@@ -154,13 +156,14 @@ def train_helpers(solver: Solver, training: list[Group], held_out: list[Group], 
     """Train both verifiers and the drafter on a policy's own attempts, write them into its folder, and print how well
     the verifiers tell good steps from bad ones.
     """
-    steps = labelled_steps(solver, training, 1, config.continuations, config.seed, config.labelled)
+    steps = labelled_steps(solver, training, config.attempts, config.continuations, config.seed, config.labelled)
+    labels = torch.where(steps.labels.isnan(), steps.outcomes, steps.labels)
     without_logp = steps.features.clone()
     without_logp[:, -2:] = 0
     verifiers = {
-        "process": fit_verifier(steps.features, steps.counts, steps.labels),
+        "process": fit_verifier(steps.features, steps.counts, labels),
         "outcome": fit_verifier(steps.features, steps.counts, steps.outcomes),
-        "hidden states only": fit_verifier(without_logp, steps.counts, steps.labels),
+        "hidden states only": fit_verifier(without_logp, steps.counts, labels),
     }
     for name in VERIFIERS:
         verifiers[name].save(solver.folder / name)

@@ -26,7 +26,7 @@ from drafter import Drafter, EagleProposer
 from parts.cli import UserError
 from parts.devices import pick_device
 from parts.engine.interfaces import Group, Response
-from parts.engine.model_loading import actor_dtype, cast_weights, load_model, stop_tokens
+from parts.engine.model_loading import load_actor, stop_tokens
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.files import find_folder
 from rollout import Engine
@@ -74,9 +74,7 @@ class Solver:
         self.noise = noise
         self.max_new = task.longest
         self.folder = Path(find_folder(str(folder)))
-        device = pick_device()
-        self.policy, self.tokenizer = load_model(str(self.folder), device)
-        cast_weights(self.policy, actor_dtype(dtype, device))
+        self.policy, self.tokenizer = load_actor(str(self.folder), pick_device(), dtype)
         self.stops = stop_tokens(self.policy, self.tokenizer)
         self.ends = self.stops | self.tokens_with(task.step_end)  # the tokens that end a step
         self.separator = self.tokenizer.encode(task.again, add_special_tokens=False)  # between two attempts

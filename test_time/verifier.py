@@ -120,8 +120,8 @@ def token_logprobs(policy, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[
 
 
 def fit_verifier(features, counts: list[int], labels, steps: int = 3000, lr: float = 2e-3, batch: int = 64) -> Verifier:
-    """Return a verifier trained on features (S, 2 D + 2) and soft labels (S,) of steps, nan where there is none.
-    counts: steps of each attempt; steps: optimizer steps; batch: attempts in each of them.
+    """Return a verifier trained on features (S, 2 D + 2) and soft labels (S,) of steps. counts: steps of each attempt;
+    steps: optimizer steps; batch: attempts in each of them.
     """
     torch.manual_seed(0)
     verifier = Verifier(features.shape[1] // 2 - 1)
@@ -134,9 +134,7 @@ def fit_verifier(features, counts: list[int], labels, steps: int = 3000, lr: flo
         chosen = torch.randint(len(attempts), (batch,)).tolist()
         xs, ys = zip(*(attempts[i] for i in chosen))
         scores = verifier(torch.cat(xs), [len(x) for x in xs]).clamp(1e-6, 1 - 1e-6)
-        wanted = torch.cat(ys)
-        known = ~wanted.isnan()
-        loss = F.binary_cross_entropy(scores[known], wanted[known])
+        loss = F.binary_cross_entropy(scores, torch.cat(ys))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -195,13 +195,13 @@ def check_tables_load_on_their_device(monkeypatch):
         for device, wanted in (("auto", "cuda"), ("cuda", "cuda"), ("cpu", "cpu")):
             places = []
 
-            def load_model(name, device="cpu", dtype=torch.float32, places=places):
+            def load_actor(name, device="cpu", dtype="auto", places=places):
                 places.append(device)
                 raise Loaded
 
             with monkeypatch.context() as patch:
                 fake_gpus(patch, 1)
-                patch.setattr(harness, "load_model", load_model)
+                patch.setattr(harness, "load_actor", load_actor)
                 module = TABLES[name]
                 config = replace(module.Config(), model="base", device=device)
                 with pytest.raises(Loaded):
@@ -213,7 +213,7 @@ def test_tables_generate_where_device_says(monkeypatch):
     threads = torch.get_num_threads()
     check_tables_load_on_their_device(monkeypatch)
     for module in (harness, engine, real):
-        monkeypatch.setattr(module, "load", lambda config: harness.load_model(config.model))
+        monkeypatch.setattr(module, "load", lambda config: harness.load_actor(config.model))
     caught(check_tables_load_on_their_device, monkeypatch)
     torch.set_num_threads(threads)
 

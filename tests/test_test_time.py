@@ -23,6 +23,7 @@ from tasks import Chain
 from test_time import learn, strategies, sweep, verifier
 from test_time.__main__ import main
 from test_time.attempts import Attempt, ModelSizes, pick, score, shown_in_prompt, vote
+from test_time.config import Config
 from test_time.learn import labelled_steps, questions_of
 from test_time.solver import Solver
 from test_time.strategies import beam, parallel, revise
@@ -356,7 +357,7 @@ def test_labels_are_soft_and_right_at_the_end(solver):
     assert torch.equal(labels[lasts], outcomes[lasts])  # nothing is random after the last step
 
 
-def test_few_steps_are_labelled_and_the_others_teach_nothing(solver, monkeypatch):
+def test_few_steps_are_labelled_by_samples_and_the_others_by_the_outcome(solver, monkeypatch, tmp_path):
     questions = questions_of(solver, "test", 0, len(PROBLEMS))
     every = labelled_steps(solver, questions, 2, 4, 0)
     some = labelled_steps(solver, questions, 2, 4, 0, labelled=2)
@@ -365,13 +366,19 @@ def test_few_steps_are_labelled_and_the_others_teach_nothing(solver, monkeypatch
     shares = zip(known.split(some.counts), some.counts)
     assert all(part.sum() == min(3, count) and part[-1] for part, count in shares)
 
-    def fit():
-        return verifier.fit_verifier(some.features, some.counts, some.labels, steps=20)
+    fitted = {}
 
-    assert fit()(some.features, some.counts).isfinite().all()
-    monkeypatch.setattr(torch.Tensor, "isnan", lambda x: torch.zeros_like(x, dtype=torch.bool))
-    with pytest.raises(RuntimeError, match="between 0 and 1"):
-        fit()
+    def fit(features, counts, labels):
+        fitted[len(fitted)] = labels
+        return verifier.Verifier(solver.policy.config.hidden_size)
+
+    monkeypatch.setattr(learn, "fit_verifier", fit)
+    monkeypatch.setattr(solver, "folder", tmp_path)
+    settings = Config("learn", attempts=2, labelled=2, continuations=4, drafter_seconds=0.0)
+    learn.train_helpers(solver, questions, questions, settings)
+    process, outcome, _ = fitted.values()
+    assert torch.equal(outcome, some.outcomes)
+    assert torch.equal(process[known], some.labels[known]) and torch.equal(process[~known], some.outcomes[~known])
 
 
 def test_auc_by_hand():

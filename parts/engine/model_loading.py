@@ -280,6 +280,12 @@ def cast_weights(model, dtype: torch.dtype):
     return model
 
 
+def load_actor(name: str, device: str, dtype: str):
+    """As `load_model`, in the type that an actor has there. dtype: one of ACTOR_DTYPES. Raises UserError."""
+    model, tokenizer = load_model(name, device)
+    return cast_weights(model, actor_dtype(dtype, device)), tokenizer
+
+
 def decode(tokens: list[int], tokenizer) -> str:
     """Return the text of token ids, special tokens included. A policy may have ids that its tokenizer does not know."""
     known = len(tokenizer)
