@@ -14,6 +14,7 @@ import torch
 from conftest import cases, caught
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import rollout
 from parts.cli import UserError
@@ -379,6 +380,19 @@ def test_few_steps_are_labelled_by_samples_and_the_others_by_the_outcome(solver,
     process, outcome, _ = fitted.values()
     assert torch.equal(outcome, some.outcomes)
     assert torch.equal(process[known], some.labels[known]) and torch.equal(process[~known], some.outcomes[~known])
+
+
+def test_a_drafter_is_trained_further_from_the_one_that_is_named(solver, monkeypatch, tmp_path):
+    def check():
+        settings = Config("learn", drafter_from=str(FOLDER / "drafter"), drafter_seconds=0.0)
+        learn.train_drafter(solver, [], settings)
+        started, saved = (load_file(folder / "drafter/drafter.safetensors") for folder in (FOLDER, tmp_path))
+        assert all(torch.equal(started[name], saved[name]) for name in started)
+
+    monkeypatch.setattr(solver, "folder", tmp_path)
+    check()
+    monkeypatch.setattr(learn.Drafter, "load", lambda self, folder: None)
+    caught(check)
 
 
 def test_auc_by_hand():
