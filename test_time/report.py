@@ -19,7 +19,7 @@ import numpy as np
 from parts.running.pictures import pyplot
 from test_time.config import Config, writable_folder
 from test_time.optimal import BINS, best_within
-from test_time.results import CHOICE_FILE, GREEDY, LARGE, Key, Results, write_choices
+from test_time.results import CANDIDATES, CHOICE_FILE, GREEDY, LARGE, Key, Results, write_choices
 from test_time.sweep import chain_lengths
 
 
@@ -28,8 +28,10 @@ def report(config: Config) -> None:
     folder = writable_folder(config.model)
     results = Results(config.json)
     print_strategies(results)
+    print_gains(results)
     for unit in ("tokens", "flops"):
         print_budgets(results, unit)
+    print_savings(results)
     write_choices(results, folder)
     print_difficulty(results)
     if results.has_revisions:
@@ -58,6 +60,27 @@ def print_strategies(results: Results) -> None:
         print(f"{line} {results.cost['tokens'][key].mean():8.0f} {results.cost['flops'][key].mean() / 1e6:8.0f}")
 
 
+def print_gains(results: Results, count: int = 6) -> None:
+    """Print the strategies that are right most often, of those that take no more tokens than N samples, and how much
+    more often than one sample and than the majority of N.
+    """
+    n = results.compared
+    tokens = {key: cost.mean() for key, cost in results.cost["tokens"].items()}
+    one, majority = Key("parallel", 1, "majority"), Key("parallel", n, "majority")
+    keys = [key for key in results.right if key.search in CANDIDATES or key.search.startswith("revise")]
+    affordable = [key for key in keys if tokens[key] <= 1.01 * tokens[majority]]
+    affordable.sort(key=lambda key: -results.right[key].mean())
+    print(f"\nthe best within the tokens of {n} samples, {tokens[majority]:.0f}: how much more often right than")
+    print(f"{'':>34} {'right':>7} {'tokens':>7} {'one sample':>18} {f'the majority of {n}':>20}")
+    for key in affordable[:count]:
+        right = results.right[key]
+        gains = ""
+        for other in (one, majority):
+            gain = right - results.right[other]
+            gains += f"   {gain.mean():+.3f} +- {results.interval(gain):.3f}"
+        print(f"{f'{key.search} {key.n} {key.pick}':>34} {right.mean():7.3f} {tokens[key]:7.0f} {gains}")
+
+
 def print_budgets(results: Results, unit: str) -> None:
     """Print the best single strategy, and what the choice by difficulty adds, at equal budget."""
     print(f"\nthe best single strategy and the compute-optimal choice, at equal budget in {unit}")
@@ -72,6 +95,13 @@ def print_budgets(results: Results, unit: str) -> None:
             gain = right.mean() - single.right.mean()
             line += f" {right.mean():8.3f} ({gain:+.3f} +- {results.interval(right - single.right):.3f})"
         print(line)
+
+
+def print_savings(results: Results) -> None:
+    """Print how many tokens best-of-N needs for the accuracy of the compute-optimal choice."""
+    print("\nbest-of-N's tokens / those of the compute-optimal choice (predicted difficulty), for the same accuracy")
+    for accuracy, tokens, best_of_n in results.savings():
+        print(f"{accuracy:8.3f} {best_of_n:8.0f} / {tokens:.0f} = {best_of_n / tokens:.1f}")
 
 
 def print_difficulty(results: Results) -> None:
@@ -122,6 +152,8 @@ def print_large(results: Results) -> None:
         gain = small - large  # (Q,)
         cells = numbers(results.by_bin(gain), "+.3f")
         print(f"{version:>6} R = {ratio:<5} {samples:6.1f} samples   all {gain.mean():+.3f}   by difficulty  {cells}")
+        cells = numbers(results.by_bin(gain, results.interval))
+        print(f"{'':>29} 95 % +- {results.interval(gain):.3f} {'':>16} {cells}")
 
 
 # ---------------------------------------------------------------- pictures

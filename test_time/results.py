@@ -108,6 +108,28 @@ class Results:
         probe_cost = self.cost[unit][PROBE] if difficulty == "predicted" else 0.0
         return optimal.compute_optimal(right, cost, bins, self.folds, budget, probe_cost, self.question)
 
+    def savings(self) -> Iterator[tuple[float, float, float]]:
+        """Yield for each budget: the accuracy of the compute-optimal choice by predicted difficulty, its tokens, and
+        the tokens that best-of-N takes for the same accuracy. With N samples, best-of-N picks by the larger of the
+        sums of scores ("weighted") or by the largest score ("max"), whichever is right more often. Between two N it is
+        interpolated, linearly in the logarithm of the tokens; an accuracy that it does not reach is left out.
+        """
+        tokens = []
+        rights = []
+        for n in sorted({key.n for key in self.right if key.search == "parallel"}):
+            keys = [Key("parallel", n, how) for how in ("max", "weighted")]
+            tokens.append(self.cost["tokens"][keys[0]].mean())
+            rights.append(max(self.right[key].mean() for key in keys))
+        rising = np.append(True, rights[1:] > np.maximum.accumulate(rights)[:-1])  # more samples that gain nothing
+        curve = np.array(rights)[rising], np.log(tokens)[rising]
+        found = {}  # accuracy -> tokens: several budgets may have the same choice
+        for budget in self.budgets("tokens"):
+            best = self.optimal("tokens", budget, "predicted")
+            if best and curve[0][0] < best.right.mean() <= curve[0][-1]:
+                found.setdefault(best.right.mean(), best.cost.mean())
+        for accuracy, paid in found.items():
+            yield accuracy, paid, np.exp(np.interp(accuracy, *curve))
+
     def matched(self) -> Iterator[tuple[str, float, float, np.ndarray]]:
         """Yield the small model, compute-optimal by predicted difficulty, at the FLOPs of one sample of the large one:
         (version of the formula, tokens inferred per token of training, samples of the small model, right (Q,)).

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tasks import Chain
 from test_time import optimal
 from test_time.optimal import compute_optimal, interval, matched_samples, quintiles
+from test_time.results import Key, Results
 from test_time.sweep import distinct
 
 
@@ -103,3 +104,26 @@ def test_rows_of_a_question_are_not_independent():
     assert once == pytest.approx(interval(np.tile(x, 3), np.tile(question, 3)))
     assert once == pytest.approx(1.96 * x.std() / 60**0.5, rel=0.2)
     assert interval(np.tile(x, 3), np.arange(180)) < 0.7 * once  # as if they were independent
+
+
+def test_savings_by_hand():
+    """Best-of-1, 2, 4, 8 with 10, 20, 40, 80 tokens; four samples are no better than two."""
+    rights = {1: 0.2, 2: 0.4, 4: 0.4, 8: 0.8}
+
+    class Fake:
+        right = {}
+        cost = {"tokens": {}}
+        choices = {1: None, 2: (0.2, 9), 3: (0.4, 15), 4: (0.6, 16), 5: (0.6, 16), 6: (0.9, 50)}
+        budgets = staticmethod(lambda unit: [1, 2, 3, 4, 5, 6])
+
+        def optimal(self, unit, budget, difficulty):
+            found = self.choices[budget]
+            return found and optimal.Optimal(np.array([found[0]]), np.array([found[1]]), {})
+
+    for n, right in rights.items():
+        Fake.right[Key("parallel", n, "max")] = np.array([right])
+        Fake.right[Key("parallel", n, "weighted")] = np.array([right - 0.05])
+        Fake.cost["tokens"][Key("parallel", n, "max")] = np.array([10.0 * n])
+    savings = list(Results.savings(Fake()))
+    # 0.4 takes two samples; half way from 0.4 to 0.8 is the geometric mean of 20 and 80 tokens; 0.9 is out of reach
+    assert np.allclose(savings, [(0.4, 15, 20), (0.6, 16, 40)])
