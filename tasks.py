@@ -26,6 +26,7 @@ import math
 import random
 import re
 import zlib
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from parts.cli import UserError, check_package, flag, reason
@@ -97,6 +98,10 @@ class Task:
         """Return the index-th problem of "train" or "test", the same every time."""
         raise NotImplementedError
 
+    def identity(self, problem: Problem) -> Hashable:
+        """Return what two problems share if they are the same question."""
+        return problem.prompt
+
     def count(self, split: str) -> int | None:
         """Return how many problems a split has; None: they are made as needed, without end."""
         return None
@@ -139,6 +144,11 @@ class Countdown(Task):
             held_out = zlib.crc32(repr((sorted(numbers), target)).encode()) % 8 == 0
             if target and target not in numbers and held_out == (split == "test"):
                 return countdown_problem(numbers, target)
+
+    def identity(self, problem):
+        """As Task.identity: the order of the numbers makes no other question."""
+        numbers, target = problem.answer
+        return tuple(sorted(numbers)), target
 
     def final(self, text):
         """As Task.final. An expression whose value is not the target is an answer, too: a wrong one."""

@@ -93,8 +93,10 @@ def pick(attempts: Sequence[Attempt], how: str, aggregate: str = "last") -> str 
 class ModelSizes(NamedTuple):
     """The number of weights that a token (of the verifier: a step) is multiplied with."""
 
-    policy: int
-    drafter: int
+    policy: int  # without its head
+    head: int  # for tokens that are sampled or verified; to prefill a prompt takes no logits
+    drafter: int  # without a head
+    draft_head: int  # the rows of the policy's head that belong to the draft vocabulary
     verifier: int
 
 
@@ -105,23 +107,26 @@ class Ledger:
     prefill: int = 0  # policy tokens
     decode: int = 0  # policy tokens emitted
     rejected: int = 0  # policy tokens spent on rejected draft tokens
-    drafter: int = 0  # drafter tokens
+    drafter: int = 0  # drafter tokens: those it reads and those it drafts
+    drafted: int = 0  # draft tokens
     verifier: int = 0  # steps
     seconds: float = 0.0
 
     def charge(self, response: Response, steps: int) -> None:
-        """Add a response, and the steps of it that were verified. Prefill is shared, and added by group."""
+        """Add a response, and the steps of it that were verified. Prompts are shared, and added by group."""
         self.decode += len(response.tokens)
         self.rejected += response.rounds + response.draft_tokens - len(response.tokens)
         if response.draft_tokens:
-            caught_up = len(response.prompt) + len(response.tokens)  # tokens for which the drafter computed entries
-            self.drafter += response.draft_tokens + caught_up
+            self.drafter += response.draft_tokens + len(response.tokens)
+            self.drafted += response.draft_tokens
         self.verifier += steps
 
     def flops(self, sizes: ModelSizes) -> float:
         """Return 2 x weights x tokens."""
-        policy_tokens = self.prefill + self.decode + self.rejected
-        return 2.0 * (sizes.policy * policy_tokens + sizes.drafter * self.drafter + sizes.verifier * self.verifier)
+        sampled = self.decode + self.rejected
+        policy = sizes.policy * (self.prefill + sampled) + sizes.head * sampled
+        drafter = sizes.drafter * self.drafter + sizes.draft_head * self.drafted
+        return 2.0 * (policy + drafter + sizes.verifier * self.verifier)
 
     def __add__(self, other: "Ledger") -> "Ledger":
         """Return the costs of both."""

@@ -88,10 +88,14 @@ class Solver:
         proposers = {"eagle": EagleProposer(drafter)} if drafter else {}
         self.strategy = Goodput(plans_for(["eagle"])) if drafter else None  # how far to draft in whole attempts
         self.engine = Engine(self.policy, self.stops, slots, keep_hidden=True, proposers=proposers, frozen=True)
-        embedding = self.policy.get_input_embeddings()
-        tied = embedding.weight is self.policy.get_output_embeddings().weight
-        multiplied = weights_of(self.policy) - (0 if tied else weights_of(embedding))  # an embedding is only looked up
-        self.sizes = ModelSizes(multiplied, weights_of(drafter), weights_of(self.verifiers.get("process")))
+        head = self.policy.get_output_embeddings().weight  # (V, D)
+        embedding = self.policy.get_input_embeddings().weight  # only looked up, unless it is the head as well
+        body = weights_of(self.policy) - head.numel() - (0 if embedding is head else embedding.numel())
+        draft_head = head.numel() if drafter and drafter.draft_vocab is None else 0
+        if drafter and drafter.draft_vocab is not None:
+            draft_head = len(drafter.draft_vocab) * head.shape[1]
+        verifier = weights_of(self.verifiers.get("process"))
+        self.sizes = ModelSizes(body, head.numel(), weights_of(drafter), draft_head, verifier)
 
     def tokens_with(self, text: str) -> set[int]:
         """Return the ids of all tokens that contain a text: a line may end with "\\n", or with "\\n\\n". Raises
@@ -168,6 +172,9 @@ class Solver:
                 by_kind[request.step, request.greedy].append(Group((i, k), prompt, seeds, len(first.tokens)))
         for (step, greedy), groups in sorted(by_kind.items()):
             responses = list(self.generate(groups, step=step, greedy=greedy))
+            read_by_drafter = {r.group: len(r.prompt) for r in responses if r.draft_tokens}
+            for (i, _), tokens in read_by_drafter.items():
+                ledgers[i].drafter += tokens
             before = [results[r.group[0]][r.group[1]][r.sample] for r in responses]
             for r, old, new in zip(responses, before, self.extended(before, responses)):
                 i, k = r.group

@@ -9,7 +9,7 @@ tokens must be the same. Its rows are written beside --json, to *.speed.jsonl.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -111,9 +111,9 @@ def distinct(task: Task, count: int) -> list[int]:
     """Return the indices of the first `count` held-out questions of which no two are alike; fewer, if there are not so
     many among the first 10 * count.
     """
-    first: dict[str, int] = {}  # prompt -> its first index
+    first: dict[Hashable, int] = {}  # question -> its first index
     for i in range(10 * count):
-        first.setdefault(task.problem("test", i).prompt, i)
+        first.setdefault(task.identity(task.problem("test", i)), i)
     return list(first.values())[:count]
 
 
@@ -148,7 +148,7 @@ def rows_of(trial: Trial, solver: Solver, problem: Problem, solution: Solution, 
         "seed": seed,
         "aggregate": config.aggregate,
         "noise": config.verifier_noise,
-        "weights": solver.sizes.policy,
+        "weights": solver.sizes.policy + solver.sizes.head,
         "ledger": asdict(ledger),
         "attempts": rights,
         "score": sum(score(attempt, config.aggregate) for attempt in attempts) / len(attempts),

@@ -6,7 +6,7 @@ from conftest import caught
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks import Chain
+from tasks import Chain, Countdown, Task
 from test_time import optimal
 from test_time.optimal import compute_optimal, interval, matched_samples, quintiles
 from test_time.results import Key, Results
@@ -81,6 +81,18 @@ def last_of_each(task, count):
 def test_no_question_is_asked_twice():
     check_distinct(distinct)
     caught(check_distinct, last_of_each)
+
+
+def test_the_same_numbers_in_another_order_are_no_other_question(monkeypatch):
+    def check():
+        task = Countdown(sizes=(3,))
+        answers = [task.problem("test", i).answer for i in distinct(task, 60)]
+        questions = {(tuple(sorted(numbers)), target) for numbers, target in answers}
+        assert len(questions) == len(answers) == 60
+
+    check()
+    monkeypatch.setattr(Countdown, "identity", Task.identity)
+    caught(check)
 
 
 def test_hard_questions_may_cost_more_than_easy_ones():

@@ -267,7 +267,16 @@ def test_ledger_equals_an_independent_count(strategy, which, monkeypatch, reques
         ((_, ledger),) = solve(solver, strategy, [problem])
         assert ledger.prefill + ledger.decode + ledger.rejected == sum(fed)
         assert which == "speculative" or (ledger.drafter == 0 and ledger.rejected == 0)
-        assert ledger.flops(ModelSizes(1, 0, 0)) == 2 * sum(fed)
+        assert ledger.flops(ModelSizes(1, 0, 0, 0, 0)) == 2 * sum(fed)
+        assert ledger.flops(ModelSizes(0, 1, 0, 0, 0)) == 2 * (sum(fed) - ledger.prefill)
+
+
+def test_the_drafter_reads_a_prompt_once_for_all_samples(speculative):
+    for problem, (_, ledger) in zip(PROBLEMS, solve(speculative, partial(parallel, n=8))):
+        prompt = len(speculative.encode(problem))
+        assert 0 < ledger.drafted and prompt < ledger.drafter - ledger.drafted <= prompt + ledger.decode
+        flops = 2 * (ledger.drafter * 3 + ledger.drafted * 5)
+        assert ledger.flops(ModelSizes(0, 0, 3, 5, 0)) == flops
 
 
 def test_speculation_changes_only_seconds(solver, speculative):
