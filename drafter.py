@@ -461,10 +461,17 @@ def warm_start(drafter, engine: Engine, groups, sampling: Sampling, seconds: flo
     buffer = FeatureBuffer(limit=4 << 30)
     counts = TokenCounts(engine.model.config.vocab_size, engine.stop_set)
     collect(engine, groups, sampling, buffer, counts)
+    learn_from(buffer, counts, drafter, engine.model, seconds, seed, draft_vocab)
+
+
+def learn_from(buffer, counts: TokenCounts, drafter, model, seconds: float, seed: int, draft_vocab: int = 0) -> None:
+    """Train the policy's drafter on the features in the buffer, print the result. counts, draft_vocab: the draft
+    vocabulary is chosen from them, see TokenCounts.choose.
+    """
     drafter.draft_vocab = counts.choose(draft_vocab)
     learner = drafter
     if drafter.fc.weight.dtype is not torch.float32:  # in bfloat16 most steps would be rounded away
-        learner = Drafter(engine.model, torch.float32)
+        learner = Drafter(model, torch.float32)
         learner.load_state_dict(drafter.state_dict())
         learner.draft_vocab = drafter.draft_vocab
     trainer = DrafterTrainer(learner, seed=seed)

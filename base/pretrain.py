@@ -207,15 +207,20 @@ def make_traces(job: Job) -> list[tuple[list[int], list[int]]]:
 
 
 def batches(examples: list, tokens: int, rng: random.Random) -> list[list]:
-    """Return batches of at most `tokens` tokens, padding included, of sequences of similar length, in random order."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i][1]) + 8 * rng.random())
+    """Return batches of sequences of similar length, in random order. A batch has at most `tokens` tokens, padding
+    included, or a single longer sequence. examples: tuples that begin with the ids of a prompt and its completion.
+    """
+    lengths = [len(example[0]) + len(example[1]) for example in examples]
+    order = sorted(range(len(examples)), key=lambda i: lengths[i] + 8 * rng.random())
     found = []
     batch = []
+    longest = 0
     for i in order:
-        longest = len(examples[i][0]) + len(examples[i][1])
+        longest = max(longest, lengths[i])
         if batch and longest * (len(batch) + 1) > tokens:
             found.append(batch)
             batch = []
+            longest = lengths[i]
         batch.append(examples[i])
     if batch:
         found.append(batch)

@@ -1,10 +1,11 @@
 """`python -m test_time learn`: all that a search needs, learned from the policy in --model and written into its folder.
 
     process/, outcome/   verifiers: how likely is a step to lead to the right answer; was the attempt right in the end
-    drafter/             the drafter that speeds up whole attempts
+    drafter/             the drafter that speeds up whole attempts, trained on the same attempts as the verifiers
     revise/              a policy that was tuned to make another attempt with earlier ones in the prompt. Its own
                          verifiers and drafter are trained as they are used: with its own earlier attempts in the prompt
-    refit/               the control: tuned on the same right attempts, without earlier attempts in the prompt
+    refit/               the control: tuned on the same right attempts, in as many steps, without earlier attempts in
+                         the prompt
 
 Labelled steps, to train a verifier on and to measure it with:
 
@@ -34,13 +35,15 @@ from typing import NamedTuple
 import torch
 
 from base import pretrain, searcher
-from drafter import Drafter, warm_start
+from drafter import Drafter, learn_from
+from parts.cli import UserError, check_package
 from parts.devices import has_bfloat16_arithmetic, pick_device
-from parts.engine.interfaces import Group
+from parts.engine.interfaces import Group, Response
 from parts.engine.model_loading import load_model
-from parts.engine.sampling import Sampling, sequence_seed
+from parts.engine.sampling import sequence_seed
 from parts.running import checkpoints
 from parts.training import lora
+from parts.training.drafter_data import FeatureBuffer, TokenCounts
 from tasks import make_task
 from test_time.attempts import shown_in_prompt
 from test_time.config import Config, writable_folder
@@ -49,8 +52,17 @@ from test_time.strategies import EARLIER_ATTEMPTS, revise
 from test_time.verifier import auc, fit_verifier, step_features
 
 MILLION = 10**6  # the parts of `learn` use different questions: each begins at another million
+PARTS = 4  # or, in a data set, at another quarter
+TRIES = 8  # attempts at each question, from which examples of revising are made; also to measure verifiers
 RIGHT_SHARE = 0.6  # of the revision policy's prompts: any number of the attempts in them are right ones
-Example = tuple[list[int], list[int]]  # to tune on: prompt ids, ids of a right attempt
+
+
+class Example(NamedTuple):
+    """An example of revising, in token ids."""
+
+    prompt: list[int]  # the question and attempts at it
+    target: list[int]  # a right attempt
+    question: list[int]  # the prompt without attempts
 
 
 def learn(config: Config) -> None:
@@ -59,26 +71,62 @@ def learn(config: Config) -> None:
     folder = writable_folder(config.model)
     rng = random.Random(config.seed)
     solver = Solver(folder, task, speculate=False, verify=False, slots=config.slots, dtype=config.dtype)
+    check_at_the_start(solver, config)
     training = questions_of(solver, "train", 0, config.questions)
-    train_helpers(solver, training, questions_of(solver, "test", MILLION, config.held_out), config)
-    if not config.epochs:
-        return
+    held_out = questions_of(solver, "test", MILLION, config.held_out)
+    train_helpers(solver, training, held_out, config, config.drafter_from)
+    if config.epochs:
+        learn_revisions(solver, config, rng)
 
+
+def check_at_the_start(solver: Solver, config: Config) -> None:
+    """Raise UserError for what would otherwise fail after an hour."""
+    if config.lora_rank:
+        check_package("peft", "--lora-rank")
+    if config.drafter_from:
+        Drafter(solver.policy).load(config.drafter_from)
+    if solver.engine.slots < TRIES:
+        raise UserError(f"--slots {config.slots}: must be at least {TRIES}")
+    count = solver.task.count("train")
+    if count is not None and config.questions > count // PARTS:
+        raise UserError(f"--questions {config.questions}: at most {count // PARTS}, a quarter of the data set")
+
+
+def learn_revisions(solver: Solver, config: Config, rng: random.Random) -> None:
+    """Tune the revision policy and its control, and train the revision policy's verifiers and drafter. Raises
+    UserError.
+    """
+    folder = solver.folder
     questions = questions_of(solver, "train", 2 * MILLION, config.questions)
-    for name, examples in revision_examples(solver, questions, rng).items():
-        tune(folder, name, examples, config, rng)
+    examples = revision_examples(solver, questions, config.seed, rng)
+    if not examples:
+        raise UserError(
+            f"--questions {config.questions}: there is none with a right and a wrong one among {TRIES} attempts, so "
+            "revising cannot be learned; --epochs 0 leaves it out"
+        )
+    plan: list[list[Example]] = []
+    for _ in range(config.epochs):
+        plan += pretrain.batches(examples, 2048, rng)
+    tune(folder, "revise", [[(e.prompt, e.target) for e in batch] for batch in plan], config)
+    tune(folder, "refit", [[(e.question, e.target) for e in batch] for batch in plan], config)
 
-    reviser = Solver(folder / "revise", task, speculate=False, verify=False, slots=config.slots, dtype=config.dtype)
+    reviser = Solver(folder / "revise", solver.task, False, False, slots=config.slots, dtype=config.dtype)
     training = with_attempts(reviser, questions_of(reviser, "train", 3 * MILLION, config.questions), config.seed, rng)
     held_out = with_attempts(reviser, questions_of(reviser, "test", 2 * MILLION, config.held_out), config.seed, rng)
-    train_helpers(reviser, training, held_out, config)
+    start = folder / "drafter"
+    train_helpers(reviser, training, held_out, config, str(start) if start.exists() else "")
 
 
 # ---------------------------------------------------------------- questions: Groups that have no seeds yet
 
 
 def questions_of(solver: Solver, split: str, first: int, count: int) -> list[Group]:
-    """Return `count` questions of a split, beginning at an index. Their keys are 0, 1, 2 ..."""
+    """Return `count` questions of a split, beginning at an index. Their keys are 0, 1, 2 ... In a data set each quarter
+    stands for a million.
+    """
+    size = solver.task.count(split)
+    if size is not None:
+        first = first // MILLION * (size // PARTS)
     problems = [solver.task.problem(split, first + i) for i in range(count)]
     return [Group(i, solver.encode(problem), [], problem=problem) for i, problem in enumerate(problems)]
 
@@ -113,6 +161,7 @@ class LabelledSteps(NamedTuple):
     labels: torch.Tensor  # (S,); nan: of a step from which nothing continues
     outcomes: torch.Tensor  # (S,)
     place: torch.Tensor  # (S, 2): index of the question, number of the step in its attempt
+    responses: list[Response]  # the attempts, with their hidden states
 
 
 def labelled_steps(
@@ -146,15 +195,17 @@ def labelled_steps(
     labels = torch.tensor([label_of.get((n, j), math.nan) for n, _, j in steps])
     outcomes = torch.tensor([label_of[n, len(responses[n].tokens)] for n, _, _ in steps])
     place = torch.tensor([(responses[n].group, number) for n, number, _ in steps])
-    return LabelledSteps(features, counts, labels, outcomes, place)
+    return LabelledSteps(features, counts, labels, outcomes, place, responses)
 
 
 # ---------------------------------------------------------------- verifiers and drafter
 
 
-def train_helpers(solver: Solver, training: list[Group], held_out: list[Group], config: Config) -> None:
+def train_helpers(
+    solver: Solver, training: list[Group], held_out: list[Group], config: Config, start: str = ""
+) -> None:
     """Train both verifiers and the drafter on a policy's own attempts, write them into its folder, and print how well
-    the verifiers tell good steps from bad ones.
+    the verifiers tell good steps from bad ones. start: folder of the drafter to start from, "" for random weights.
     """
     steps = labelled_steps(solver, training, config.attempts, config.continuations, config.seed, config.labelled)
     labels = torch.where(steps.labels.isnan(), steps.outcomes, steps.labels)
@@ -168,7 +219,8 @@ def train_helpers(solver: Solver, training: list[Group], held_out: list[Group], 
     for name in VERIFIERS:
         verifiers[name].save(solver.folder / name)
     seed = (config.seed, "held out")
-    features, counts, labels, _, place = labelled_steps(solver, held_out, 8, 8, seed, config.labelled)
+    measured = labelled_steps(solver, held_out, TRIES, 8, seed, config.labelled)
+    features, counts, labels, place = measured.features, measured.counts, measured.labels, measured.place
     print(f"{solver.folder}: AUC of steps of {len(held_out)} held-out questions   pooled   within question and step")
     scores = {name: verifier(features, counts) for name, verifier in verifiers.items()}
     logp = features[:, -2]
@@ -177,46 +229,45 @@ def train_helpers(solver: Solver, training: list[Group], held_out: list[Group], 
     for name, s in scores.items():
         print(f"{name:>50} {auc(s, labels):9.3f} {auc(s, labels, place):9.3f}")
 
-    train_drafter(solver, training, config)
+    train_drafter(solver, steps.responses, config, start)
 
 
-def train_drafter(solver: Solver, training: list[Group], config: Config) -> None:
-    """Write a drafter into the policy's folder: the one of --drafter-from, trained for --drafter-seconds. Raises
-    UserError.
+def train_drafter(solver: Solver, responses: list[Response], config: Config, start: str) -> None:
+    """Write a drafter into the policy's folder: the one in the folder `start` ("": random weights), trained on the
+    responses for --drafter-seconds. Raises UserError.
     """
     torch.manual_seed(config.seed)
     drafter = Drafter(solver.policy)
-    if config.drafter_from:
-        drafter.load(config.drafter_from)
+    if start:
+        drafter.load(start)
     if config.drafter_seconds:
-        groups = with_seeds(training[:2000], 4, config.seed, "drafter")
-        solver.prepare(groups)
-        sampling = Sampling(max_new=solver.max_new)
-        warm_start(drafter, solver.engine, groups, sampling, config.drafter_seconds, config.seed)
-    if config.drafter_from or config.drafter_seconds:
+        buffer = FeatureBuffer(limit=4 << 30)
+        counts = TokenCounts(solver.policy.config.vocab_size, solver.stops)
+        for response in responses:
+            buffer.add(response)
+            counts.add(response.tokens)
+        learn_from(buffer, counts, drafter, solver.policy, config.drafter_seconds, config.seed)
+    if start or config.drafter_seconds:
         drafter.save(solver.folder / "drafter")
 
 
 # ---------------------------------------------------------------- the revision policy
 
 
-def revision_examples(solver: Solver, questions: list[Group], rng: random.Random) -> dict[str, list[Example]]:
-    """Return the examples to tune on, by name: those of "refit" have only the question in their prompts, those of
-    "revise" also 0 to 4 attempts at it.
-    """
+def revision_examples(solver: Solver, questions: list[Group], seed: int, rng: random.Random) -> list[Example]:
+    """Return the examples to tune on, up to two for each question, with 0 to 4 attempts in their prompts."""
     wrong: list[list[list[int]]] = [[] for _ in questions]
     right: list[list[list[int]]] = [[] for _ in questions]
-    for r in solver.generate(with_seeds(questions, 8, "tries"), "attempts"):
+    for r in solver.generate(with_seeds(questions, TRIES, seed, "tries"), "attempts"):
         side = right if solver.grade(r.problem, r.tokens) else wrong
         side[r.group].append(r.tokens)
-    examples: dict[str, list[Example]] = {"revise": [], "refit": []}
+    examples = []
     for i, question in enumerate(questions):
         if not wrong[i]:
             continue
         for target in rng.sample(right[i], min(2, len(right[i]))):
             shown = shown_in_prompt(choose_attempts(wrong[i], target, rng), solver.separator)
-            examples["revise"].append((question.prompt + shown, target))
-            examples["refit"].append((question.prompt, target))
+            examples.append(Example(question.prompt + shown, target, question.prompt))
     return examples
 
 
@@ -233,17 +284,13 @@ def choose_attempts(wrong: list[list[int]], target: list[int], rng: random.Rando
     return shown
 
 
-def tune(folder: Path, name: str, examples: list[Example], config: Config, rng: random.Random) -> None:
-    """Tune the policy in the folder on the examples, and write it to folder/name. With --lora-rank adapters are tuned,
-    and merged into the weights. Raises UserError.
+def tune(folder: Path, name: str, plan: list[list[tuple]], config: Config) -> None:
+    """Tune the policy in the folder on batches of (prompt ids, ids of the response), and write it to folder/name. With
+    --lora-rank adapters are tuned, and merged into the weights. Raises UserError.
     """
     model, tokenizer = load_model(str(folder), pick_device())
     if config.lora_rank:
         lora.add(model, config.lora_rank, config.seed)
-    plan = []
-    for _ in range(config.epochs):
-        plan += pretrain.batches(examples, 2048, rng)
-    if config.lora_rank:
         batches = [[searcher.to_imitate(*example) for example in batch] for batch in plan]
         searcher.train(model, batches, 5e-4, has_bfloat16_arithmetic(), name)
     else:

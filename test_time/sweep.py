@@ -60,9 +60,9 @@ def trials(most: int) -> list[Trial]:
     found = [
         *trials_of("base", "greedy", SEARCHES["greedy"], (1,), MAJORITY),
         *trials_of("base", "parallel", parallel, (1, 2, 4, 8, 16, 32, 64), ("max", "weighted", "majority", "outcome")),
-        *trials_of("base", "beam", SEARCHES["beam"], (4, 8, 16, 32, 64), BY_SCORE),
+        *trials_of("base", "beam", SEARCHES["beam"], (4, 8, 16, 32), BY_SCORE),
         *trials_of("base", "lookahead", SEARCHES["lookahead"], (4, 16), BY_SCORE),
-        *trials_of("base", "dvts", SEARCHES["dvts"], (compared, 64), BY_SCORE),
+        *trials_of("base", "dvts", SEARCHES["dvts"], (compared,), BY_SCORE),
         *trials_of("noisy", "noisy parallel", parallel, (compared,), BY_SCORE),
         *trials_of("noisy", "noisy beam", SEARCHES["beam"], (compared,), BY_SCORE),
     ]

@@ -274,7 +274,7 @@ def test_ledger_equals_an_independent_count(strategy, which, monkeypatch, reques
 def test_the_drafter_reads_a_prompt_once_for_all_samples(speculative):
     for problem, (_, ledger) in zip(PROBLEMS, solve(speculative, partial(parallel, n=8))):
         prompt = len(speculative.encode(problem))
-        assert 0 < ledger.drafted and prompt < ledger.drafter - ledger.drafted <= prompt + ledger.decode
+        assert ledger.drafted > 0 and prompt < ledger.drafter - ledger.drafted <= ledger.decode + prompt
         flops = 2 * (ledger.drafter * 3 + ledger.drafted * 5)
         assert ledger.flops(ModelSizes(0, 0, 3, 5, 0)) == flops
 
@@ -359,7 +359,7 @@ def test_scores_of_an_attempt_do_not_change_when_it_grows(solver):
 
 def test_labels_are_soft_and_right_at_the_end(solver):
     questions = questions_of(solver, "test", 0, len(PROBLEMS))
-    features, counts, labels, outcomes, place = labelled_steps(solver, questions, 2, 4, 0)
+    features, counts, labels, outcomes, place, _ = labelled_steps(solver, questions, 2, 4, 0)
     assert len(features) == sum(counts) == len(labels) == len(outcomes) == len(place)
     assert {0.0, 1.0} < set((labels * 4).round().div(4).tolist()) and set(outcomes.tolist()) <= {0.0, 1.0}
     assert torch.equal(labels * 4, (labels * 4).round())
@@ -393,8 +393,7 @@ def test_few_steps_are_labelled_by_samples_and_the_others_by_the_outcome(solver,
 
 def test_a_drafter_is_trained_further_from_the_one_that_is_named(solver, monkeypatch, tmp_path):
     def check():
-        settings = Config("learn", drafter_from=str(FOLDER / "drafter"), drafter_seconds=0.0)
-        learn.train_drafter(solver, [], settings)
+        learn.train_drafter(solver, [], Config("learn", drafter_seconds=0.0), str(FOLDER / "drafter"))
         started, saved = (load_file(folder / "drafter/drafter.safetensors") for folder in (FOLDER, tmp_path))
         assert all(torch.equal(started[name], saved[name]) for name in started)
 
