@@ -40,6 +40,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parts.cli import UserError, check_above, check_at_least, flag, parse_flags, run
+from parts.files import check_writable
 from tasks import Chain, Countdown, combine
 
 SYMBOLS = {
@@ -358,6 +359,7 @@ def main() -> None:
     command = parse_flags(Command, __doc__)
     if command.threads:
         torch.set_num_threads(command.threads)
+    check_writable(Path(command.out))
     torch.manual_seed(command.seed)
     tokenizer = make_tokenizer(command.task)
     model = new_policy(tokenizer, command.layers, command.width)

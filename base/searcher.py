@@ -39,6 +39,7 @@ from base.pretrain import NOISE, trace
 from parts.cli import check_above, check_at_least, flag, parse_flags, run
 from parts.engine.interfaces import Response
 from parts.engine.model_loading import load_model
+from parts.files import check_writable
 from parts.running.checkpoints import save_folder
 from parts.training import lora
 from parts.training.layouts import trainable_parameters
@@ -163,6 +164,7 @@ def train(model, batches: list[list[Response]], lr: float, bf16: bool, title: st
 def main() -> None:
     """Teach SmolLM2 to search, and write the adapter."""
     command = parse_flags(Command, __doc__)
+    check_writable(Path(command.out).parent)
     torch.set_num_threads(command.threads)
     torch.manual_seed(command.seed)
     model, tokenizer = load_model(command.model)

@@ -79,6 +79,15 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def check_writable(folder: Path) -> None:
+    """Create a folder, if there is none. Raises UserError if nothing can be written there: better before an hour of
+    work than after it.
+    """
+    trial = folder / "trial"
+    write_atomically(trial, "")
+    trial.unlink()
+
+
 def save_weights(
     weights: dict[str, torch.Tensor], folder, name: str = "drafter.safetensors", notes: dict[str, str] | None = None
 ) -> None:

@@ -20,7 +20,7 @@ class Config:
     task: str = flag("chain", "chain, gsm8k, or countdown, countdown-3, countdown-hard (for language models)")
     data: str = flag("", "folder of the task's data, if it needs any")
     dtype: str = flag("auto", "of the policy's weights: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
-    slots: int = flag(256, "sequences that run at once")
+    slots: int = flag(256, "sequences that run at once; speed: 64")
     seed: int = flag(0, "seed of all sampling")
     prompt: str = flag("", "(answer) the question")
     strategy: str = flag("auto", "(answer) search strategy; auto: by predicted difficulty", choices=["auto", *SEARCHES])
@@ -36,11 +36,13 @@ class Config:
     drafter_from: str = flag("", "(learn) folder of a drafter to start from; empty: random weights")
     drafter_seconds: float = flag(60.0, "(learn) training time of each drafter; 0: none")
     count: int = flag(1000, "(sweep, speed) held-out questions")
-    most: int = flag(64, "(sweep) strategies with more attempts at a question are left out")
+    most: int = flag(64, "(sweep, speed) strategies with more attempts at a question are left out")
     seeds: int = flag(1, "(sweep) repetitions with other samples")
     chunk: int = flag(100, "(sweep) questions in one part of the work")
     workers: int = flag(2, "(sweep) processes")
-    aggregate: str = flag("last", "(sweep, answer) how steps' scores make an attempt's score", choices=AGGREGATES)
+    aggregate: str = flag(
+        "last", "(sweep, answer) score of an attempt, from its steps', to pick by", choices=AGGREGATES
+    )
     verifier_noise: float = flag(0.2, "(sweep) share of scores that the noisy strategies get inverted; 0: none run")
     large: str = flag("", "(sweep) folder of a larger model to compare with")
     json: str = flag("runs/test-time.jsonl", "(sweep, report) file of the rows; speed writes its own beside it")
@@ -49,7 +51,9 @@ class Config:
         """Raises UserError."""
         check_at_least(self, 1, "slots", "n", "questions", "attempts", "continuations", "held_out")
         check_at_least(self, 1, "count", "seeds", "chunk", "workers")
-        check_at_least(self, 0, "labelled", "epochs", "lora_rank", "drafter_seconds")
+        check_at_least(self, 0, "labelled", "epochs", "lora_rank", "drafter_seconds", "verifier_noise")
+        if self.verifier_noise > 1:
+            raise UserError(f"--verifier-noise {self.verifier_noise}: must be a share, 0 to 1")
         if self.most not in (4, 8, 16, 32, 64):
             raise UserError(f"--most {self.most}: must be 4, 8, 16, 32 or 64")
 

@@ -41,6 +41,7 @@ from parts.devices import has_bfloat16_arithmetic, pick_device
 from parts.engine.interfaces import Group, Response
 from parts.engine.model_loading import load_model
 from parts.engine.sampling import sequence_seed
+from parts.files import check_writable
 from parts.running import checkpoints
 from parts.training import lora
 from parts.training.drafter_data import FeatureBuffer, TokenCounts
@@ -81,6 +82,7 @@ def learn(config: Config) -> None:
 
 def check_at_the_start(solver: Solver, config: Config) -> None:
     """Raise UserError for what would otherwise fail after an hour."""
+    check_writable(solver.folder)
     if config.lora_rank:
         check_package("peft", "--lora-rank")
     if config.drafter_from:

@@ -69,36 +69,42 @@ def allocate(right: PerStrategy, cost: PerStrategy, questions: np.ndarray, bins:
     return None
 
 
+def choose(right, cost, bins, known, budget: float, probe_cost, question) -> tuple[dict[int, Hashable], bool] | None:
+    """Choose a strategy for each bin on the rows `known` (Q,) bool -> ({bin: strategy}, whether the bins are used).
+
+    The bins are used if they beat the best single strategy (which needs no prediction) by three standard errors: they
+    are the best of many choices, so they look better than they are. None: the budget buys nothing. The other arguments
+    are those of `compute_optimal`.
+    """
+    single = best_within(right, cost, known, budget)
+    if single is None:
+        return None
+    by_bin = allocate(right, {k: c + probe_cost for k, c in cost.items()}, known, bins, budget)
+    if by_bin and beats(by_bin, single, right, bins, known, question):
+        return by_bin, True
+    return dict.fromkeys(set(bins), single), False
+
+
 def compute_optimal(right, cost, bins, folds, budget: float, probe_cost=0.0, question=None) -> Optimal | None:
     """Choose strategies for bins on one fold, and report them on the other. None where the budget buys nothing.
 
     right, cost: PerStrategy. bins, folds (Q,) int. probe_cost: cost of predicting the bin, a number or (Q,), paid where
     the bins are used. question (Q,): the question of each row, see `interval`; None: each row is a question.
-
-    The bins are used if, on the first fold, they beat the best single strategy (which needs no prediction) by three
-    standard errors: they are the best of many choices, so they look better than they are.
     """
     if question is None:
         question = np.arange(len(bins))
-    cost_with_probe = {k: c + probe_cost for k, c in cost.items()}
     outcome = np.zeros(len(bins))
     paid = np.zeros(len(bins))
     chosen = {}
     for fold in (0, 1):
-        known = folds != fold
-        single = best_within(right, cost, known, budget)
-        if single is None:
+        found = choose(right, cost, bins, folds != fold, budget, probe_cost, question)
+        if found is None:
             return None
-        used = dict.fromkeys(set(bins), single)
-        price = cost
-        by_bin = allocate(right, cost_with_probe, known, bins, budget)
-        if by_bin and beats(by_bin, single, right, bins, known, question):
-            used = by_bin
-            price = cost_with_probe
-        for b, k in used.items():
+        by_bin, predicted = found
+        for b, k in by_bin.items():
             here = (bins == b) & (folds == fold)
             outcome[here] = right[k][here]
-            paid[here] = price[k][here]
+            paid[here] = (cost[k] + probe_cost * predicted)[here]
             chosen[fold, b] = k
     return Optimal(outcome, paid, chosen)
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from parts.cli import UserError
 from parts.running.pictures import pyplot
 from test_time.config import Config, writable_folder
 from test_time.optimal import BINS, best_within
-from test_time.results import CANDIDATES, CHOICE_FILE, GREEDY, LARGE, Key, Results, write_choices
+from test_time.results import CHOICE_FILE, GREEDY, LARGE, Key, Results, write_choices
 from test_time.sweep import chain_lengths
 
 
@@ -27,6 +28,9 @@ def report(config: Config) -> None:
     """Print all tables, and write the pictures and choice.json. Raises UserError."""
     folder = writable_folder(config.model)
     results = Results(config.json)
+    swept = results.settings["model"]
+    if Path(swept) != Path(config.model):
+        raise UserError(f"--model {config.model}: the rows in {config.json} are of --model {swept}")
     print_strategies(results)
     print_gains(results)
     for unit in ("tokens", "flops"):
@@ -60,25 +64,29 @@ def print_strategies(results: Results) -> None:
         print(f"{line} {results.cost['tokens'][key].mean():8.0f} {results.cost['flops'][key].mean() / 1e6:8.0f}")
 
 
-def print_gains(results: Results, count: int = 6) -> None:
-    """Print the strategies that are right most often, of those that take no more tokens than N samples, and how much
-    more often than one sample and than the majority of N.
+def print_gains(results: Results) -> None:
+    """Print the strategies that take half to all of the tokens of N samples: how much more often each is right than one
+    sample, and than the majority of N. The best of them was chosen on the other half of the questions.
     """
     n = results.compared
     tokens = {key: cost.mean() for key, cost in results.cost["tokens"].items()}
     one, majority = Key("parallel", 1, "majority"), Key("parallel", n, "majority")
-    keys = [key for key in results.right if key.search in CANDIDATES or key.search.startswith("revise")]
-    affordable = [key for key in keys if tokens[key] <= 1.01 * tokens[majority]]
-    affordable.sort(key=lambda key: -results.right[key].mean())
-    print(f"\nthe best within the tokens of {n} samples, {tokens[majority]:.0f}: how much more often right than")
-    print(f"{'':>34} {'right':>7} {'tokens':>7} {'one sample':>18} {f'the majority of {n}':>20}")
-    for key in affordable[:count]:
-        right = results.right[key]
+    budget = 1.01 * tokens[majority]
+    print(f"\n{tokens[majority] / 2:.0f} to {budget:.0f} tokens ({n} samples): how much more often right than")
+    print(f"{'':>34} {'right':>7} {'tokens':>7} {'one sample':>17} {f'the majority of {n}':>19}")
+
+    def line(name: str, right: np.ndarray, cost: float) -> None:
         gains = ""
         for other in (one, majority):
             gain = right - results.right[other]
-            gains += f"   {gain.mean():+.3f} +- {results.interval(gain):.3f}"
-        print(f"{f'{key.search} {key.n} {key.pick}':>34} {right.mean():7.3f} {tokens[key]:7.0f} {gains}")
+            gains += f"  {gain.mean():+.3f} +- {results.interval(gain):.3f}"
+        print(f"{name:>34} {right.mean():7.3f} {cost:7.0f} {gains}")
+
+    for key in sorted(results.choices("tokens")[0]):
+        if budget / 2 <= tokens[key] <= budget:
+            line(f"{key.search} {key.n} {key.pick}", results.right[key], tokens[key])
+    best = results.optimal("tokens", budget, None)
+    line("best, chosen on the other half", best.right, best.cost.mean())
 
 
 def print_budgets(results: Results, unit: str) -> None:
@@ -99,9 +107,11 @@ def print_budgets(results: Results, unit: str) -> None:
 
 def print_savings(results: Results) -> None:
     """Print how many tokens best-of-N needs for the accuracy of the compute-optimal choice."""
-    print("\nbest-of-N's tokens / those of the compute-optimal choice (predicted difficulty), for the same accuracy")
-    for accuracy, tokens, best_of_n in results.savings():
-        print(f"{accuracy:8.3f} {best_of_n:8.0f} / {tokens:.0f} = {best_of_n / tokens:.1f}")
+    print("\nbest-of-N's tokens / those of the compute-optimal choice (predicted difficulty), for the same accuracy;")
+    print("in brackets: for an accuracy that is lower and higher by half the 95 % interval")
+    for accuracy, tokens, needed in results.savings():
+        ratio, low, high = (best_of_n / tokens for best_of_n in needed)
+        print(f"{accuracy:8.3f} {needed[0]:8.0f} / {tokens:.0f} = {ratio:.1f}   ({low:.1f} to {high:.1f})")
 
 
 def print_difficulty(results: Results) -> None:
@@ -219,7 +229,10 @@ def draw_speed(axis, results: Results, rows: list[dict]) -> None:
     """Draw seconds per question, plain (white) and with the drafter."""
     for row in rows:
         keys = [Key(row["search"], row["n"], pick) for pick in ("chains", "weighted", "majority")]
-        right = next(results.right[key].mean() for key in keys if key in results.right)
+        known = [results.right[key].mean() for key in keys if key in results.right]
+        if not known:
+            continue  # `speed` has timed a strategy that was not swept
+        right = known[0]
         (line,) = axis.plot([row["plain"], row["speculative"]], [right, right], "-")
         color = line.get_color()
         axis.plot(row["plain"], right, "o", mfc="w", color=color)

@@ -34,6 +34,29 @@ LARGE = Key("large greedy", 1, "majority")
 CANDIDATES = ("greedy", "parallel", "beam", "lookahead", "dvts")
 
 
+def read_rows(path) -> list[dict]:
+    """Return the rows of a sweep. Raises UserError."""
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}; `python -m test_time sweep` writes it") from error
+    except ValueError as error:
+        raise UserError(f"--json {path}: these are not the rows of a sweep") from error
+    if not all(isinstance(row, dict) and {"prompt", "seed", "pick", "ledger"} <= set(row) for row in rows):
+        raise UserError(f"--json {path}: these are not the rows of a sweep")
+    questions = {row["prompt"] for row in rows}
+    if len(questions) < BINS:
+        raise UserError(f"--json {path}: {len(questions)} questions, too few to divide them into {BINS} parts")
+    return rows
+
+
+def in_any_order(row: dict) -> tuple:
+    """Return what rows are sorted by. Questions that are equally difficult are divided among the fifths in this order,
+    which should say nothing about them.
+    """
+    return zlib.crc32(row["prompt"].encode()), row["prompt"], row["seed"]
+
+
 class Results:
     """Arrays over Q rows of each strategy; a row is a question with one seed. Raises UserError.
 
@@ -46,14 +69,9 @@ class Results:
     """
 
     def __init__(self, path):
-        try:
-            rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        except OSError as error:
-            raise UserError(f"--json {path}: {error.strerror}; `python -m test_time sweep` writes it") from error
-        if not rows:
-            raise UserError(f"--json {path}: no rows in this file")
+        rows = read_rows(path)
         self.columns: dict[Key, list[dict]] = defaultdict(list)  # the rows of each strategy, by question
-        for row in sorted(rows, key=lambda row: (row["prompt"], row["seed"])):
+        for row in sorted(rows, key=in_any_order):
             self.columns[Key(row["search"], row["n"], row["pick"])].append(row)
         self.right: dict[Key, np.ndarray] = {}
         self.cost: dict[str, dict[Key, np.ndarray]] = {"tokens": {}, "flops": {}}
@@ -108,11 +126,13 @@ class Results:
         probe_cost = self.cost[unit][PROBE] if difficulty == "predicted" else 0.0
         return optimal.compute_optimal(right, cost, bins, self.folds, budget, probe_cost, self.question)
 
-    def savings(self) -> Iterator[tuple[float, float, float]]:
-        """Yield for each budget: the accuracy of the compute-optimal choice by predicted difficulty, its tokens, and
-        the tokens that best-of-N takes for the same accuracy. With N samples, best-of-N picks by the larger of the
-        sums of scores ("weighted") or by the largest score ("max"), whichever is right more often. Between two N it is
-        interpolated, linearly in the logarithm of the tokens; an accuracy that it does not reach is left out.
+    def savings(self) -> Iterator[tuple[float, float, tuple[float, float, float]]]:
+        """Yield for each budget the accuracy of the compute-optimal choice by predicted difficulty, its tokens, and the
+        tokens that best-of-N takes for the same accuracy: also for one that is lower, and higher, by half the 95 %
+        interval; inf where best-of-N does not get there.
+
+        With N samples, best-of-N picks by the sums of scores ("weighted") or by the largest score ("max"), whichever is
+        right more often. Between two N it is interpolated, linearly in the logarithm of the tokens.
         """
         tokens = []
         rights = []
@@ -122,13 +142,15 @@ class Results:
             rights.append(max(self.right[key].mean() for key in keys))
         rising = np.append(True, rights[1:] > np.maximum.accumulate(rights)[:-1])  # more samples that gain nothing
         curve = np.array(rights)[rising], np.log(tokens)[rising]
-        found = {}  # accuracy -> tokens: several budgets may have the same choice
+        seen = set()  # several budgets may have the same choice
         for budget in self.budgets("tokens"):
             best = self.optimal("tokens", budget, "predicted")
-            if best and curve[0][0] < best.right.mean() <= curve[0][-1]:
-                found.setdefault(best.right.mean(), best.cost.mean())
-        for accuracy, paid in found.items():
-            yield accuracy, paid, np.exp(np.interp(accuracy, *curve))
+            accuracy = best.right.mean() if best else 0.0
+            if accuracy > curve[0][0] and accuracy not in seen:
+                seen.add(accuracy)
+                half = self.interval(best.right)
+                needed = np.exp(np.interp([accuracy, accuracy - half, accuracy + half], *curve, right=np.inf))
+                yield accuracy, best.cost.mean(), tuple(needed)
 
     def matched(self) -> Iterator[tuple[str, float, float, np.ndarray]]:
         """Yield the small model, compute-optimal by predicted difficulty, at the FLOPs of one sample of the large one:
@@ -153,17 +175,19 @@ class Choices(NamedTuple):
 
     aggregate: str  # how an attempt's score came from its steps' scores, in the sweep
     edges: list[float]  # 4: an attempt's score below edge b means that the question is harder than the b-th fifth
-    choices: dict[str, list[Key]]  # budget in tokens -> a Key for each fifth
+    choices: dict[str, list[Key]]  # budget in tokens, the probe attempt included -> a Key for each fifth
 
     def difficulty(self, easiness: float) -> int:
         """Return 0 (easiest) to 4, for a question whose probe attempt has that score."""
         return sum(easiness < edge for edge in self.edges)
 
-    def best(self, difficulty: int, budget: float) -> Key:
-        """Return the choice for the largest budget in the file that is not above this one; else for the smallest."""
+    def within(self, budget: float) -> list[Key]:
+        """Return the choice for each fifth, of the largest budget in the file that is not above this one; else of the
+        smallest. If all five are equal, no prediction is needed.
+        """
         affordable = [b for b in self.choices if float(b) <= budget]
         listed = max(affordable, key=float) if affordable else min(self.choices, key=float)
-        return Key(*self.choices[listed][difficulty])
+        return [Key(*key) for key in self.choices[listed]]
 
 
 def write_choices(results: Results, folder: Path) -> None:
@@ -171,9 +195,12 @@ def write_choices(results: Results, folder: Path) -> None:
     right, cost = results.choices("tokens")
     bins = results.bins["predicted"]
     choices = {}
+    everything = np.ones(len(bins), bool)
+    probe_cost = results.cost["tokens"][PROBE]
     for budget in results.budgets("tokens"):
-        by_bin = optimal.allocate(right, cost, np.ones(len(bins), bool), bins, budget) or {}
-        choices[str(float(budget))] = [by_bin.get(b, GREEDY) for b in range(BINS)]
+        found = optimal.choose(right, cost, bins, everything, budget, probe_cost, results.question)
+        if found:
+            choices[str(float(budget))] = [found[0][b] for b in range(BINS)]
     edges = [float(results.easiness[bins == b].min()) for b in range(BINS - 1)]
     contents = Choices(results.settings["aggregate"], edges, choices)
     write_atomically(folder / CHOICE_FILE, json.dumps(contents._asdict()))

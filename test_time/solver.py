@@ -38,6 +38,13 @@ from test_time.verifier import Verifier, step_features
 VERIFIERS = ("process", "outcome")
 
 
+def check_verifiers(folder: Path) -> None:
+    """Raise UserError if the policy's folder lacks a verifier."""
+    for name in VERIFIERS:
+        if not (folder / name).exists():
+            raise UserError(f"{folder}: no verifier in {name}/ to search with; `python -m test_time learn` makes it")
+
+
 class Solution(NamedTuple):
     """What a search has returned, and what it has cost."""
 

@@ -21,6 +21,7 @@ from parts.engine.sampling import sequence_seed
 from test_time.attempts import Attempt, Request, Search, SeedFunction, score
 
 BRANCHING = 4  # M: continuations of each partial attempt in the beam searches that are compared
+CHAIN = 8  # attempts of a chain of revisions, unless it is told otherwise
 EARLIER_ATTEMPTS = 4  # shown in a prompt, at most
 
 
@@ -74,7 +75,7 @@ def scores_ahead(attempts: list[Attempt], steps: int) -> Generator[list[Request]
     return [score(attempt) for attempt in ahead]
 
 
-def revise(seed: SeedFunction, n: int, length: int = 8) -> Search:
+def revise(seed: SeedFunction, n: int, length: int = CHAIN) -> Search:
     """Make n / length chains of attempts, each attempt with the last four of its chain in the prompt."""
     length = min(n, length)
     chains: list[list[Attempt]] = [[] for _ in range(n // length)]

@@ -20,11 +20,11 @@ import torch
 from tqdm import tqdm
 
 from parts.cli import UserError
-from parts.files import find_folder, write_atomically
+from parts.files import check_writable, find_folder, write_atomically
 from tasks import Problem, Task, make_task
 from test_time.attempts import SearchStrategy, pick, score
 from test_time.config import Config
-from test_time.solver import Solution, Solver
+from test_time.solver import Solution, Solver, check_verifiers
 from test_time.strategies import SEARCHES, parallel, revise
 
 
@@ -43,6 +43,7 @@ def trials_of(solver: str, name: str, search: Callable, counts: tuple[int, ...],
     return [Trial(solver, name, n, partial(search, n=n), picks) for n in counts]
 
 
+ORACLE_ATTEMPTS = 16  # of which the share that is right is a question's known difficulty
 COMPARED = 16  # attempts of the strategies that are compared at equal number; fewer with a smaller --most
 MAJORITY = ("majority",)
 BY_SCORE = ("max", "weighted")
@@ -74,7 +75,7 @@ def trials(most: int) -> list[Trial]:
     by_name = {(trial.name, trial.n): trial for trial in found if trial.n <= most}  # each once
     difficulty = [
         *trials_of("base", "probe", parallel, (1,), ("weighted",)),  # predicts it
-        *trials_of("base", "oracle", parallel, (16,), ("weighted",)),  # determines it
+        *trials_of("base", "oracle", parallel, (ORACLE_ATTEMPTS,), ("weighted",)),  # determines it
     ]
     return difficulty + list(by_name.values())
 
@@ -83,7 +84,10 @@ def trials(most: int) -> list[Trial]:
 
 
 def sweep(config: Config) -> None:
-    """Run all trials, the questions divided among --workers processes, and write the rows. Raises UserError."""
+    """Run all trials, the questions divided among --workers processes. The rows are written after each part of the
+    work, those of whole parts only. Raises UserError.
+    """
+    path = rows_file(config.json)
     folder = Path(find_folder(config.model))
     folders = {"base": folder, "revise": folder / "revise", "refit": folder / "refit"}
     if config.verifier_noise:
@@ -92,8 +96,12 @@ def sweep(config: Config) -> None:
         folders["large"] = Path(find_folder(config.large, "--large"))
         if not folders["large"].is_dir():
             raise UserError(f"--large {config.large}: no policy in this folder")
-    if not (folder / "process").exists():
-        raise UserError(f"--model {config.model}: no verifier to search with; `python -m test_time learn` makes one")
+    largest = max(ORACLE_ATTEMPTS, config.most)
+    if config.slots < largest:
+        raise UserError(f"--slots {config.slots}: must be at least {largest} with --most {config.most}")
+    check_verifiers(folders["base"])
+    if (folders["revise"] / "config.json").exists():
+        check_verifiers(folders["revise"])
     indices = distinct(make_task(config.task, config.data), config.count)
     jobs = []
     for seed in range(config.seed, config.seed + config.seeds):
@@ -103,8 +111,17 @@ def sweep(config: Config) -> None:
     with ProcessPoolExecutor(config.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         for part in tqdm(pool.map(sweep_part, *zip(*jobs)), total=len(jobs), desc="sweep", unit="part"):
             rows += part
-    write_rows(Path(config.json), rows)
-    print(f"wrote {config.json}")
+            write_rows(path, rows)
+    print(f"wrote {path}")
+
+
+def rows_file(name: str) -> Path:
+    """Return --json as a path that can be written. Raises UserError."""
+    path = Path(name)
+    if not name or path.is_dir():
+        raise UserError(f"--json {name!r}: must be the name of a file")
+    check_writable(path.parent)
+    return path
 
 
 def distinct(task: Task, count: int) -> list[int]:
@@ -142,6 +159,7 @@ def rows_of(trial: Trial, solver: Solver, problem: Problem, solution: Solution, 
     attempts, ledger = solution
     rights = [int(solver.grade(problem, list(attempt.tokens))) for attempt in attempts]
     common = {
+        "model": config.model,
         "prompt": problem.trace or problem.prompt,
         "search": trial.name,
         "n": trial.n,
@@ -181,12 +199,15 @@ def timed(most: int) -> list[Trial]:
 def speed(config: Config) -> None:
     """Print a line and write a row for each strategy that is timed. Raises UserError."""
     torch.set_num_threads(1)
+    path = rows_file(config.json)
     task = make_task(config.task, config.data)
     folder = Path(find_folder(config.model))
     problems = [task.problem("test", 10**6 + i) for i in range(config.count)]
     solvers = {}  # by name: plain, speculative
     for name, path in (("base", folder), ("revise", folder / "revise")):
         if (path / "config.json").exists():
+            if not (path / "drafter").exists():
+                raise UserError(f"{path}: no drafter to compare with; `python -m test_time learn` makes one")
             solvers[name] = [Solver(path, task, on, slots=64, dtype=config.dtype) for on in (False, True)]
     print(f"{'':>16} {'plain s':>8} {'spec. s':>8} {'ratio':>6} {'same':>7} {'MFLOPs plain / speculative':>28}")
     rows = []
@@ -199,7 +220,7 @@ def speed(config: Config) -> None:
             )
             row = {"search": trial.name, "n": trial.n, "plain": seconds[0], "speculative": seconds[1]}
             rows.append({**row, "same": same, "questions": len(problems), "flops": flops})
-    write_rows(Path(config.json).with_suffix(".speed.jsonl"), rows)
+    write_rows(path.with_suffix(".speed.jsonl"), rows)
 
 
 def time_trial(trial: Trial, solvers: list[Solver], problems: list[Problem], seed: int):

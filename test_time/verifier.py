@@ -16,7 +16,8 @@ Why a product? All steps so far must be correct, and the rest must succeed. The 
 own mistakes: after a slip it continues as confidently as before, so a score of step k alone cannot see the slip
 (within-question AUC 0.60).
 
-Why these features? The rollout has computed all of them anyway, so the verifier costs one small MLP per step. The
+Why these features? The rollout has computed all of them anyway, so the verifier is charged as one small MLP per step.
+(`token_logprobs` computes the logits a second time, for simplicity; an engine could keep what is needed.) The
 log-probabilities matter: a hidden state encodes which token should come next, not whether the token that was sampled is
 a slip (`python -m test_time learn` prints the AUC with and without them, and of log-probabilities alone). h* encodes
 what the policy was uncertain about, so the MLP can learn where the policy is confidently wrong: within-question AUC

@@ -128,6 +128,9 @@ def test_savings_by_hand():
         choices = {1: None, 2: (0.2, 9), 3: (0.4, 15), 4: (0.6, 16), 5: (0.6, 16), 6: (0.9, 50)}
         budgets = staticmethod(lambda unit: [1, 2, 3, 4, 5, 6])
 
+        def interval(self, x):
+            return 0.1
+
         def optimal(self, unit, budget, difficulty):
             found = self.choices[budget]
             return found and optimal.Optimal(np.array([found[0]]), np.array([found[1]]), {})
@@ -136,6 +139,9 @@ def test_savings_by_hand():
         Fake.right[Key("parallel", n, "max")] = np.array([right])
         Fake.right[Key("parallel", n, "weighted")] = np.array([right - 0.05])
         Fake.cost["tokens"][Key("parallel", n, "max")] = np.array([10.0 * n])
-    savings = list(Results.savings(Fake()))
+    found = [(accuracy, tokens, *needed) for accuracy, tokens, needed in Results.savings(Fake())]
     # 0.4 takes two samples; half way from 0.4 to 0.8 is the geometric mean of 20 and 80 tokens; 0.9 is out of reach
-    assert np.allclose(savings, [(0.4, 15, 20), (0.6, 16, 40)])
+    low, high = 10 * 2**0.5, 20 * 2**0.5
+    inf = np.inf
+    wanted = [(0.4, 15, 20, low, high), (0.6, 16, 40, high, 80 / 2**0.5), (0.9, 50, inf, 80, inf)]
+    assert np.allclose(found, wanted)

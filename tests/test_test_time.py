@@ -21,15 +21,17 @@ from parts.cli import UserError
 from parts.engine.interfaces import Group
 from parts.engine.sampling import Sampling
 from tasks import Chain
-from test_time import learn, strategies, sweep, verifier
+from test_time import answer, learn, optimal, strategies, sweep, verifier
 from test_time.__main__ import main
 from test_time.attempts import Attempt, ModelSizes, pick, score, shown_in_prompt, vote
 from test_time.config import Config
 from test_time.learn import labelled_steps, questions_of
+from test_time.results import Choices, Key
 from test_time.solver import Solver
 from test_time.strategies import beam, parallel, revise
 
 FOLDER = Path(__file__).resolve().parent.parent / "base/chain"
+SOME_COLUMNS = [("probe", 1), ("oracle", 16), ("dvts", 16)]
 PROBLEMS = [Chain().problem("test", i) for i in range(12)]
 
 
@@ -502,6 +504,37 @@ def test_learning_sweeping_and_reporting(capsys, monkeypatch, tmp_path):
     assert "answer: " in capsys.readouterr().out
 
 
+def test_rows_of_another_policy_are_not_reported(monkeypatch, tmp_path):
+    """choice.json of one policy must not be written into the folder of another."""
+    row = {"model": "another", "prompt": "", "seed": 0, "search": "probe", "n": 1, "pick": "weighted", "right": 1}
+    row |= {"score": 1.0, "flops": 1.0, "ledger": {"decode": 1}, "attempts": [1], "weights": 1}
+    rows = [{**row, "prompt": str(i), "search": name, "n": n} for i in range(5) for name, n in SOME_COLUMNS]
+    sweep.write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match="--model base/chain: the rows in .* are of --model another"):
+        run_command(monkeypatch, "report", "--json", str(tmp_path / "rows.jsonl"))
+    sweep.write_rows(tmp_path / "rows.jsonl", rows[: 4 * len(SOME_COLUMNS)])
+    with pytest.raises(UserError, match="4 questions, too few to divide them into 5 parts"):
+        run_command(monkeypatch, "report", "--json", str(tmp_path / "rows.jsonl"))
+
+
+def test_a_reviser_without_verifiers_is_refused(monkeypatch, tmp_path):
+    """`learn` may have been stopped behind the tuning."""
+    shutil.copytree(FOLDER, tmp_path / "policy")
+    shutil.rmtree(tmp_path / "policy/revise/outcome")
+    where = ("--model", str(tmp_path / "policy"))
+    message = "revise: no verifier in outcome/"
+    with pytest.raises(UserError, match=message):
+        run_command(monkeypatch, "sweep", *where, "--json", str(tmp_path / "rows.jsonl"))
+    with pytest.raises(UserError, match=message):
+        run_command(monkeypatch, *where, "--prompt", "7:cfa=", "--strategy", "revise", "--n", "4")
+
+
+def test_without_examples_there_is_no_reviser(monkeypatch, solver):
+    monkeypatch.setattr(solver, "grade", lambda problem, tokens: False)
+    with pytest.raises(UserError, match="--questions 3: there is none with a right and a wrong one"):
+        learn.learn_revisions(solver, Config("learn", questions=3), random.Random(0))
+
+
 def run_command(monkeypatch, *argv):
     monkeypatch.setattr("sys.argv", ["test_time", *argv])
     main()
@@ -520,6 +553,16 @@ def test_answering_one_question(capsys, monkeypatch):
         (["--prompt", "x", "--task", "math", "--data", "nowhere.jsonl"], "search needs a task with steps"),
         (["--prompt", "x", "--task", "countdown"], "no token for '.n', which ends a step"),
         (["sweep", "--most", "5"], "--most 5: must be 4, 8, 16, 32 or 64"),
+        (["sweep", "--slots", "32"], "--slots 32: must be at least 64 with --most 64"),
+        (["sweep", "--json", "tests"], "must be the name of a file"),
+        (["sweep", "--json", ""], "must be the name of a file"),
+        (["sweep", "--json", "tests/conftest.py/rows.jsonl"], "cannot write tests/conftest.py"),
+        (["speed", "--json", "tests/conftest.py/rows.jsonl"], "cannot write tests/conftest.py"),
+        (["sweep", "--verifier-noise", "1.5"], "must be a share, 0 to 1"),
+        (["report", "--json", "tests/conftest.py", "--model", str(FOLDER)], "not the rows of a sweep"),
+        (["learn", "--slots", "4", "--model", str(FOLDER)], "--slots 4: must be at least 8"),
+        (["learn", "--drafter-from", "nowhere", "--model", str(FOLDER)], "nowhere"),
+        (["--prompt", "7:cfa=", "--strategy", "beam", "--n", "6"], "must be a multiple of 4 for --strategy beam"),
         (["learn", "--held-out", "0"], "--held-out 0: must be at least 1"),
         (["--prompt", "7:cfa=", "--model", "base"], "no token for 'c' of the prompt '7:cfa='"),
         (["learn", "--model", "base/chain/drafter"], "no policy in this folder"),
@@ -540,6 +583,29 @@ def test_the_policy_is_found_from_any_folder(capsys, monkeypatch, tmp_path):
 
 
 def test_choosing_by_predicted_difficulty(capsys, monkeypatch):
-    for budget in ("30", "400"):
+    """A probe attempt is made, and paid for, only where the choice depends on it."""
+    single, hard = Key("greedy", 1, "majority"), Key("beam", 4, "weighted")
+    contents = Choices("last", [0.9, 0.8, 0.7, 0.6], {"20.0": [single] * 5, "50.0": [single] * 4 + [hard]})
+    monkeypatch.setattr(answer, "read_choices", lambda folder: contents)
+    monkeypatch.setattr(Choices, "difficulty", lambda self, easiness: 4)
+    for budget, probed in (("10", False), ("49", False), ("50", True), ("400", True)):
         run_command(monkeypatch, "--prompt", "7:cfaponm=", "--budget", budget, "--model", str(FOLDER))
-        assert "difficulty" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert ("difficulty 5 of 5" in text) == ("(beam 4, weighted" in text) == probed
+
+
+def test_a_budget_includes_the_probe_attempt():
+    """Two fifths of the questions need the strategy of 10 tokens; with the probe's 5 it fits 9 tokens a question, and
+    does not fit 8.
+    """
+    bins = np.arange(1000) % 5
+    right = {"cheap": (bins < 3) * 1.0, "dear": (bins >= 3) * 1.0}
+    cost = {"cheap": np.full(1000, 1.0), "dear": np.full(1000, 10.0)}
+    everything = np.ones(1000, bool)
+
+    def chosen(budget, probe):
+        by_bin, predicted = optimal.choose(right, cost, bins, everything, budget, probe, np.arange(1000))
+        return predicted and [by_bin[b] for b in range(5)]
+
+    assert chosen(9.7, 5.0) == ["cheap"] * 3 + ["dear"] * 2
+    assert not chosen(9.5, 5.0) and chosen(9.5, 0.0)
