@@ -7,7 +7,7 @@ from the policy), and prints the two commands that serve them. For a drafter wit
 token ids in sglang/token_map.pt; vLLM drafts from the whole vocabulary. For stock transformers nothing has to be
 exported: the folder of a policy that tlt.py has trained is complete, see custom_generate/generate.py.
 
-Names, shapes and settings follow the loaders in SGLang 0.5.23 (models/llama_eagle.py, qwen2_eagle.py) and vLLM 0.33
+Names, shapes and settings follow the loaders in SGLang 0.5.23 (models/llama_eagle.py, qwen2_eagle.py) and vLLM 0.32
 (models/llama_eagle.py, which vLLM names Eagle + architecture; Qwen2 runs there as a Llama with biases on q, k, v).
 vLLM has served Llama policies on a CPU (make vllm-check); Qwen2 was not tried there, and SGLang was not started. A test
 computes the servers' layer from the exported files, for both kinds.

@@ -333,14 +333,15 @@ def make_strategy(name: str, methods: list[str]) -> Strategy:
     """Return the strategy of that name: off, goodput, beg-mab, or a draft length. methods: of the drafters at hand.
     Raises UserError.
     """
+    named = {
+        "off": Strategy,
+        "goodput": lambda: Goodput(plans_for(methods)),
+        "beg-mab": lambda: BegMab(plans_for(methods)),
+    }
     length = int(name) if name.isdecimal() else -1
-    if name not in ("off", "goodput", "beg-mab") and not 0 <= length <= MAX_DRAFT_LEN:
-        choices = f"off, goodput, beg-mab, or a draft length such as 4, at most {MAX_DRAFT_LEN}"
+    if name not in named and not 0 <= length <= MAX_DRAFT_LEN:
+        choices = f"{', '.join(named)}, or a draft length such as 4, at most {MAX_DRAFT_LEN}"
         raise UserError(f"--strategy {name}: {choices}")
-    if not methods or name in ("off", "0"):
+    if not methods or name == "0":
         return Strategy()
-    if name == "goodput":
-        return Goodput(plans_for(methods))
-    if name == "beg-mab":
-        return BegMab(plans_for(methods))
-    return Strategy(DraftPlan(methods[0], length))
+    return named[name]() if name in named else Strategy(DraftPlan(methods[0], length))

@@ -75,7 +75,7 @@ class TLTConfig(Config):
     ngram: bool = flag(False, "let the strategy also choose n-gram drafts, for responses that repeat themselves")
     strategy: str = flag("goodput", "how far to draft: off, goodput, beg-mab, or a fixed length such as 4")
     warm_start: float = flag(
-        120.0, "without a drafter: seconds of training after the first rollout, or until it is good"
+        120.0, "without a drafter: seconds of training, in parts after the first rollouts, or until it is good"
     )
     draft_vocab: int = flag(0, "token ids that the drafter may draft; 0: all, of a large vocabulary those in use")
     drafter_from: str = flag("", "folder of a drafter to start from; empty: the policy's own subfolder drafter/")
