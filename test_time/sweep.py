@@ -204,11 +204,11 @@ def speed(config: Config) -> None:
     folder = Path(find_folder(config.model))
     problems = [task.problem("test", 10**6 + i) for i in range(config.count)]
     solvers = {}  # by name: plain, speculative
-    for name, path in (("base", folder), ("revise", folder / "revise")):
-        if (path / "config.json").exists():
-            if not (path / "drafter").exists():
-                raise UserError(f"{path}: no drafter to compare with; `python -m test_time learn` makes one")
-            solvers[name] = [Solver(path, task, on, slots=64, dtype=config.dtype) for on in (False, True)]
+    for name, policy in (("base", folder), ("revise", folder / "revise")):
+        if (policy / "config.json").exists():
+            if not (policy / "drafter").exists():
+                raise UserError(f"{policy}: no drafter to compare with; `python -m test_time learn` makes one")
+            solvers[name] = [Solver(policy, task, on, slots=64, dtype=config.dtype) for on in (False, True)]
     print(f"{'':>16} {'plain s':>8} {'spec. s':>8} {'ratio':>6} {'same':>7} {'MFLOPs plain / speculative':>28}")
     rows = []
     for trial in timed(config.most):

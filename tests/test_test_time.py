@@ -500,6 +500,7 @@ def test_learning_sweeping_and_reporting(capsys, monkeypatch, tmp_path):
     text = capsys.readouterr().out
     assert "revise 4 4" in text and "N = 4, right by difficulty" in text
     assert (folder / "choice.json").exists() and (tmp_path / "rows-best.png").exists()
+    assert (tmp_path / "rows-speed.png").exists()
     run_command(monkeypatch, "--prompt", "7:cfa=", "--budget", "100", "--model", str(folder))
     assert "answer: " in capsys.readouterr().out
 
