@@ -83,7 +83,7 @@ def check_writable(folder: Path) -> None:
     """Create a folder, if there is none. Raises UserError if nothing can be written there: better before an hour of
     work than after it.
     """
-    trial = folder / "trial"
+    trial = folder / f".trial-{os.getpid()}"  # a name that no file of the user has
     write_atomically(trial, "")
     trial.unlink()
 

@@ -98,9 +98,9 @@ class Solver:
         head = self.policy.get_output_embeddings().weight  # (V, D)
         embedding = self.policy.get_input_embeddings().weight  # only looked up, unless it is the head as well
         body = weights_of(self.policy) - head.numel() - (0 if embedding is head else embedding.numel())
-        draft_head = head.numel() if drafter and drafter.draft_vocab is None else 0
-        if drafter and drafter.draft_vocab is not None:
-            draft_head = len(drafter.draft_vocab) * head.shape[1]
+        draft_head = 0
+        if drafter:
+            draft_head = head.numel() if drafter.draft_vocab is None else len(drafter.draft_vocab) * head.shape[1]
         verifier = weights_of(self.verifiers.get("process"))
         self.sizes = ModelSizes(body, head.numel(), weights_of(drafter), draft_head, verifier)
 
