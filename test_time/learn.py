@@ -135,11 +135,12 @@ def questions_of(solver: Solver, split: str, first: int, count: int) -> list[Gro
 
 def with_attempts(solver: Solver, questions: list[Group], seed: int, rng: random.Random) -> list[Group]:
     """Return the questions with the first 0 to 4 of the policy's own attempts in their prompts."""
-    chain = partial(revise, n=EARLIER_ATTEMPTS, length=EARLIER_ATTEMPTS)
+    counts = [rng.randint(0, EARLIER_ATTEMPTS) for _ in questions]
+    chains = [partial(revise, n=count, length=count) for count in counts]
+    problems = [question.problem for question in questions]
     longer = []
-    solutions = solver.solve([question.problem for question in questions], chain, seed, "chains")
-    for question, solution in zip(questions, solutions):
-        earlier = [attempt.tokens for attempt in solution.attempts[: rng.randint(0, EARLIER_ATTEMPTS)]]
+    for question, solution in zip(questions, solver.solve_each(problems, chains, seed, "chains", title="revisions")):
+        earlier = [attempt.tokens for attempt in solution.attempts]
         longer.append(replace(question, prompt=question.prompt + shown_in_prompt(earlier, solver.separator)))
     return longer
 

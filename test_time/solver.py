@@ -139,14 +139,23 @@ class Solver:
         return tqdm(responses, total=total, desc=title, disable=not title, mininterval=1)
 
     def solve(self, problems: list[Problem], search: SearchStrategy, *seed) -> list[Solution]:
-        """Search all problems at once -> for each its attempts and its ledger.
+        """Search all problems at once, all by one strategy; see `solve_each`."""
+        return self.solve_each(problems, [search] * len(problems), *seed)
 
-        search: one of strategies.py, its settings bound, e.g. partial(parallel, n=8). seed: numbers and strings; with
-        the prompt and k they make the seed of attempt k, so a question does not depend on the others.
+    def solve_each(
+        self, problems: list[Problem], strategies: list[SearchStrategy], *seed, title: str = ""
+    ) -> list[Solution]:
+        """Search all problems at once, each by its own strategy -> for each its attempts and its ledger.
+
+        strategies: of strategies.py, their settings bound, e.g. partial(parallel, n=8). seed: numbers and strings; with
+        the prompt and k they make the seed of attempt k, so a question does not depend on the others. title: of a
+        progress bar for each rollout, "" for none.
         """
         started = time.time()
         prompts = [self.encode(problem) for problem in problems]
-        searches = [search(partial(sequence_seed, *seed, tuple(prompt))) for prompt in prompts]
+        searches = []
+        for prompt, strategy in zip(prompts, strategies):
+            searches.append(strategy(partial(sequence_seed, *seed, tuple(prompt))))
         ledgers = [Ledger() for _ in problems]
         finished: dict[int, list[Attempt]] = {}  # index of the problem -> its attempts
         results: dict[int, list | None] = dict.fromkeys(range(len(problems)))  # what each search is sent next
@@ -157,13 +166,15 @@ class Solver:
                     requests[i] = searches[i].send(result)
                 except StopIteration as end:
                     finished[i] = end.value
-            results = self.run_requests(requests, prompts, ledgers)
+            results = self.run_requests(requests, prompts, ledgers, title)
         seconds = (time.time() - started) / len(problems)
         for ledger in ledgers:
             ledger.seconds = seconds
         return [Solution(finished[i], ledger) for i, ledger in enumerate(ledgers)]
 
-    def run_requests(self, requests: dict[int, list[Request]], prompts: list[list[int]], ledgers: list[Ledger]):
+    def run_requests(
+        self, requests: dict[int, list[Request]], prompts: list[list[int]], ledgers: list[Ledger], title: str
+    ) -> dict[int, list]:
         """Run the requests of each problem, those of a kind in one rollout, and charge their costs -> {problem: for
         each of its requests the list of continued attempts}.
         """
@@ -178,7 +189,7 @@ class Solver:
                 seeds = [attempt.seed for attempt in request.attempts]
                 by_kind[request.step, request.greedy].append(Group((i, k), prompt, seeds, len(first.tokens)))
         for (step, greedy), groups in sorted(by_kind.items()):
-            responses = list(self.generate(groups, step=step, greedy=greedy))
+            responses = list(self.generate(groups, title, step, greedy))
             read_by_drafter = {r.group: len(r.prompt) for r in responses if r.draft_tokens}
             for (i, _), tokens in read_by_drafter.items():
                 ledgers[i].drafter += tokens

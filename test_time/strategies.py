@@ -76,9 +76,9 @@ def scores_ahead(attempts: list[Attempt], steps: int) -> Generator[list[Request]
 
 
 def revise(seed: SeedFunction, n: int, length: int = CHAIN) -> Search:
-    """Make n / length chains of attempts, each attempt with the last four of its chain in the prompt."""
+    """Make n / length chains of attempts, each attempt with the last four of its chain in the prompt. n may be 0."""
     length = min(n, length)
-    chains: list[list[Attempt]] = [[] for _ in range(n // length)]
+    chains: list[list[Attempt]] = [[] for _ in range(n // max(1, length))]
     for i in range(length):
         requests = []
         for c, chain in enumerate(chains):

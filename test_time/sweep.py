@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,8 +84,8 @@ def trials(most: int) -> list[Trial]:
 
 
 def sweep(config: Config) -> None:
-    """Run all trials, the questions divided among --workers processes. The rows are written after each part of the
-    work, those of whole parts only. Raises UserError.
+    """Run all trials on parts of the questions, divided among --workers processes. The rows are written whenever all
+    trials of a part are done. Raises UserError.
     """
     path = rows_file(config.json)
     folder = Path(find_folder(config.model))
@@ -103,15 +103,20 @@ def sweep(config: Config) -> None:
     if (folders["revise"] / "config.json").exists():
         check_verifiers(folders["revise"])
     indices = distinct(make_task(config.task, config.data), config.count)
+    present = {name: folder for name, folder in folders.items() if (folder / "config.json").exists()}
+    possible = [trial for trial in trials(config.most) if trial.solver in present]
     jobs = []
     for seed in range(config.seed, config.seed + config.seeds):
         for first in range(0, len(indices), config.chunk):
-            jobs.append((config, folders, indices[first : first + config.chunk], seed))
+            part = indices[first : first + config.chunk]
+            jobs += [(config, trial, present[trial.solver], part, seed) for trial in possible]
     rows = []
     with ProcessPoolExecutor(config.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        for part in tqdm(pool.map(sweep_part, *zip(*jobs)), total=len(jobs), desc="sweep", unit="part"):
-            rows += part
-            write_rows(path, rows)
+        results = tqdm(pool.map(run_trial, *zip(*jobs)), total=len(jobs), desc="sweep", unit="trial")
+        for finished, found in enumerate(results, 1):
+            rows += found
+            if finished % len(possible) == 0:
+                write_rows(path, rows)
     print(f"wrote {path}")
 
 
@@ -134,24 +139,23 @@ def distinct(task: Task, count: int) -> list[int]:
     return list(first.values())[:count]
 
 
-def sweep_part(config: Config, folders: dict[str, Path], indices: list[int], seed: int) -> list[dict]:
-    """Run all trials on some questions, as far as there are policies for them, in a process of its own -> rows."""
+def run_trial(config: Config, trial: Trial, folder: Path, indices: list[int], seed: int) -> list[dict]:
+    """Run one trial on some questions, in a worker process -> rows."""
     torch.set_num_threads(1)
-    task = make_task(config.task, config.data)
-    problems = [task.problem("test", i) for i in indices]
-    solvers = {}
-    for name, folder in folders.items():
-        if (folder / "config.json").exists():
-            noise = config.verifier_noise if name == "noisy" else 0.0
-            solvers[name] = Solver(folder, task, False, slots=config.slots, noise=noise, dtype=config.dtype)
+    solver = load_solver(config, folder, config.verifier_noise if trial.solver == "noisy" else 0.0)
+    problems = [solver.task.problem("test", i) for i in indices]
+    samples = trial.name if trial.name in ("probe", "oracle") else "attempts"
     rows = []
-    for trial in trials(config.most):
-        if trial.solver in solvers:
-            solver = solvers[trial.solver]
-            samples = trial.name if trial.name in ("probe", "oracle") else "attempts"
-            for problem, solution in zip(problems, solver.solve(problems, trial.search, seed, samples)):
-                rows += rows_of(trial, solver, problem, solution, seed, config)
+    for problem, solution in zip(problems, solver.solve(problems, trial.search, seed, samples)):
+        rows += rows_of(trial, solver, problem, solution, seed, config)
     return rows
+
+
+@cache
+def load_solver(config: Config, folder: Path, noise: float) -> Solver:
+    """Return a solver for a policy. A worker process runs many trials, and loads each policy once."""
+    task = make_task(config.task, config.data)
+    return Solver(folder, task, False, slots=config.slots, noise=noise, dtype=config.dtype)
 
 
 def rows_of(trial: Trial, solver: Solver, problem: Problem, solution: Solution, seed: int, config: Config) -> list:

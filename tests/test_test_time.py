@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import rollout
+from base import pretrain
 from parts.cli import UserError
 from parts.engine.interfaces import Group
 from parts.engine.sampling import Sampling
@@ -305,6 +306,14 @@ def test_questions_do_not_depend_on_each_other(solver):
     assert together == alone
 
 
+def test_each_question_may_have_its_own_strategy(solver):
+    """A chain that is stopped early has the first attempts of the whole one."""
+    chains = [partial(revise, n=n, length=n) for n in range(len(PROBLEMS))]
+    stopped = tokens(solver.solve_each(PROBLEMS, chains, 0, "test"))
+    whole = tokens(solve(solver, partial(revise, n=len(PROBLEMS), length=len(PROBLEMS))))
+    assert stopped == [attempts[:n] for n, attempts in enumerate(whole)] and stopped[0] == []
+
+
 # ---------------------------------------------------------------- the verifier
 
 
@@ -534,6 +543,31 @@ def test_without_examples_there_is_no_reviser(monkeypatch, solver):
     monkeypatch.setattr(solver, "grade", lambda problem, tokens: False)
     with pytest.raises(UserError, match="--questions 3: there is none with a right and a wrong one"):
         learn.learn_revisions(solver, Config("learn", questions=3), random.Random(0))
+
+
+def test_the_control_is_tuned_on_the_same_targets_in_as_many_steps(monkeypatch, solver):
+    plans = {}
+    batches = pretrain.batches
+    monkeypatch.setattr(learn, "tune", lambda folder, name, plan, config: plans.update({name: plan}))
+    monkeypatch.setattr(learn, "Solver", lambda folder, *args, **settings: solver)
+    monkeypatch.setattr(learn, "train_helpers", lambda *args: None)
+    monkeypatch.setattr(learn.pretrain, "batches", lambda examples, tokens, rng: batches(examples, 128, rng))
+    learn.learn_revisions(solver, Config("learn", questions=24, held_out=1, epochs=2), random.Random(0))
+    targets = {name: [[target for _, target in batch] for batch in plan] for name, plan in plans.items()}
+    assert targets["revise"] == targets["refit"] and len(plans["revise"]) > 2
+    shown, plain = ([len(prompt) for batch in plans[name] for prompt, _ in batch] for name in ("revise", "refit"))
+    assert sum(shown) > sum(plain) and all(a >= b for a, b in zip(shown, plain))
+
+
+@cases(50)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=30), st.integers(1, 200))
+def test_a_batch_has_at_most_so_many_tokens(lengths, most):
+    examples = [([1] * prompt, [i] * completion) for i, (prompt, completion) in enumerate(lengths)]
+    batches = pretrain.batches(examples, most, random.Random(0))
+    assert sorted(example for batch in batches for example in batch) == sorted(examples)
+    for batch in batches:
+        longest = max(len(prompt) + len(completion) for prompt, completion in batch)
+        assert len(batch) == 1 or longest * len(batch) <= most
 
 
 def run_command(monkeypatch, *argv):
