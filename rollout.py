@@ -24,6 +24,7 @@ verify, accept, commit), `read_back` (the host waits for the device, once), `acc
 Continuous batching. Finished sequences leave at once: the last running one moves into the free slot, so that the
 running sequences stay contiguous and a round pays for nothing else. Free slots are filled from an iterator of groups.
 A group's prompt is prefilled once, by the policy and by the drafter, and its cache entries are copied to all samples.
+Prompts are prefilled in parts of similar length, since a part is padded to its longest prompt.
 
 Legend: B running sequences, T new tokens per sequence, k draft length, V vocabulary, D model width, G samples per
 prompt. Left out: prefix sharing between prompts, prefill in chunks, beam search.
@@ -60,6 +61,8 @@ from parts.engine.sampling import Sampling, split_seeds
 
 # ---------------------------------------------------------------- the queue
 
+PREFILL_TOKENS = 4096  # of one forward: more is no faster, and takes more memory
+
 
 class GroupQueue:
     """The groups that wait for free slots. Once a worker has pulled a group, no other worker can take it. So a group is
@@ -86,6 +89,18 @@ class GroupQueue:
             batch.append(group)
             running += self.last_size
         return batch
+
+
+def prefill_parts(batch: list[Group], tokens: int) -> list[list[Group]]:
+    """Return the groups by the length of their prompts, in parts that are prefilled in one forward each. A part has at
+    most so many tokens, padding included, or a single longer prompt.
+    """
+    parts: list[list[Group]] = []
+    for group in sorted(batch, key=lambda group: len(group.prompt)):
+        if not parts or len(group.prompt) * (len(parts[-1]) + 1) > tokens:
+            parts.append([])
+        parts[-1].append(group)
+    return parts
 
 
 # ---------------------------------------------------------------- the engine
@@ -234,8 +249,8 @@ class Engine:
         self.read_weights()
         while True:
             batch = queue.take(len(self.running), self.max_running)
-            if batch:
-                self.admit(batch)
+            for part in prefill_parts(batch, PREFILL_TOKENS):
+                self.admit(part)
             if not self.running:
                 break
             finished = self.round(sampling, strategy, on_round)

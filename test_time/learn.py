@@ -70,14 +70,14 @@ def learn(config: Config) -> None:
     """Train and write everything. Raises UserError."""
     task = make_task(config.task, config.data)
     folder = writable_folder(config.model)
-    rng = random.Random(config.seed)
     solver = Solver(folder, task, speculate=False, verify=False, slots=config.slots, dtype=config.dtype)
     check_at_the_start(solver, config)
     training = questions_of(solver, "train", 0, config.questions)
     held_out = questions_of(solver, "test", MILLION, config.held_out)
     train_helpers(solver, training, held_out, config, config.drafter_from)
     if config.epochs:
-        learn_revisions(solver, config, rng)
+        tune_revisions(solver, config)
+        train_helpers_of_revisions(solver, config)
 
 
 def check_at_the_start(solver: Solver, config: Config) -> None:
@@ -94,11 +94,9 @@ def check_at_the_start(solver: Solver, config: Config) -> None:
         raise UserError(f"--questions {config.questions}: at most {count // PARTS}, a quarter of the data set")
 
 
-def learn_revisions(solver: Solver, config: Config, rng: random.Random) -> None:
-    """Tune the revision policy and its control, and train the revision policy's verifiers and drafter. Raises
-    UserError.
-    """
-    folder = solver.folder
+def tune_revisions(solver: Solver, config: Config) -> None:
+    """Tune the revision policy and its control. Raises UserError."""
+    rng = random.Random(config.seed)
     questions = questions_of(solver, "train", 2 * MILLION, config.questions)
     examples = revision_examples(solver, questions, config.seed, rng)
     if not examples:
@@ -109,12 +107,16 @@ def learn_revisions(solver: Solver, config: Config, rng: random.Random) -> None:
     plan: list[list[Example]] = []
     for _ in range(config.epochs):
         plan += pretrain.batches(examples, 2048, rng)
-    tune(folder, "revise", [[(e.prompt, e.target) for e in batch] for batch in plan], config)
-    tune(folder, "refit", [[(e.question, e.target) for e in batch] for batch in plan], config)
+    tune(solver.folder, "revise", [[(e.prompt, e.target) for e in batch] for batch in plan], config)
+    tune(solver.folder, "refit", [[(e.question, e.target) for e in batch] for batch in plan], config)
 
+
+def train_helpers_of_revisions(solver: Solver, config: Config) -> None:
+    """Train verifiers and a drafter for the revision policy of this policy. Raises UserError."""
+    folder = solver.folder
     reviser = Solver(folder / "revise", solver.task, False, False, slots=config.slots, dtype=config.dtype)
-    training = with_attempts(reviser, questions_of(reviser, "train", 3 * MILLION, config.questions), config.seed, rng)
-    held_out = with_attempts(reviser, questions_of(reviser, "test", 2 * MILLION, config.held_out), config.seed, rng)
+    training = with_attempts(reviser, questions_of(reviser, "train", 3 * MILLION, config.questions), config.seed)
+    held_out = with_attempts(reviser, questions_of(reviser, "test", 2 * MILLION, config.held_out), config.seed)
     start = folder / "drafter"
     train_helpers(reviser, training, held_out, config, str(start) if start.exists() else "")
 
@@ -133,8 +135,9 @@ def questions_of(solver: Solver, split: str, first: int, count: int) -> list[Gro
     return [Group(i, solver.encode(problem), [], problem=problem) for i, problem in enumerate(problems)]
 
 
-def with_attempts(solver: Solver, questions: list[Group], seed: int, rng: random.Random) -> list[Group]:
+def with_attempts(solver: Solver, questions: list[Group], seed: int) -> list[Group]:
     """Return the questions with the first 0 to 4 of the policy's own attempts in their prompts."""
+    rng = random.Random(f"{seed} attempts shown")
     counts = [rng.randint(0, EARLIER_ATTEMPTS) for _ in questions]
     chains = [partial(revise, n=count, length=count) for count in counts]
     problems = [question.problem for question in questions]

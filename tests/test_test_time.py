@@ -542,17 +542,15 @@ def test_a_reviser_without_verifiers_is_refused(monkeypatch, tmp_path):
 def test_without_examples_there_is_no_reviser(monkeypatch, solver):
     monkeypatch.setattr(solver, "grade", lambda problem, tokens: False)
     with pytest.raises(UserError, match="--questions 3: there is none with a right and a wrong one"):
-        learn.learn_revisions(solver, Config("learn", questions=3), random.Random(0))
+        learn.tune_revisions(solver, Config("learn", questions=3))
 
 
 def test_the_control_is_tuned_on_the_same_targets_in_as_many_steps(monkeypatch, solver):
     plans = {}
     batches = pretrain.batches
     monkeypatch.setattr(learn, "tune", lambda folder, name, plan, config: plans.update({name: plan}))
-    monkeypatch.setattr(learn, "Solver", lambda folder, *args, **settings: solver)
-    monkeypatch.setattr(learn, "train_helpers", lambda *args: None)
     monkeypatch.setattr(learn.pretrain, "batches", lambda examples, tokens, rng: batches(examples, 128, rng))
-    learn.learn_revisions(solver, Config("learn", questions=24, held_out=1, epochs=2), random.Random(0))
+    learn.tune_revisions(solver, Config("learn", questions=24, epochs=2))
     targets = {name: [[target for _, target in batch] for batch in plan] for name, plan in plans.items()}
     assert targets["revise"] == targets["refit"] and len(plans["revise"]) > 2
     shown, plain = ([len(prompt) for batch in plans[name] for prompt, _ in batch] for name in ("revise", "refit"))
