@@ -107,9 +107,33 @@ def test_engine_equals_full_forward(family, sampling):
 
 
 @cases(15)
-@given(st.integers(0, 10**6), st.integers(4, 16), st.integers(1, 30))
-def test_engine_equals_full_forward_on_random_shapes(seed, slots, max_new):
-    check_against_full_forward(tiny(), groups_of(6, random.Random(seed)), Sampling(max_new=max_new), slots)
+@given(st.integers(0, 10**6), st.integers(4, 16), st.integers(1, 30), st.integers(1, 80))
+def test_engine_equals_full_forward_on_random_shapes(seed, slots, max_new, prefill_tokens):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "PREFILL_TOKENS", prefill_tokens)
+        check_against_full_forward(tiny(), groups_of(6, random.Random(seed)), Sampling(max_new=max_new), slots)
+
+
+def check_prefill_parts(lengths, tokens):
+    """Each prompt once, in the order of length, and no part above the limit that could be divided."""
+    parts = rollout.prefill_parts([Group(i, [2] * length, [i]) for i, length in enumerate(lengths)], tokens)
+    found = [len(group.prompt) for part in parts for group in part]
+    assert found == sorted(lengths) and len({group.key for part in parts for group in part}) == len(lengths)
+    for part in parts:
+        assert len(part) == 1 or len(part) * len(part[-1].prompt) <= tokens
+    for part, following in zip(parts, parts[1:]):
+        assert (len(part) + 1) * len(following[0].prompt) > tokens
+
+
+@cases(100)
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 300))
+def test_prompts_of_similar_length_are_prefilled_together(lengths, tokens):
+    check_prefill_parts(lengths, tokens)
+
+
+def test_prefilling_all_prompts_at_once_is_caught(monkeypatch):
+    monkeypatch.setattr(rollout, "prefill_parts", lambda batch, tokens: [batch])
+    caught(check_prefill_parts, [5, 40, 5, 40], 50)
 
 
 # ---------------------------------------------------------------- broken engines
