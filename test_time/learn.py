@@ -227,13 +227,15 @@ def train_helpers(
     seed = (config.seed, "held out")
     measured = labelled_steps(solver, held_out, TRIES, 8, seed, config.labelled)
     features, counts, labels, place = measured.features, measured.counts, measured.labels, measured.place
-    print(f"{solver.folder}: AUC of steps of {len(held_out)} held-out questions   pooled   within question and step")
+    known = len(labels) - int(labels.isnan().sum())
+    print(f"{solver.folder}: {known} labelled steps of {len(held_out)} held-out questions")
+    print(f"{'AUC':>50} {'pooled':>9} {'within question and step':>25}")
     scores = {name: verifier(features, counts) for name, verifier in verifiers.items()}
     logp = features[:, -2]
     scores["lowest log p so far"] = torch.cat([part.cummin(0).values for part in logp.split(counts)])
     scores["lowest log p of the step"] = logp
     for name, s in scores.items():
-        print(f"{name:>50} {auc(s, labels):9.3f} {auc(s, labels, place):9.3f}")
+        print(f"{name:>50} {auc(s, labels):9.3f} {auc(s, labels, place):25.3f}")
 
     train_drafter(solver, steps.responses, config, start)
 
