@@ -421,8 +421,8 @@ class Engine:
         self.tokens[slots].scatter_(1, positions + 1, verification.tokens)
         self.logprobs[slots].scatter_(1, positions + 1, verification.logprobs)
         if self.keep_hidden:
-            where = positions[..., None].expand_as(verification.hidden)
-            self.hidden[slots].scatter_(1, where, verification.hidden)
+            # not by scatter_: on a CPU its bfloat16 version takes time for every entry of `hidden`
+            self.hidden[self.cache.numbers[:n, None], positions] = verification.hidden
         self.lens[slots] += emitted
         return emitted
 

@@ -41,6 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parts.cli import UserError, check_above, check_at_least, flag, parse_flags, run
 from parts.files import check_writable
+from parts.running.launcher import exit_with_the_parent
 from tasks import Chain, Countdown, combine
 
 SYMBOLS = {
@@ -339,7 +340,7 @@ def jobs_of(command: Command) -> list[Job]:
 def plan_of(command: Command) -> list[list]:
     """Make the traces in parallel processes -> batches in the order in which they are learned."""
     jobs = jobs_of(command)
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(initializer=exit_with_the_parent) as pool:
         parts = list(tqdm(pool.map(make_traces, jobs), total=len(jobs), desc="traces", unit="part"))
     lengths = sorted(len(completion) for part in parts for _, completion in part)
     quantiles = ", ".join(f"p{q} {lengths[len(lengths) * q // 100]}" for q in (50, 90, 99))

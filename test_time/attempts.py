@@ -11,7 +11,7 @@ Nothing here runs a model: strategies.py decides what is requested, solver.py ru
 import math
 from collections import defaultdict
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import NamedTuple
 
 from parts.engine.interfaces import Response
@@ -127,6 +127,10 @@ class Ledger:
         policy = sizes.policy * (self.prefill + sampled) + sizes.head * sampled
         drafter = sizes.drafter * self.drafter + sizes.draft_head * self.drafted
         return 2.0 * (policy + drafter + sizes.verifier * self.verifier)
+
+    def without_speculation(self) -> "Ledger":
+        """Return what the same tokens cost in plain decoding. (Seconds are those that it took.)"""
+        return replace(self, rejected=0, drafter=0, drafted=0)
 
     def __add__(self, other: "Ledger") -> "Ledger":
         """Return the costs of both."""

@@ -27,6 +27,7 @@ its first (0.66 after 0.91).
 import difflib
 import math
 import random
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,8 +77,9 @@ def learn(config: Config) -> None:
     held_out = questions_of(solver, "test", MILLION, config.held_out)
     train_helpers(solver, training, held_out, config, config.drafter_from)
     if config.epochs:
-        tune_revisions(solver, config)
-        train_helpers_of_revisions(solver, config)
+        drafting = Solver(folder, task, verify=False, slots=config.slots, dtype=config.dtype)  # with its new drafter
+        tune_revisions(drafting, config)
+        train_helpers_of_revisions(drafting, config)
 
 
 def check_at_the_start(solver: Solver, config: Config) -> None:
@@ -112,12 +114,16 @@ def tune_revisions(solver: Solver, config: Config) -> None:
 
 
 def train_helpers_of_revisions(solver: Solver, config: Config) -> None:
-    """Train verifiers and a drafter for the revision policy of this policy. Raises UserError."""
-    folder = solver.folder
-    reviser = Solver(folder / "revise", solver.task, False, False, slots=config.slots, dtype=config.dtype)
+    """Train verifiers and a drafter for the revision policy of this policy, whose drafter it starts from. Raises
+    UserError.
+    """
+    folder = solver.folder / "revise"
+    start = solver.folder / "drafter"
+    if start.exists():
+        shutil.copytree(start, folder / "drafter", dirs_exist_ok=True)
+    reviser = Solver(folder, solver.task, verify=False, slots=config.slots, dtype=config.dtype)
     training = with_attempts(reviser, questions_of(reviser, "train", 3 * MILLION, config.questions), config.seed)
     held_out = with_attempts(reviser, questions_of(reviser, "test", 2 * MILLION, config.held_out), config.seed)
-    start = folder / "drafter"
     train_helpers(reviser, training, held_out, config, str(start) if start.exists() else "")
 
 

@@ -3,6 +3,7 @@
 `python -m test_time sweep` runs every strategy on --count questions and writes rows to --json, one per question,
 strategy and way to pick an answer; `report` reads them. No two questions are alike, so that the two halves of the
 statistics share none. The samples that determine difficulty (probe, oracle) are not those that are spent on the answer.
+Speculation makes a sweep faster; its costs are those of the same tokens without it.
 
 `python -m test_time speed` measures seconds per question with and without speculation, one question at a time. The
 tokens must be the same. Its rows are written beside --json, to *.speed.jsonl.
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from parts.cli import UserError
 from parts.files import check_writable, find_folder, write_atomically
+from parts.running.launcher import exit_with_the_parent
 from tasks import Problem, Task, make_task
 from test_time.attempts import SearchStrategy, pick, score
 from test_time.config import Config
@@ -111,7 +113,8 @@ def sweep(config: Config) -> None:
             part = indices[first : first + config.chunk]
             jobs += [(config, trial, present[trial.solver], part, seed) for trial in possible]
     rows = []
-    with ProcessPoolExecutor(config.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+    spawn = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config.workers, mp_context=spawn, initializer=exit_with_the_parent) as pool:
         results = tqdm(pool.map(run_trial, *zip(*jobs)), total=len(jobs), desc="sweep", unit="trial")
         for finished, found in enumerate(results, 1):
             rows += found
@@ -155,12 +158,13 @@ def run_trial(config: Config, trial: Trial, folder: Path, indices: list[int], se
 def load_solver(config: Config, folder: Path, noise: float) -> Solver:
     """Return a solver for a policy. A worker process runs many trials, and loads each policy once."""
     task = make_task(config.task, config.data)
-    return Solver(folder, task, False, slots=config.slots, noise=noise, dtype=config.dtype)
+    return Solver(folder, task, slots=config.slots, noise=noise, dtype=config.dtype)
 
 
 def rows_of(trial: Trial, solver: Solver, problem: Problem, solution: Solution, seed: int, config: Config) -> list:
     """Return a row for each way to pick the answer."""
-    attempts, ledger = solution
+    attempts = solution.attempts
+    ledger = solution.ledger.without_speculation()
     rights = [int(solver.grade(problem, list(attempt.tokens))) for attempt in attempts]
     common = {
         "model": config.model,

@@ -53,15 +53,20 @@ class Heartbeat:
         return [rank for rank in ranks if time.time() - self.times[rank] > patience]
 
 
-def child(rank: int, work: Callable, config, count: int, port: int, threads: int, errors, heartbeat: Heartbeat) -> None:
-    """Run a worker process: set what torchrun would set, and never outlive the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+def exit_with_the_parent() -> None:
+    """Let this child process end as soon as its parent has ended, even if the parent was killed."""
 
-    def exit_with_the_parent() -> None:
+    def watch() -> None:
         mp.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=exit_with_the_parent, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def child(rank: int, work: Callable, config, count: int, port: int, threads: int, errors, heartbeat: Heartbeat) -> None:
+    """Run a worker process: set what torchrun would set, and never outlive the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    exit_with_the_parent()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
