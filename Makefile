@@ -108,15 +108,15 @@ figures: seeds  ## the same, and the first seed also with a static drafter, and 
 drafter: .venv/installed  ## train a drafter for a policy on its own rollouts, SECONDS=60 on one core; also MODEL=, START=, DRAFTER=, K=
 	$(RUN) drafter.py --threads 1 --model $(MODEL) --out $(DRAFTER) --k $(K) --seconds $(SECONDS) $(if $(START),--start $(START))
 
-test-time: .venv/installed  ## search at test time: 1,000 held-out questions, every strategy, tables and figures
-	$(RUN) -m test_time sweep --seeds 3 $(if $(wildcard runs/chain-large/config.json),--large runs/chain-large)
+test-time: .venv/installed  ## search at test time: 1,000 held-out questions, every strategy, tables and figures (an hour on 2 cores); to go on after Ctrl-C: ARGS=--resume
+	$(RUN) -m test_time sweep --seeds 3 $(if $(wildcard runs/chain-large/config.json),--large runs/chain-large) $(ARGS)
 	$(RUN) -m test_time speed --count 24
 	$(RUN) -m test_time report
 
-search: runs/searcher/config.json  ## search at test time with the real model (two hours on 2 cores; POLICY=runs/real/policy, ARGS="--dtype bfloat16" on a CPU with AMX)
+search: runs/searcher/config.json  ## search at test time with the real model (two hours on 2 cores; POLICY=runs/real/policy, ARGS="--dtype bfloat16" on a CPU with AMX); to go on after Ctrl-C: ARGS=--resume
 	$(RUN) -m test_time learn --model $(POLICY) --task countdown-3 --slots 64 --questions 96 --attempts 4 --labelled 1 \
 		--continuations 1 --held-out 4 --epochs 1 --lora-rank 16 --drafter-seconds 240 $(ARGS)
-	$(RUN) -m test_time sweep $(SEARCH) --slots 64 --count 48 --chunk 24 --verifier-noise 0 $(ARGS)
+	$(RUN) -m test_time sweep $(SEARCH) --slots 64 --count 48 --chunk 48 --verifier-noise 0 $(ARGS)
 	$(RUN) -m test_time speed $(SEARCH) --count 3  # in float32, where the tokens are the same
 	$(RUN) -m test_time report $(SEARCH)
 

@@ -35,6 +35,7 @@ class Config:
     lora_rank: int = flag(0, "(learn) tune adapters of this rank, for language models; 0: all weights")
     drafter_from: str = flag("", "(learn) folder of a drafter to start from; empty: random weights")
     drafter_seconds: float = flag(60.0, "(learn) training time of each drafter; 0: none")
+    resume: bool = flag(False, "(learn, sweep) keep what is there of an interrupted run with the same settings")
     count: int = flag(1000, "(sweep, speed) held-out questions")
     most: int = flag(64, "(sweep, speed) strategies with more attempts at a question are left out")
     seeds: int = flag(1, "(sweep) repetitions with other samples")

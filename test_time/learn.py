@@ -73,13 +73,24 @@ def learn(config: Config) -> None:
     folder = writable_folder(config.model)
     solver = Solver(folder, task, speculate=False, verify=False, slots=config.slots, dtype=config.dtype)
     check_at_the_start(solver, config)
-    training = questions_of(solver, "train", 0, config.questions)
-    held_out = questions_of(solver, "test", MILLION, config.held_out)
-    train_helpers(solver, training, held_out, config, config.drafter_from)
+    if not config.resume:
+        for name in (*VERIFIERS, "revise", "refit") if config.epochs else VERIFIERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    if not (config.resume and has_helpers(folder)):
+        training = questions_of(solver, "train", 0, config.questions)
+        held_out = questions_of(solver, "test", MILLION, config.held_out)
+        train_helpers(solver, training, held_out, config, config.drafter_from)
     if config.epochs:
         drafting = Solver(folder, task, verify=False, slots=config.slots, dtype=config.dtype)  # with its new drafter
-        tune_revisions(drafting, config)
-        train_helpers_of_revisions(drafting, config)
+        if not (config.resume and (folder / "refit/config.json").exists()):  # it is written last
+            tune_revisions(drafting, config)
+        if not (config.resume and has_helpers(folder / "revise")):
+            train_helpers_of_revisions(drafting, config)
+
+
+def has_helpers(folder: Path) -> bool:
+    """Return whether a policy has its verifiers, and so its drafter, which is trained before them."""
+    return all((folder / name).exists() for name in VERIFIERS)
 
 
 def check_at_the_start(solver: Solver, config: Config) -> None:
@@ -216,10 +227,11 @@ def labelled_steps(
 def train_helpers(
     solver: Solver, training: list[Group], held_out: list[Group], config: Config, start: str = ""
 ) -> None:
-    """Train both verifiers and the drafter on a policy's own attempts, write them into its folder, and print how well
+    """Train the drafter and both verifiers on a policy's own attempts, write them into its folder, and print how well
     the verifiers tell good steps from bad ones. start: folder of the drafter to start from, "" for random weights.
     """
     steps = labelled_steps(solver, training, config.attempts, config.continuations, config.seed, config.labelled)
+    train_drafter(solver, steps.responses, config, start)
     labels = torch.where(steps.labels.isnan(), steps.outcomes, steps.labels)
     without_logp = steps.features.clone()
     without_logp[:, -2:] = 0
@@ -242,8 +254,6 @@ def train_helpers(
     scores["lowest log p of the step"] = logp
     for name, s in scores.items():
         print(f"{name:>50} {auc(s, labels):9.3f} {auc(s, labels, place):25.3f}")
-
-    train_drafter(solver, steps.responses, config, start)
 
 
 def train_drafter(solver: Solver, responses: list[Response], config: Config, start: str) -> None:

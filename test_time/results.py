@@ -44,9 +44,6 @@ def read_rows(path) -> list[dict]:
         raise UserError(f"--json {path}: these are not the rows of a sweep") from error
     if not all(isinstance(row, dict) and {"prompt", "seed", "pick", "ledger"} <= set(row) for row in rows):
         raise UserError(f"--json {path}: these are not the rows of a sweep")
-    questions = {row["prompt"] for row in rows}
-    if len(questions) < BINS:
-        raise UserError(f"--json {path}: {len(questions)} questions, too few to divide them into {BINS} parts")
     return rows
 
 
@@ -70,6 +67,9 @@ class Results:
 
     def __init__(self, path):
         rows = read_rows(path)
+        questions = {row["prompt"] for row in rows}
+        if len(questions) < BINS:
+            raise UserError(f"--json {path}: {len(questions)} questions, too few to divide them into {BINS} parts")
         self.columns: dict[Key, list[dict]] = defaultdict(list)  # the rows of each strategy, by question
         for row in sorted(rows, key=in_any_order):
             self.columns[Key(row["search"], row["n"], row["pick"])].append(row)

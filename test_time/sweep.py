@@ -10,6 +10,7 @@ tokens must be the same. Its rows are written beside --json, to *.speed.jsonl.
 """
 
 import json
+import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from parts.running.launcher import exit_with_the_parent
 from tasks import Problem, Task, make_task
 from test_time.attempts import SearchStrategy, pick, score
 from test_time.config import Config
+from test_time.results import read_rows
 from test_time.solver import Solution, Solver, check_verifiers
 from test_time.strategies import SEARCHES, parallel, revise
 
@@ -45,6 +47,7 @@ def trials_of(solver: str, name: str, search: Callable, counts: tuple[int, ...],
     return [Trial(solver, name, n, partial(search, n=n), picks) for n in counts]
 
 
+SECONDS_BETWEEN_WRITES = 60.0
 ORACLE_ATTEMPTS = 16  # of which the share that is right is a question's known difficulty
 COMPARED = 16  # attempts of the strategies that are compared at equal number; fewer with a smaller --most
 MAJORITY = ("majority",)
@@ -86,10 +89,41 @@ def trials(most: int) -> list[Trial]:
 
 
 def sweep(config: Config) -> None:
-    """Run all trials on parts of the questions, divided among --workers processes. The rows are written whenever all
-    trials of a part are done. Raises UserError.
+    """Run all trials on parts of the questions, divided among --workers processes. Until all are done, the rows are in
+    *.unfinished.jsonl, written every minute and however the sweep ends; --resume goes on from there. Raises UserError.
     """
     path = rows_file(config.json)
+    unfinished = path.with_suffix(".unfinished.jsonl")
+    folders = folders_of(config)
+    rows = rows_before(unfinished if unfinished.exists() else path, config) if config.resume else []
+    jobs = jobs_of(config, folders, {(row["search"], row["n"], row["seed"], row["prompt"]) for row in rows})
+    spawn = torch.multiprocessing.get_context("spawn")
+    written = time.time()
+    try:
+        with ProcessPoolExecutor(config.workers, mp_context=spawn, initializer=exit_with_the_parent) as pool:
+            for found in tqdm(pool.map(run_trial, jobs), total=len(jobs), desc="sweep", unit="trial"):
+                rows += found
+                if time.time() - written > SECONDS_BETWEEN_WRITES:
+                    write_rows(unfinished, rows)
+                    written = time.time()
+    finally:
+        write_rows(unfinished, rows)
+    unfinished.replace(path)
+    print(f"wrote {path}")
+
+
+class Job(NamedTuple):
+    """A trial on some questions: what a worker process does at a time."""
+
+    config: Config
+    trial: Trial
+    folder: Path  # of the trial's policy
+    indices: list[int]  # of the questions
+    seed: int
+
+
+def folders_of(config: Config) -> dict[str, Path]:
+    """Return the folders of the policies that there are, by the name of their solver. Raises UserError."""
     folder = Path(find_folder(config.model))
     folders = {"base": folder, "revise": folder / "revise", "refit": folder / "refit"}
     if config.verifier_noise:
@@ -104,23 +138,40 @@ def sweep(config: Config) -> None:
     check_verifiers(folders["base"])
     if (folders["revise"] / "config.json").exists():
         check_verifiers(folders["revise"])
-    indices = distinct(make_task(config.task, config.data), config.count)
-    present = {name: folder for name, folder in folders.items() if (folder / "config.json").exists()}
-    possible = [trial for trial in trials(config.most) if trial.solver in present]
+    return {name: folder for name, folder in folders.items() if (folder / "config.json").exists()}
+
+
+def rows_before(path: Path, config: Config) -> list[dict]:
+    """Return the rows that an interrupted sweep has written. Raises UserError if it had other settings."""
+    if not path.exists():
+        return []
+    rows = read_rows(path)
+    for row in rows:
+        for name, now in (("model", config.model), ("aggregate", config.aggregate), ("noise", config.verifier_noise)):
+            if row[name] != now:
+                raise UserError(f"--resume: the rows in {path} were made with {name} {row[name]}, not {now}")
+    return rows
+
+
+def jobs_of(config: Config, folders: dict[str, Path], done: set[tuple]) -> list[Job]:
+    """Return what is to be done. done: (search, n, seed, question) of the rows that there are."""
+    task = make_task(config.task, config.data)
+    questions = {i: question_of(task.problem("test", i)) for i in distinct(task, config.count)}
+    indices = list(questions)
     jobs = []
     for seed in range(config.seed, config.seed + config.seeds):
         for first in range(0, len(indices), config.chunk):
             part = indices[first : first + config.chunk]
-            jobs += [(config, trial, present[trial.solver], part, seed) for trial in possible]
-    rows = []
-    spawn = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, mp_context=spawn, initializer=exit_with_the_parent) as pool:
-        results = tqdm(pool.map(run_trial, *zip(*jobs)), total=len(jobs), desc="sweep", unit="trial")
-        for finished, found in enumerate(results, 1):
-            rows += found
-            if finished % len(possible) == 0:
-                write_rows(path, rows)
-    print(f"wrote {path}")
+            for trial in trials(config.most):
+                missing = [i for i in part if (trial.name, trial.n, seed, questions[i]) not in done]
+                if missing and trial.solver in folders:
+                    jobs.append(Job(config, trial, folders[trial.solver], missing, seed))
+    return jobs
+
+
+def question_of(problem: Problem) -> str:
+    """Return what stands for a question in the rows."""
+    return problem.trace or problem.prompt
 
 
 def rows_file(name: str) -> Path:
@@ -142,15 +193,16 @@ def distinct(task: Task, count: int) -> list[int]:
     return list(first.values())[:count]
 
 
-def run_trial(config: Config, trial: Trial, folder: Path, indices: list[int], seed: int) -> list[dict]:
-    """Run one trial on some questions, in a worker process -> rows."""
+def run_trial(job: Job) -> list[dict]:
+    """Do a job, in a worker process -> rows."""
     torch.set_num_threads(1)
-    solver = load_solver(config, folder, config.verifier_noise if trial.solver == "noisy" else 0.0)
-    problems = [solver.task.problem("test", i) for i in indices]
+    config, trial = job.config, job.trial
+    solver = load_solver(config, job.folder, config.verifier_noise if trial.solver == "noisy" else 0.0)
+    problems = [solver.task.problem("test", i) for i in job.indices]
     samples = trial.name if trial.name in ("probe", "oracle") else "attempts"
     rows = []
-    for problem, solution in zip(problems, solver.solve(problems, trial.search, seed, samples)):
-        rows += rows_of(trial, solver, problem, solution, seed, config)
+    for problem, solution in zip(problems, solver.solve(problems, trial.search, job.seed, samples)):
+        rows += rows_of(trial, solver, problem, solution, job.seed, config)
     return rows
 
 
@@ -168,7 +220,7 @@ def rows_of(trial: Trial, solver: Solver, problem: Problem, solution: Solution, 
     rights = [int(solver.grade(problem, list(attempt.tokens))) for attempt in attempts]
     common = {
         "model": config.model,
-        "prompt": problem.trace or problem.prompt,
+        "prompt": question_of(problem),
         "search": trial.name,
         "n": trial.n,
         "seed": seed,

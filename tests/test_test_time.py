@@ -1,6 +1,7 @@
 """Search strategies, picking answers, the ledger, the verifier, the command. (The statistics: test_optimal.py.)"""
 
 import contextlib
+import json
 import random
 import shutil
 from dataclasses import replace
@@ -505,6 +506,11 @@ def test_learning_sweeping_and_reporting(capsys, monkeypatch, tmp_path):
     few = ("--questions", "12", "--held-out", "2", "--continuations", "1", "--drafter-seconds", "0.2")
     run_command(monkeypatch, "learn", *where, *few, "--epochs", "1", "--lora-rank", "2", "--dtype", "bfloat16")
     assert "AUC" in capsys.readouterr().out
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    shutil.rmtree(folder / "revise/outcome")  # as if it had been stopped while it trained the last verifiers
+    run_command(monkeypatch, "learn", *where, *few, "--epochs", "1", "--dtype", "bfloat16", "--resume")
+    again = {path.relative_to(folder).parts[:2] for path in made if path.stat().st_mtime_ns != made[path]}
+    assert again == {("revise", "process"), ("revise", "outcome"), ("revise", "drafter")}
     run_command(monkeypatch, "sweep", *where, "--count", "10", "--chunk", "10", "--workers", "1", "--most", "4")
     run_command(monkeypatch, "speed", *where, "--count", "1", "--most", "4")
     run_command(monkeypatch, "report", *where)
@@ -527,6 +533,49 @@ def test_rows_of_another_policy_are_not_reported(monkeypatch, tmp_path):
     sweep.write_rows(tmp_path / "rows.jsonl", rows[: 4 * len(SOME_COLUMNS)])
     with pytest.raises(UserError, match="4 questions, too few to divide them into 5 parts"):
         run_command(monkeypatch, "report", "--json", str(tmp_path / "rows.jsonl"))
+
+
+def check_resumed_sweep(monkeypatch, path):
+    """A sweep that is stopped in the middle and resumed does the rest, and has the rows of a whole one."""
+    argv = ("--json", str(path), "--count", "4", "--chunk", "2", "--workers", "1", "--most", "4")
+    run_command(monkeypatch, "sweep", *argv)
+    whole = path.read_text().splitlines()
+    right = sweep.run_trial
+    jobs = []
+
+    def until(last, job):
+        if len(jobs) == last:
+            raise KeyboardInterrupt
+        jobs.append((job.trial.name, job.trial.n, *job.indices))
+        return right(job)
+
+    monkeypatch.setattr(sweep, "run_trial", partial(until, 9))
+    with pytest.raises(KeyboardInterrupt):
+        run_command(monkeypatch, "sweep", *argv)
+    assert path.read_text().splitlines() == whole  # of the sweep before, as long as the new one is not finished
+    assert 0 < len(path.with_suffix(".unfinished.jsonl").read_text().splitlines()) < len(whole)
+    with pytest.raises(UserError, match="made with aggregate last, not min"):
+        run_command(monkeypatch, "sweep", *argv, "--resume", "--aggregate", "min")
+    monkeypatch.setattr(sweep, "run_trial", partial(until, None))
+    run_command(monkeypatch, "sweep", *argv, "--resume")
+    assert len(jobs) == len(set(jobs)) and not path.with_suffix(".unfinished.jsonl").exists()
+    assert answers_of(path.read_text().splitlines()) == answers_of(whole)
+
+
+def answers_of(lines):
+    """Return what does not depend on rounding and time, of each row."""
+    names = ("search", "n", "pick", "seed", "prompt", "answer", "right", "attempts", "flops")
+    return sorted([json.loads(line)[name] for name in names] for line in lines)
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", ThisProcess)
+    check_resumed_sweep(monkeypatch, tmp_path / "rows.jsonl")
+    monkeypatch.undo()
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", ThisProcess)
+    right = sweep.jobs_of
+    monkeypatch.setattr(sweep, "jobs_of", lambda config, folders, done: right(config, folders, set()))
+    caught(check_resumed_sweep, monkeypatch, tmp_path / "rows.jsonl")
 
 
 def test_a_reviser_without_verifiers_is_refused(monkeypatch, tmp_path):
