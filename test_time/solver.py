@@ -130,8 +130,10 @@ class Solver:
 
     def generate(self, groups: list[Group], title: str = "", step: bool = False, greedy: bool = False):
         """Return an iterator of Responses, in the order in which they are finished. title: of a progress bar, "" for
-        none; step: only to the end of the next step.
+        none; step: only to the end of the next step. Groups with long prompts run first: all sequences of a round are
+        padded to the longest, so those that run together should have similar lengths.
         """
+        groups = sorted(groups, key=lambda group: -len(group.prompt))
         self.prepare(groups, step)
         sampling = Sampling(0.0 if greedy else 1.0, max_new=self.max_new)
         responses = self.engine.generate(groups, sampling, None if step else self.strategy)
