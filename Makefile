@@ -113,9 +113,9 @@ test-time: .venv/installed  ## search at test time: 1,000 held-out questions, ev
 	$(RUN) -m test_time speed --count 24
 	$(RUN) -m test_time report
 
-search: runs/searcher/config.json  ## search at test time with the real model (two hours on 2 cores; POLICY=runs/real/policy, ARGS="--dtype bfloat16" on a CPU with AMX); to go on after Ctrl-C: ARGS=--resume
+search: runs/searcher/config.json  ## search at test time with the real model (an hour and a half on 2 cores; POLICY=runs/real/policy, ARGS="--dtype bfloat16" on a CPU with AMX, --epochs 1 with revisions, for many hours); to go on after Ctrl-C: ARGS=--resume
 	$(RUN) -m test_time learn --model $(POLICY) --task countdown-3 --slots 64 --questions 96 --attempts 4 --labelled 1 \
-		--continuations 1 --held-out 4 --epochs 1 --lora-rank 16 --drafter-seconds 240 $(ARGS)
+		--continuations 1 --held-out 4 --epochs 0 --lora-rank 16 --drafter-seconds 240 $(ARGS)
 	$(RUN) -m test_time sweep $(SEARCH) --slots 64 --count 48 --chunk 48 --verifier-noise 0 $(ARGS)
 	$(RUN) -m test_time speed $(SEARCH) --count 3  # in float32, where the tokens are the same
 	$(RUN) -m test_time report $(SEARCH)
