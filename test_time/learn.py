@@ -25,6 +25,7 @@ its first (0.66 after 0.91).
 """
 
 import difflib
+import json
 import math
 import random
 import shutil
@@ -42,7 +43,7 @@ from parts.devices import has_bfloat16_arithmetic, pick_device
 from parts.engine.interfaces import Group, Response
 from parts.engine.model_loading import load_model
 from parts.engine.sampling import sequence_seed
-from parts.files import check_writable
+from parts.files import check_writable, write_atomically
 from parts.running import checkpoints
 from parts.training import lora
 from parts.training.drafter_data import FeatureBuffer, TokenCounts
@@ -56,6 +57,7 @@ from test_time.verifier import auc, fit_verifier, step_features
 MILLION = 10**6  # the parts of `learn` use different questions: each begins at another million
 PARTS = 4  # or, in a data set, at another quarter
 TRIES = 8  # attempts at each question, from which examples of revising are made; also to measure verifiers
+DONE = "learned.json"  # file with the parts that are finished, for --resume
 RIGHT_SHARE = 0.6  # of the revision policy's prompts: any number of the attempts in them are right ones
 
 
@@ -73,24 +75,26 @@ def learn(config: Config) -> None:
     folder = writable_folder(config.model)
     solver = Solver(folder, task, speculate=False, verify=False, slots=config.slots, dtype=config.dtype)
     check_at_the_start(solver, config)
-    if not config.resume:
-        for name in (*VERIFIERS, "revise", "refit") if config.epochs else VERIFIERS:
-            shutil.rmtree(folder / name, ignore_errors=True)
-    if not (config.resume and has_helpers(folder)):
+    done = json.loads((folder / DONE).read_text()) if config.resume and (folder / DONE).exists() else []
+    write_atomically(folder / DONE, json.dumps(done))
+
+    def finished(part: str) -> None:
+        done.append(part)
+        write_atomically(folder / DONE, json.dumps(done))
+
+    if "helpers" not in done:
         training = questions_of(solver, "train", 0, config.questions)
         held_out = questions_of(solver, "test", MILLION, config.held_out)
         train_helpers(solver, training, held_out, config, config.drafter_from)
+        finished("helpers")
     if config.epochs:
         drafting = Solver(folder, task, verify=False, slots=config.slots, dtype=config.dtype)  # with its new drafter
-        if not (config.resume and (folder / "refit/config.json").exists()):  # it is written last
+        if "revisions" not in done:
             tune_revisions(drafting, config)
-        if not (config.resume and has_helpers(folder / "revise")):
+            finished("revisions")
+        if "helpers of revisions" not in done:
             train_helpers_of_revisions(drafting, config)
-
-
-def has_helpers(folder: Path) -> bool:
-    """Return whether a policy has its verifiers, and so its drafter, which is trained before them."""
-    return all((folder / name).exists() for name in VERIFIERS)
+            finished("helpers of revisions")
 
 
 def check_at_the_start(solver: Solver, config: Config) -> None:

@@ -107,7 +107,8 @@ def sweep(config: Config) -> None:
                     write_rows(unfinished, rows)
                     written = time.time()
     finally:
-        write_rows(unfinished, rows)
+        if rows:
+            write_rows(unfinished, rows)
     unfinished.replace(path)
     print(f"wrote {path}")
 
