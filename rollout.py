@@ -422,7 +422,8 @@ class Engine:
         self.logprobs[slots].scatter_(1, positions + 1, verification.logprobs)
         if self.keep_hidden:
             # not by scatter_: on a CPU its bfloat16 version takes time for every entry of `hidden`
-            self.hidden[self.cache.numbers[:n, None], positions] = verification.hidden
+            rows = self.cache.numbers[slots].unsqueeze(1)
+            self.hidden[rows, positions] = verification.hidden
         self.lens[slots] += emitted
         return emitted
 
