@@ -127,10 +127,10 @@ def trained_drafter(model) -> Drafter:
     return drafter
 
 
-def tokens_per_round(model, drafter: Drafter, k: int = 4) -> float:
+def tokens_per_round(model, drafter: Drafter, k: int = 4, groups: int = 40) -> float:
     """Return the tokens per sequence and speculative round."""
     engine = make_engine(model, drafter)
-    list(engine.generate(groups_of(120, random.Random(1)), SAMPLINGS[0], fixed("eagle", k)))
+    list(engine.generate(groups_of(groups, random.Random(1)), SAMPLINGS[0], fixed("eagle", k)))
     return engine.stats.spec_tokens / engine.stats.spec_sequence_rounds
 
 
