@@ -147,10 +147,9 @@ def rows_before(path: Path, config: Config) -> list[dict]:
     if not path.exists():
         return []
     rows = read_rows(path)
-    for row in rows:
-        for name, now in (("model", config.model), ("aggregate", config.aggregate), ("noise", config.verifier_noise)):
-            if row[name] != now:
-                raise UserError(f"--resume: the rows in {path} were made with {name} {row[name]}, not {now}")
+    for name, now in (("model", config.model), ("aggregate", config.aggregate), ("noise", config.verifier_noise)):
+        if rows and rows[0][name] != now:  # all rows of a file have the same settings
+            raise UserError(f"--resume: the rows in {path} were made with {name} {rows[0][name]}, not {now}")
     return rows
 
 
