@@ -9,7 +9,8 @@ START ?=
 DRAFTER ?= runs/drafter
 K ?= 4
 POLICY ?= runs/searcher
-SEARCH := --model $(POLICY) --task countdown-3 --most 8 --json runs/search-$(notdir $(POLICY)).jsonl
+MAX_NEW ?= 0
+SEARCH := --model $(POLICY) --task countdown-3 --max-new $(MAX_NEW) --most 8 --json runs/search-$(notdir $(POLICY)).jsonl
 SECONDS ?= 60
 SEEDS ?= 0 1 2
 OFTEN := --demo --eval-every 18
@@ -113,8 +114,8 @@ test-time: .venv/installed  ## search at test time: 1,000 held-out questions, ev
 	$(RUN) -m test_time speed --count 24
 	$(RUN) -m test_time report
 
-search: runs/searcher/config.json  ## search at test time with the real model (an hour and a half on 2 cores; POLICY=runs/real/policy, ARGS="--dtype bfloat16" on a CPU with AMX, --epochs 1 with revisions, for many hours); to go on after Ctrl-C: ARGS=--resume
-	$(RUN) -m test_time learn --model $(POLICY) --task countdown-3 --slots 64 --questions 96 --attempts 4 --labelled 1 \
+search: runs/searcher/config.json  ## search at test time with the real model (an hour and a half on 2 cores; POLICY=runs/real/policy, ARGS="--dtype bfloat16" on a CPU with AMX; with revisions, of attempts that are cut: MAX_NEW=256 ARGS="--epochs 1"; --skip-steps: without beam search); to go on after Ctrl-C: ARGS=--resume
+	$(RUN) -m test_time learn --model $(POLICY) --task countdown-3 --max-new $(MAX_NEW) --slots 64 --questions 96 --attempts 4 --labelled 1 \
 		--continuations 1 --held-out 4 --epochs 0 --lora-rank 16 --drafter-seconds 240 $(ARGS)
 	$(RUN) -m test_time sweep $(SEARCH) --slots 64 --count 48 --chunk 48 --verifier-noise 0 $(ARGS)
 	$(RUN) -m test_time speed $(SEARCH) --count 3  # in float32, where the tokens are the same

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 
 from parts.cli import UserError
-from tasks import Problem, make_task
+from tasks import Problem
 from test_time.attempts import Ledger, pick, score
 from test_time.config import Config
 from test_time.results import read_choices
@@ -23,7 +23,7 @@ def answer(config: Config) -> None:
     """Answer --prompt. Raises UserError."""
     if not config.prompt:
         raise UserError('--prompt "7:cfa=": a question is needed')
-    task = make_task(config.task, config.data)
+    task = config.make_task()
     solver = Solver(config.model, task, slots=config.slots, dtype=config.dtype)
     problem = Problem(config.prompt, config.prompt, None)
     solver.encode(problem)  # raises UserError for a symbol that the tokenizer does not have

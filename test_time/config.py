@@ -5,6 +5,7 @@ from pathlib import Path
 
 from parts.cli import UserError, check_at_least, flag
 from parts.engine.model_loading import ACTOR_DTYPES
+from tasks import Task, make_task
 from test_time.strategies import SEARCHES
 
 COMMANDS = ["answer", "learn", "sweep", "speed", "report"]
@@ -20,6 +21,7 @@ class Config:
     task: str = flag("chain", "chain, gsm8k, or countdown, countdown-3, countdown-hard (for language models)")
     data: str = flag("", "folder of the task's data, if it needs any")
     dtype: str = flag("auto", "of the policy's weights: auto is bfloat16 on a GPU, float32 on a CPU", ACTOR_DTYPES)
+    max_new: int = flag(0, "tokens of an attempt, at most; 0: as many as the task says")
     slots: int = flag(256, "sequences that run at once; speed: 64")
     seed: int = flag(0, "seed of all sampling")
     prompt: str = flag("", "(answer) the question")
@@ -39,6 +41,7 @@ class Config:
     count: int = flag(1000, "(sweep, speed) held-out questions")
     most: int = flag(64, "(sweep, speed) strategies with more attempts at a question are left out")
     seeds: int = flag(1, "(sweep) repetitions with other samples")
+    skip_steps: bool = flag(False, "(sweep) leave out the searches by steps: beam, lookahead, DVTS")
     chunk: int = flag(100, "(sweep) questions in one part of the work")
     workers: int = flag(2, "(sweep) processes")
     aggregate: str = flag(
@@ -52,11 +55,17 @@ class Config:
         """Raises UserError."""
         check_at_least(self, 1, "slots", "n", "questions", "attempts", "continuations", "held_out")
         check_at_least(self, 1, "count", "seeds", "chunk", "workers")
-        check_at_least(self, 0, "labelled", "epochs", "lora_rank", "drafter_seconds", "verifier_noise")
+        check_at_least(self, 0, "max_new", "labelled", "epochs", "lora_rank", "drafter_seconds", "verifier_noise")
         if self.verifier_noise > 1:
             raise UserError(f"--verifier-noise {self.verifier_noise}: must be a share, 0 to 1")
         if self.most not in (4, 8, 16, 32, 64):
             raise UserError(f"--most {self.most}: must be 4, 8, 16, 32 or 64")
+
+    def make_task(self) -> Task:
+        """Return the task, with --max-new as its limit. Raises UserError."""
+        task = make_task(self.task, self.data)
+        task.longest = self.max_new or task.longest
+        return task
 
 
 def writable_folder(model: str) -> Path:

@@ -47,7 +47,6 @@ from parts.files import check_writable, write_atomically
 from parts.running import checkpoints
 from parts.training import lora
 from parts.training.drafter_data import FeatureBuffer, TokenCounts
-from tasks import make_task
 from test_time.attempts import shown_in_prompt
 from test_time.config import Config, writable_folder
 from test_time.solver import VERIFIERS, Solver
@@ -71,7 +70,7 @@ class Example(NamedTuple):
 
 def learn(config: Config) -> None:
     """Train and write everything. Raises UserError."""
-    task = make_task(config.task, config.data)
+    task = config.make_task()
     folder = writable_folder(config.model)
     solver = Solver(folder, task, speculate=False, verify=False, slots=config.slots, dtype=config.dtype)
     check_at_the_start(solver, config)

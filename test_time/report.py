@@ -119,12 +119,13 @@ def print_difficulty(results: Results) -> None:
     n = results.compared
     print(f"\nN = {n}, right by difficulty (fifths by pass@1 in 16 other attempts)")
     by_majority = [Key("parallel", 1, "majority"), Key("parallel", n, "majority"), Key("parallel", n, "max")]
-    names = ["parallel", "beam"] + (["noisy parallel", "noisy beam"] if results.has_noise else [])
+    names = ["parallel", "beam"] if results.has_steps else ["parallel"]
+    names += ["noisy parallel", "noisy beam"] if results.has_noise else []
     weighted = [Key(name, n, "weighted") for name in names]
     for key in by_majority + weighted:
         print(f"{f'{key.search} {key.n} {key.pick}':>28}  {numbers(results.by_bin(results.right[key]))}")
     if results.has_noise:
-        lead = results.right[weighted[2]] - results.right[weighted[3]]
+        lead = results.right[weighted[-2]] - results.right[weighted[-1]]
         print(f"{'noisy: parallel - beam, +-':>28}  {numbers(results.by_bin(lead))}")
         print(f"{'':>28}  {numbers(results.by_bin(lead, results.interval))}")
 
@@ -212,7 +213,8 @@ def draw_accuracy(axis, results: Results, unit: str) -> None:
     for name, line in LINES.items():
         keys = [key for key in results.right if (key.search, key.pick) == line]
         points = sorted((cost[key].mean(), results.right[key].mean()) for key in keys)
-        axis.plot(*zip(*points), "o-", ms=3, label=name)
+        if points:  # it was swept
+            axis.plot(*zip(*points), "o-", ms=3, label=name)
     keys = [key for key in results.right if (key.search, key.pick) == LINES["majority"]]
     points = sorted((cost[key].mean(), results.attempts(key).max(1).mean()) for key in keys)
     axis.plot(*zip(*points), ":", color="0.6", label="any of N right (ceiling)")

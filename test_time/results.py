@@ -30,6 +30,8 @@ PROBE = Key("probe", 1, "weighted")
 ORACLE = Key("oracle", 16, "weighted")
 LARGE = Key("large greedy", 1, "majority")
 
+COMPARED = 16  # attempts of the strategies that are compared at equal number; fewer with a smaller --most
+
 # the strategies to choose from; the others are controls
 CANDIDATES = ("greedy", "parallel", "beam", "lookahead", "dvts")
 
@@ -82,7 +84,8 @@ class Results:
         probes = self.columns[PROBE]
         self.settings = probes[0]
         # the number of attempts of the strategies that are compared at equal number
-        self.compared = min(key.n for key in self.columns if key.search == "dvts")
+        self.compared = max(key.n for key in self.columns if key.search == "parallel" and key.n <= COMPARED)
+        self.has_steps = Key("beam", self.compared, "weighted") in self.columns
         self.has_noise = Key("noisy beam", self.compared, "weighted") in self.columns
         self.has_revisions = Key("revise 1", self.compared, "chains") in self.columns
         self.times_larger = 0.0  # how many times more weights the large model has; 0: there is none

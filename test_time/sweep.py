@@ -24,10 +24,10 @@ from tqdm import tqdm
 from parts.cli import UserError
 from parts.files import check_writable, find_folder, write_atomically
 from parts.running.launcher import exit_with_the_parent
-from tasks import Problem, Task, make_task
+from tasks import Problem, Task
 from test_time.attempts import SearchStrategy, pick, score
 from test_time.config import Config
-from test_time.results import read_rows
+from test_time.results import COMPARED, read_rows
 from test_time.solver import Solution, Solver, check_verifiers
 from test_time.strategies import SEARCHES, parallel, revise
 
@@ -49,10 +49,10 @@ def trials_of(solver: str, name: str, search: Callable, counts: tuple[int, ...],
 
 SECONDS_BETWEEN_WRITES = 60.0
 ORACLE_ATTEMPTS = 16  # of which the share that is right is a question's known difficulty
-COMPARED = 16  # attempts of the strategies that are compared at equal number; fewer with a smaller --most
 MAJORITY = ("majority",)
 BY_SCORE = ("max", "weighted")
 CHAINS = ("chains", "weighted", "majority")
+BY_STEPS = ("beam", "lookahead", "dvts", "noisy beam")
 
 
 def chain_lengths(n: int) -> list[int]:
@@ -60,8 +60,10 @@ def chain_lengths(n: int) -> list[int]:
     return [2**i for i in range(n.bit_length())]
 
 
-def trials(most: int) -> list[Trial]:
-    """Return all trials with at most so many attempts, and those that determine the difficulty."""
+def trials(most: int, skip_steps: bool = False) -> list[Trial]:
+    """Return all trials with at most so many attempts, and those that determine the difficulty. skip_steps: without the
+    searches by steps.
+    """
     compared = min(COMPARED, most)
     found = [
         *trials_of("base", "greedy", SEARCHES["greedy"], (1,), MAJORITY),
@@ -77,6 +79,8 @@ def trials(most: int) -> list[Trial]:
             found += trials_of("revise", f"revise {length}", partial(revise, length=length), (n,), CHAINS)
     found += trials_of("refit", "refit parallel", parallel, (1, compared), MAJORITY)  # the control, see learn.py
     found += trials_of("large", "large greedy", SEARCHES["greedy"], (1,), MAJORITY)
+    if skip_steps:
+        found = [trial for trial in found if trial.name not in BY_STEPS]
     by_name = {(trial.name, trial.n): trial for trial in found if trial.n <= most}  # each once
     difficulty = [
         *trials_of("base", "probe", parallel, (1,), ("weighted",)),  # predicts it
@@ -142,27 +146,37 @@ def folders_of(config: Config) -> dict[str, Path]:
     return {name: folder for name, folder in folders.items() if (folder / "config.json").exists()}
 
 
+def settings_of(config: Config) -> dict:
+    """Return the settings that all rows of a file share."""
+    return {
+        "model": config.model,
+        "max_new": config.max_new,
+        "aggregate": config.aggregate,
+        "noise": config.verifier_noise,
+    }
+
+
 def rows_before(path: Path, config: Config) -> list[dict]:
     """Return the rows that an interrupted sweep has written. Raises UserError if it had other settings."""
     if not path.exists():
         return []
     rows = read_rows(path)
-    for name, now in (("model", config.model), ("aggregate", config.aggregate), ("noise", config.verifier_noise)):
-        if rows and rows[0][name] != now:  # all rows of a file have the same settings
+    for name, now in settings_of(config).items():
+        if rows and rows[0][name] != now:
             raise UserError(f"--resume: the rows in {path} were made with {name} {rows[0][name]}, not {now}")
     return rows
 
 
 def jobs_of(config: Config, folders: dict[str, Path], done: set[tuple]) -> list[Job]:
     """Return what is to be done. done: (search, n, seed, question) of the rows that there are."""
-    task = make_task(config.task, config.data)
+    task = config.make_task()
     questions = {i: question_of(task.problem("test", i)) for i in distinct(task, config.count)}
     indices = list(questions)
     jobs = []
     for seed in range(config.seed, config.seed + config.seeds):
         for first in range(0, len(indices), config.chunk):
             part = indices[first : first + config.chunk]
-            for trial in trials(config.most):
+            for trial in trials(config.most, config.skip_steps):
                 missing = [i for i in part if (trial.name, trial.n, seed, questions[i]) not in done]
                 if missing and trial.solver in folders:
                     jobs.append(Job(config, trial, folders[trial.solver], missing, seed))
@@ -209,7 +223,7 @@ def run_trial(job: Job) -> list[dict]:
 @cache
 def load_solver(config: Config, folder: Path, noise: float) -> Solver:
     """Return a solver for a policy. A worker process runs many trials, and loads each policy once."""
-    task = make_task(config.task, config.data)
+    task = config.make_task()
     return Solver(folder, task, slots=config.slots, noise=noise, dtype=config.dtype)
 
 
@@ -219,13 +233,11 @@ def rows_of(trial: Trial, solver: Solver, problem: Problem, solution: Solution, 
     ledger = solution.ledger.without_speculation()
     rights = [int(solver.grade(problem, list(attempt.tokens))) for attempt in attempts]
     common = {
-        "model": config.model,
+        **settings_of(config),
         "prompt": question_of(problem),
         "search": trial.name,
         "n": trial.n,
         "seed": seed,
-        "aggregate": config.aggregate,
-        "noise": config.verifier_noise,
         "weights": solver.sizes.policy + solver.sizes.head,
         "ledger": asdict(ledger),
         "attempts": rights,
@@ -260,7 +272,7 @@ def speed(config: Config) -> None:
     """Print a line and write a row for each strategy that is timed. Raises UserError."""
     torch.set_num_threads(1)
     path = rows_file(config.json)
-    task = make_task(config.task, config.data)
+    task = config.make_task()
     folder = Path(find_folder(config.model))
     problems = [task.problem("test", 10**6 + i) for i in range(config.count)]
     solvers = {}  # by name: plain, speculative

@@ -404,17 +404,22 @@ def on_device(monkeypatch) -> None:
         monkeypatch.setattr(module, "pick_device", lambda name="auto": stand_in.NAME)
 
 
-RUN = (*LEARN, "--workers", 1, "--strategy", 4, "--eval-every", 0, "--actor-dtype", "float32")
+RUN = (*LEARN, "--workers", 1, "--prompts", 3, "--strategy", 4, "--eval-every", 0, "--actor-dtype", "float32")
+WITH_DRAFTER = ("--drafter-from", ROOT / "base/chain/drafter")
 
 
-def check_run(chain_policy, tmp_path, monkeypatch) -> None:
-    """A run on the device, resumed after its first step, samples and learns as one on the host."""
-    with_drafter = ("--drafter-from", ROOT / "base/chain/drafter")
-    run_in_process(tlt.main, chain_policy, tmp_path / "host", *RUN, "--steps", 2, *with_drafter)
+def run_and_resume(chain_policy, out, monkeypatch) -> None:
+    """Make a run on the device that stops after its first step and is resumed."""
     with monkeypatch.context() as patch:
         on_device(patch)
-        run_in_process(tlt.main, chain_policy, tmp_path / "device", *RUN, "--steps", 1, *with_drafter)
-        run_in_process(tlt.main, chain_policy, tmp_path / "device", *RUN, "--steps", 2, "--resume")
+        run_in_process(tlt.main, chain_policy, out, *RUN, "--steps", 1, *WITH_DRAFTER)
+        run_in_process(tlt.main, chain_policy, out, *RUN, "--steps", 2, "--resume")
+
+
+def test_a_run_and_its_resume(chain_policy, tmp_path, monkeypatch):
+    """They sample and learn as a run on the host."""
+    run_in_process(tlt.main, chain_policy, tmp_path / "host", *RUN, "--steps", 2, *WITH_DRAFTER)
+    run_and_resume(chain_policy, tmp_path / "device", monkeypatch)
     host, device = rows_of(tmp_path / "host"), rows_of(tmp_path / "device")
     assert [row["step"] for row in device] == [1, 2]
     assert device[0]["tokens"] == host[0]["tokens"]
@@ -422,10 +427,6 @@ def check_run(chain_policy, tmp_path, monkeypatch) -> None:
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
         assert ours["drafter"]["steps"] > 0
         assert ours["speculation"]["share"] == 1
-
-
-def test_a_run_and_its_resume(chain_policy, tmp_path, monkeypatch):
-    check_run(chain_policy, tmp_path, monkeypatch)
 
 
 def test_moments_left_on_the_host_after_a_resume_are_caught(chain_policy, tmp_path, monkeypatch):
@@ -439,7 +440,7 @@ def test_moments_left_on_the_host_after_a_resume_are_caught(chain_policy, tmp_pa
 
     monkeypatch.setattr(checkpoints, "load", left_on_the_host)
     with pytest.raises(HostMeetsDevice):
-        check_run(chain_policy, tmp_path, monkeypatch)
+        run_and_resume(chain_policy, tmp_path, monkeypatch)
 
 
 def run_command(monkeypatch, main, *argv) -> None:
@@ -459,9 +460,9 @@ def test_generate(monkeypatch, capsys):
     assert waits["rollout.py read_back"]
 
 
-def test_drafter_from_rollouts(monkeypatch, tmp_path, capsys):
+def test_drafter_from_rollouts(model_folder, monkeypatch, tmp_path, capsys):
     on_device(monkeypatch)
-    policy = ("--model", ROOT / "base/chain", "--task", "chain", "--out", tmp_path)
+    policy = ("--model", model_folder, "--out", tmp_path)
     run_command(monkeypatch, drafter.main, *policy, "--prompts", 1, "--seconds", 0.3, "--max-new", 24)
     assert (tmp_path / "drafter.safetensors").exists()
     assert "after:" in capsys.readouterr().out

@@ -28,12 +28,12 @@ from test_time.__main__ import main
 from test_time.attempts import Attempt, ModelSizes, pick, score, shown_in_prompt, vote
 from test_time.config import Config
 from test_time.learn import labelled_steps, questions_of
-from test_time.results import Choices, Key
+from test_time.results import Choices, Key, read_rows
 from test_time.solver import Solver
 from test_time.strategies import beam, parallel, revise
 
 FOLDER = Path(__file__).resolve().parent.parent / "base/chain"
-SOME_COLUMNS = [("probe", 1), ("oracle", 16), ("dvts", 16)]
+SOME_COLUMNS = [("probe", 1), ("oracle", 16), ("parallel", 16)]
 PROBLEMS = [Chain().problem("test", i) for i in range(12)]
 
 
@@ -477,6 +477,9 @@ def test_trials_of_a_sweep(most):
     assert len(found) == len(set(found))
     assert max(n for name, n in found if name != "oracle") == most
     compared = min(16, most)
+    assert set(found) == {(trial.name, trial.n) for trial in sweep.trials(most, skip_steps=True)} | {
+        (name, n) for name, n in found if name in ("beam", "lookahead", "dvts", "noisy beam")
+    }
     names = {name for name, n in found if n == compared}
     assert {"parallel", "beam", "dvts", "noisy parallel", "noisy beam", "revise 1", f"revise {compared}"} <= names
     assert {trial.name for trial in sweep.timed(most)} == {
@@ -523,6 +526,13 @@ def test_learning_sweeping_and_reporting(capsys, monkeypatch, tmp_path):
     assert (tmp_path / "rows-speed.png").exists()
     run_command(monkeypatch, "--prompt", "7:cfa=", "--budget", "100", "--model", str(folder))
     assert "answer: " in capsys.readouterr().out
+    few = ("--count", "10", "--workers", "1", "--most", "4", "--skip-steps", "--max-new", "12")
+    run_command(monkeypatch, "sweep", *where, *few)
+    run_command(monkeypatch, "report", *where)
+    assert "beam" not in capsys.readouterr().out
+    rows = read_rows(tmp_path / "rows.jsonl")
+    tokens_of_one = {row["ledger"]["decode"] for row in rows if row["search"] == "probe"}
+    assert max(tokens_of_one) == 12
 
 
 def test_rows_of_another_policy_are_not_reported(monkeypatch, tmp_path):
@@ -540,7 +550,7 @@ def test_rows_of_another_policy_are_not_reported(monkeypatch, tmp_path):
 
 def check_resumed_sweep(monkeypatch, path):
     """A sweep that is stopped in the middle and resumed does the rest, and has the rows of a whole one."""
-    argv = ("--json", str(path), "--count", "4", "--chunk", "2", "--workers", "1", "--most", "4")
+    argv = ("--json", str(path), "--count", "4", "--chunk", "2", "--workers", "1", "--most", "4", "--skip-steps")
     run_command(monkeypatch, "sweep", *argv)
     whole = path.read_text().splitlines()
     right = sweep.run_trial
@@ -640,6 +650,7 @@ def test_answering_one_question(capsys, monkeypatch):
         (["--prompt", "x", "--task", "math", "--data", "nowhere.jsonl"], "search needs a task with steps"),
         (["--prompt", "x", "--task", "countdown"], "no token for '.n', which ends a step"),
         (["sweep", "--most", "5"], "--most 5: must be 4, 8, 16, 32 or 64"),
+        (["sweep", "--max-new", "-1"], "--max-new -1: must be at least 0"),
         (["sweep", "--slots", "32"], "--slots 32: must be at least 64 with --most 64"),
         (["sweep", "--json", "tests"], "must be the name of a file"),
         (["sweep", "--json", ""], "must be the name of a file"),
