@@ -3,6 +3,7 @@ them.
 """
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -46,12 +47,11 @@ def two_agents(chain_policy, out, *flags) -> str:
     return "".join(finish(agent) for agent in agents)
 
 
-def in_two_parts(chain_policy, out) -> str:
-    """Make a run that stops after the first step, loses its config.json, and is resumed -> what it has printed."""
-    flags = (*LEARN, "--workers", 2, "--eval-every", 0)
-    text = finish(launch(chain_policy, out, *flags, "--steps", 1))
+def resume_after_the_first_step(chain_policy, whole: Path, out: Path) -> None:
+    """Copy a run of two steps as if it had stopped after the first one and had lost its config.json, and resume it."""
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("checkpoint-000002", "policy"))
     (out / "config.json").unlink()
-    return text + finish(launch(chain_policy, out, *flags, "--steps", 2, "--resume"))
+    finish(launch(chain_policy, out, *LEARN, "--steps", 2, "--workers", 2, "--resume"))
 
 
 ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "tlt.py")
@@ -75,7 +75,6 @@ def training_jobs(chain_policy, folder: Path) -> dict:
         "3": partial(tlt_run, "3", "--workers", 3),
         "dynamic": partial(tlt_run, "dynamic", "--workers", 2, *DYNAMIC),
         "plain": partial(tlt_run, "plain", "--workers", 2, "--drafter", "off", "--strategy", "off"),
-        "resumed": partial(in_two_parts, chain_policy, folder / "resumed"),
         "warm": partial(two_agents, chain_policy, folder / "warm", *WARM),
         # --multi_gpu means several processes here; --device cpu decides what they compute on
         "sharded": partial(tlt_run, "sharded", "--shard", script=ACCELERATE),
@@ -96,6 +95,7 @@ def runs(chain_policy, tmp_path_factory):
         )
     for name, future in printed.items():
         (folder / name / "printed.txt").write_text(future.result())
+    resume_after_the_first_step(chain_policy, folder / "2", folder / "resumed")
     return folder
 
 
