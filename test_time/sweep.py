@@ -11,7 +11,7 @@ tokens must be the same. Its rows are written beside --json, to *.speed.jsonl.
 
 import json
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
@@ -25,7 +25,7 @@ from parts.cli import UserError
 from parts.files import check_writable, find_folder, write_atomically
 from parts.running.launcher import exit_with_the_parent
 from tasks import Problem, Task
-from test_time.attempts import SearchStrategy, pick, score
+from test_time.attempts import Ledger, SearchStrategy, pick, score
 from test_time.config import Config
 from test_time.results import COMPARED, read_rows
 from test_time.solver import Solution, Solver, check_verifiers
@@ -40,6 +40,17 @@ class Trial(NamedTuple):
     n: int
     search: SearchStrategy
     picks: tuple[str, ...]
+    smaller: tuple[int, ...] = ()  # of independent attempts: the first of them, so many, are a trial of their own
+
+    def counts(self) -> tuple[int, ...]:
+        """Return the numbers of attempts that there will be rows of."""
+        return (*self.smaller, self.n)
+
+
+def samples_of(solver: str, name: str, counts: Sequence[int], picks: tuple[str, ...]) -> list[Trial]:
+    """Return a Trial of independent attempts. They are made once for all of these numbers of them, which increase."""
+    *smaller, n = counts
+    return [Trial(solver, name, n, partial(parallel, n=n), picks, tuple(smaller))]
 
 
 def trials_of(solver: str, name: str, search: Callable, counts: tuple[int, ...], picks: tuple[str, ...]) -> list[Trial]:
@@ -65,26 +76,27 @@ def trials(most: int, skip_steps: bool = False) -> list[Trial]:
     searches by steps.
     """
     compared = min(COMPARED, most)
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= most]
     found = [
         *trials_of("base", "greedy", SEARCHES["greedy"], (1,), MAJORITY),
-        *trials_of("base", "parallel", parallel, (1, 2, 4, 8, 16, 32, 64), ("max", "weighted", "majority", "outcome")),
+        *samples_of("base", "parallel", counts, ("max", "weighted", "majority", "outcome")),
         *trials_of("base", "beam", SEARCHES["beam"], (4, 8, 16, 32), BY_SCORE),
         *trials_of("base", "lookahead", SEARCHES["lookahead"], (4, 16), BY_SCORE),
         *trials_of("base", "dvts", SEARCHES["dvts"], (compared,), BY_SCORE),
-        *trials_of("noisy", "noisy parallel", parallel, (compared,), BY_SCORE),
+        *samples_of("noisy", "noisy parallel", [compared], BY_SCORE),
         *trials_of("noisy", "noisy beam", SEARCHES["beam"], (compared,), BY_SCORE),
     ]
     for n, lengths in ((4, [1, 4]), (compared, chain_lengths(compared))):
         for length in lengths:
             found += trials_of("revise", f"revise {length}", partial(revise, length=length), (n,), CHAINS)
-    found += trials_of("refit", "refit parallel", parallel, (1, compared), MAJORITY)  # the control, see learn.py
+    found += samples_of("refit", "refit parallel", [1, compared], MAJORITY)  # the control, see learn.py
     found += trials_of("large", "large greedy", SEARCHES["greedy"], (1,), MAJORITY)
     if skip_steps:
         found = [trial for trial in found if trial.name not in BY_STEPS]
     by_name = {(trial.name, trial.n): trial for trial in found if trial.n <= most}  # each once
     difficulty = [
-        *trials_of("base", "probe", parallel, (1,), ("weighted",)),  # predicts it
-        *trials_of("base", "oracle", parallel, (ORACLE_ATTEMPTS,), ("weighted",)),  # determines it
+        *samples_of("base", "probe", [1], ("weighted",)),  # predicts it
+        *samples_of("base", "oracle", [ORACLE_ATTEMPTS], ("weighted",)),  # determines it
     ]
     return difficulty + list(by_name.values())
 
@@ -177,7 +189,10 @@ def jobs_of(config: Config, folders: dict[str, Path], done: set[tuple]) -> list[
         for first in range(0, len(indices), config.chunk):
             part = indices[first : first + config.chunk]
             for trial in trials(config.most, config.skip_steps):
-                missing = [i for i in part if (trial.name, trial.n, seed, questions[i]) not in done]
+                missing = []
+                for i in part:
+                    if {(trial.name, n, seed, questions[i]) for n in trial.counts()} - done:
+                        missing.append(i)
                 if missing and trial.solver in folders:
                     jobs.append(Job(config, trial, folders[trial.solver], missing, seed))
     return jobs
@@ -216,8 +231,18 @@ def run_trial(job: Job) -> list[dict]:
     samples = trial.name if trial.name in ("probe", "oracle") else "attempts"
     rows = []
     for problem, solution in zip(problems, solver.solve(problems, trial.search, job.seed, samples)):
+        for n in trial.smaller:
+            rows += rows_of(trial._replace(n=n), solver, problem, first_attempts(solution, n), job.seed, config)
         rows += rows_of(trial, solver, problem, solution, job.seed, config)
     return rows
+
+
+def first_attempts(solution: Solution, n: int) -> Solution:
+    """Return the first n of independent attempts, with what they alone would have cost, without speculation."""
+    attempts = solution.attempts[:n]
+    decode = sum(len(attempt.tokens) for attempt in attempts)
+    verifier = sum(len(attempt.scores) for attempt in attempts)
+    return Solution(attempts, Ledger(prefill=solution.ledger.prefill, decode=decode, verifier=verifier))
 
 
 @cache
@@ -263,9 +288,9 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def timed(most: int) -> list[Trial]:
     """Return the trials that are timed. All others decode step by step, without speculation."""
     compared = min(COMPARED, most)
-    names = {("greedy", 1), ("parallel", min(8, most))}
-    names |= {(f"revise {length}", compared) for length in (1, 4, compared)}
-    return [trial for trial in trials(most) if (trial.name, trial.n) in names]
+    names = {("greedy", 1)} | {(f"revise {length}", compared) for length in (1, 4, compared)}
+    found = [trial for trial in trials(most) if (trial.name, trial.n) in names]
+    return [*samples_of("base", "parallel", [min(8, most)], BY_SCORE), *found]
 
 
 def speed(config: Config) -> None:

@@ -473,13 +473,12 @@ def test_steps_end_at_all_tokens_with_their_end():
 @pytest.mark.parametrize("most", [4, 8, 64])
 def test_trials_of_a_sweep(most):
     """Each strategy once, none with too many attempts, and those at equal number that the tables compare."""
-    found = [(trial.name, trial.n) for trial in sweep.trials(most)]
+    found = [(trial.name, n) for trial in sweep.trials(most) for n in trial.counts()]
     assert len(found) == len(set(found))
     assert max(n for name, n in found if name != "oracle") == most
     compared = min(16, most)
-    assert set(found) == {(trial.name, trial.n) for trial in sweep.trials(most, skip_steps=True)} | {
-        (name, n) for name, n in found if name in ("beam", "lookahead", "dvts", "noisy beam")
-    }
+    without_steps = {trial.name for trial in sweep.trials(most, skip_steps=True)}
+    assert {name for name, _ in found} - without_steps == {"beam", "lookahead", "dvts", "noisy beam"}
     names = {name for name, n in found if n == compared}
     assert {"parallel", "beam", "dvts", "noisy parallel", "noisy beam", "revise 1", f"revise {compared}"} <= names
     assert {trial.name for trial in sweep.timed(most)} == {
@@ -487,6 +486,32 @@ def test_trials_of_a_sweep(most):
         "parallel",
         *{f"revise {n}" for n in (1, 4, compared)},
     }
+
+
+def rows_of_samples(*counts):
+    """Return the rows of independent attempts made at once, without what depends on time."""
+    (trial,) = sweep.samples_of("base", "parallel", counts, ("max", "majority"))
+    rows = sweep.run_trial(sweep.Job(Config("sweep"), trial, FOLDER, [0, 1, 2], 0))
+    for row in rows:
+        row["ledger"] = {**row["ledger"], "seconds": 0.0}
+        row["score"] = round(row["score"], 4)  # sums are rounded otherwise in a larger batch
+    return sorted(map(json.dumps, rows))
+
+
+def check_that_fewer_samples_are_the_first_of_more():
+    assert rows_of_samples(1, 3, 4) == sorted(rows_of_samples(1) + rows_of_samples(3) + rows_of_samples(4))
+
+
+def test_fewer_samples_are_the_first_of_more(monkeypatch):
+    """Their rows, costs included, are those of a search with so many samples."""
+    check_that_fewer_samples_are_the_first_of_more()
+    right = sweep.first_attempts
+
+    def last_attempts(solution, n):
+        return right(solution._replace(attempts=solution.attempts[-n:]), n)
+
+    monkeypatch.setattr(sweep, "first_attempts", last_attempts)
+    caught(check_that_fewer_samples_are_the_first_of_more)
 
 
 class ThisProcess(contextlib.nullcontext):
