@@ -25,11 +25,11 @@ import sys
 import time
 import weakref
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch.autograd import grad_mode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from parts.files import ROOT
@@ -196,14 +196,42 @@ def makes_wait(source: torch.Tensor, non_blocking: bool) -> bool:
     return is_on_host(source) and source.numel() > 0 and not non_blocking
 
 
+def mapped(function, value):
+    """Return the value, or what is in its lists and tuples, with the function applied. (Operators are not given any
+    other containers, and torch's `tree_map` takes most of a test's time.)
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)([mapped(function, item) for item in value])
+    return function(value)
+
+
+def leaves_of(value) -> list:
+    """Return what is in the value's lists and tuples, or the value."""
+    if not isinstance(value, (list, tuple)):
+        return [value]
+    leaves = []
+    for item in value:
+        leaves += leaves_of(item)
+    return leaves
+
+
+@cache
+def file_of_the_project(name: str) -> str:
+    """Return the name of a file without its folder if it belongs to the project and is no test; else an empty text."""
+    path = Path(name)
+    if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in ("tests", ".venv"):
+        return path.name
+    return ""
+
+
 def note_wait() -> None:
     """Count a wait of the host, at the line of the project that causes it. Raises WaitInRecording."""
     frame = sys._getframe(1)
     place = "torch"  # what calls it is a test, or torch's thread for the backward
     while frame and place == "torch":
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in ("tests", ".venv"):
-            place = f"{path.name} {frame.f_code.co_name}"
+        file = file_of_the_project(frame.f_code.co_filename)
+        if file:
+            place = f"{file} {frame.f_code.co_name}"
         frame = frame.f_back
     if recorded_now[0]:
         raise WaitInRecording(f"the host waits for the device in {place}")
@@ -248,20 +276,22 @@ def compute(operator, args: tuple, kwargs: dict):
         return copied(args[0], kwargs)
     if operator is aten.copy_.default:
         return copied_into(*args, **kwargs)
-    leaves = tree_leaves((args, kwargs))
+    leaves = leaves_of([args, list(kwargs.values())])
     if operator in INDEXED:  # CUDA copies an index of the host to the device, and waits; a mask is counted first
         masks = [x for x in args[1] if x is not None and (is_on_host(x) or x.dtype in (torch.bool, torch.uint8))]
         for _ in masks:
             note_wait()
-        check_sides(operator, [args[0], *tree_leaves(args[2:3])])
+        check_sides(operator, [args[0], *leaves_of(args[2:3])])
     else:
         check_sides(operator, leaves)
     if operator in READS_VALUES:
         note_wait()
         if args[0].host.is_meta and operator in READ_AS:
             return READ_AS[operator]
-    settings = {name: torch.device(values_on[0]) if name == "device" else value for name, value in kwargs.items()}
-    result = operator(*tree_map(host_of, args), **tree_map(host_of, settings))
+    settings = {name: mapped(host_of, value) for name, value in kwargs.items()}
+    if "device" in settings:
+        settings["device"] = torch.device(values_on[0])
+    result = operator(*mapped(host_of, args), **settings)
     changed = {id(leaf.host): leaf for leaf in leaves if isinstance(leaf, StandIn)}  # by operators in place
     device = kwargs.get("device")
     if device is not None and torch.device(device).type != NAME:
@@ -272,7 +302,7 @@ def compute(operator, args: tuple, kwargs: dict):
             return x
         return changed[id(x)] if id(x) in changed else StandIn(x)
 
-    return tree_map(wrapped, result)
+    return mapped(wrapped, result)
 
 
 # ---------------------------------------------------------------- the device
