@@ -440,8 +440,8 @@ def another_policy():
     return model
 
 
-def sharded(rank: int, port: int, folder: Path, broken: bool) -> None:
-    """Run a worker process, and write its result. broken: sum gradients as means."""
+def sharded(rank: int, port: int, folder: Path) -> None:
+    """Run a worker process: write the result of the right code, and of a variant that sums gradients as means."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -449,24 +449,22 @@ def sharded(rank: int, port: int, folder: Path, broken: bool) -> None:
     config = TLTConfig(**UPDATES, shard=True, gradient_checkpointing=True)
     logprobs.SLICE = 118 * 7
     worker = tlt.TLTWorker(config)
-    if broken:
-        from torch.distributed.fsdp import FSDPModule
-
-        FSDPModule.set_gradient_divide_factor = lambda self, factor: None
     reference = worker.layout.place_reference(another_policy(), "cpu")
     here = sum(p.to_local().numel() for p in reference.parameters())
     assert here < 0.6 * sum(p.numel() for p in reference.parameters())  # a reference is spread, too
-    result = updates(worker, config, folder)
-    if rank == 0:
-        torch.save(result, folder / f"broken {broken}")
+    from torch.distributed.fsdp import FSDPModule
+
+    for name in ("right", "broken"):
+        result = updates(worker, config, folder)
+        if rank == 0:
+            torch.save(result, folder / name)
+        FSDPModule.set_gradient_divide_factor = lambda self, factor: None  # from now on it is broken
     torch.distributed.destroy_process_group()
 
 
-def check_sharded(folder: Path, broken: bool) -> None:
-    torch.multiprocessing.spawn(sharded, (free_port(), folder, broken), nprocs=2)
-    config = train_grpo.Config(**UPDATES)
-    stats, (policy, moments) = updates(Worker(config), config, folder)
-    their_stats, (theirs, their_moments) = torch.load(folder / f"broken {broken}", weights_only=True)
+def check_sharded(replicated: tuple, folder: Path, name: str) -> None:
+    stats, (policy, moments) = replicated
+    their_stats, (theirs, their_moments) = torch.load(folder / name, weights_only=True)
     assert policy.keys() == theirs.keys()
     assert all(torch.allclose(policy[name], theirs[name], atol=1e-5) for name in policy)
     a = moments["state"]
@@ -477,8 +475,11 @@ def check_sharded(folder: Path, broken: bool) -> None:
 
 
 def test_sharded_and_replicated_updates_agree(tmp_path):
-    check_sharded(tmp_path, False)
-    caught(check_sharded, tmp_path, True)
+    torch.multiprocessing.spawn(sharded, (free_port(), tmp_path), nprocs=2)
+    config = train_grpo.Config(**UPDATES)
+    replicated = updates(Worker(config), config, tmp_path)
+    check_sharded(replicated, tmp_path, "right")
+    caught(check_sharded, replicated, tmp_path, "broken")
 
 
 def test_every_state_has_a_character_of_its_own():
