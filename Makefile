@@ -28,7 +28,7 @@ help:  ## what can be made
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-demo: .venv/installed  ## train a policy with TLT, then make the last steps once more without and with it (6 to 7 minutes on 2 cores); to go on after Ctrl-C: ARGS=--resume
+demo: .venv/installed  ## train a policy with TLT, then make the last steps once more without and with it (6 to 8 minutes on 2 cores); to go on after Ctrl-C: ARGS=--resume
 	$(RUN) tlt.py --demo --out $(OUT) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 	$(RUN) -m bench paired --run $(OUT) --json $(OUT)/paired.json
 
