@@ -115,7 +115,7 @@ test-time: .venv/installed  ## search at test time: 1,000 held-out questions, ev
 	$(RUN) -m test_time report
 
 search: runs/searcher/config.json  ## search at test time with the real model (an hour and a half on 2 cores; POLICY=runs/real/policy, ARGS="--dtype bfloat16" on a CPU with AMX; with revisions, of attempts that are cut: MAX_NEW=256 ARGS="--epochs 1"; --skip-steps: without beam search); to go on after Ctrl-C: ARGS=--resume
-	$(RUN) -m test_time learn --model $(POLICY) --task countdown-3 --max-new $(MAX_NEW) --slots 64 --questions 96 --attempts 4 --labelled 1 \
+	$(RUN) -m test_time learn $(SEARCH) --slots 64 --questions 96 --attempts 4 --labelled 1 \
 		--continuations 1 --held-out 4 --epochs 0 --lora-rank 16 --drafter-seconds 240 $(ARGS)
 	$(RUN) -m test_time sweep $(SEARCH) --slots 64 --count 48 --chunk 48 --verifier-noise 0 $(ARGS)
 	$(RUN) -m test_time speed $(SEARCH) --count 3  # in float32, where the tokens are the same
