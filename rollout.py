@@ -241,6 +241,7 @@ class Engine:
         strategy: how to draft each round; None: plain decoding. on_round is called for each running sequence after each
         round. Raises UserError for a group that does not fit.
         """
+        read_by = list(self.proposers.values()) if strategy else []  # without a strategy nothing is drafted
         strategy = strategy or Strategy()
         queue = GroupQueue(self.checked(groups, sampling))
         started = time.perf_counter()
@@ -250,7 +251,7 @@ class Engine:
         while True:
             batch = queue.take(len(self.running), self.max_running)
             for part in prefill_parts(batch, PREFILL_TOKENS):
-                self.admit(part)
+                self.admit(part, read_by)
             if not self.running:
                 break
             finished = self.round(sampling, strategy, on_round)
@@ -288,9 +289,9 @@ class Engine:
                 raise UserError(f"{sizes}: raise --slots, or lower --samples")
             yield group
 
-    def admit(self, batch: list[Group]) -> None:
+    def admit(self, batch: list[Group], read_by: list[Proposer]) -> None:
         """Prefill prompt[:-1] of each group once, in the slots behind the running sequences, then copy the entries to
-        its samples. cur = prompt[-1].
+        its samples. cur = prompt[-1]. read_by: the proposers that read the prompts, too.
         """
         device = self.lens.device
         first = len(self.running)
@@ -301,7 +302,7 @@ class Engine:
             slots = slice(first, first + len(batch))
             no_entries = torch.zeros(len(batch), dtype=torch.long, device=device)
             hidden = self.forward(slots, prompts[:, :-1], no_entries, longest)  # (n, longest, D)
-            for proposer in self.proposers.values():
+            for proposer in read_by:
                 proposer.read_prompts(slots, prompts, hidden)
         ends = [first]
         for group in batch:

@@ -30,15 +30,23 @@ def answer(config: Config) -> None:
     if not solver.verifiers and config.strategy not in ("majority", "greedy"):
         need = f"{config.model} has no verifier (`python -m test_time learn`)"
         raise UserError(f"--strategy {config.strategy}: {need}; only majority and greedy work without one")
-    check_number(config, solver.engine.slots)
+    if config.strategy != "auto":
+        check_number(config, solver.engine.slots)
     search, n, aggregate = config.strategy, config.n, config.aggregate
     how = PICKS.get(search, "weighted")
     probe = Ledger()
     if search == "auto":
         choices = read_choices(solver.folder)
+        if choices.max_new != config.max_new:
+            raise UserError(
+                f"--max-new {config.max_new}: the choices in {solver.folder} were made with --max-new {choices.max_new}"
+            )
         aggregate = choices.aggregate
         difficulty = 0
         by_difficulty = choices.within(config.budget)
+        most = max(key.n for key in by_difficulty)
+        if most > solver.engine.slots:
+            raise UserError(f"--slots {config.slots}: the choice for --budget {config.budget} needs {most}")
         if len(set(by_difficulty)) > 1:
             attempts, probe = solver.solve([problem], partial(parallel, n=1), config.seed, "probe")[0]
             easiness = score(attempts[0], aggregate)
@@ -64,7 +72,7 @@ def answer(config: Config) -> None:
 
 def check_number(config: Config, slots: int) -> None:
     """Raise UserError if there can be no search with --n attempts. slots: of the engine."""
-    if not 1 <= config.n <= slots:
+    if not 1 <= config.n <= slots and config.strategy != "greedy":
         raise UserError(f"--n {config.n}: must be 1 to {slots}")
     multiples = {"beam": BRANCHING, "lookahead": BRANCHING, "dvts": BRANCHING, "revise": min(config.n, CHAIN)}
     multiple = multiples.get(config.strategy, 1)

@@ -47,7 +47,9 @@ SearchStrategy = Callable[[SeedFunction], Search]  # a strategy with its setting
 
 
 def shown_in_prompt(attempts: Iterable[Sequence[int]], separator: Sequence[int]) -> list[int]:
-    """Return the tokens that show finished attempts in a prompt: each without its stop token, then the separator."""
+    """Return the tokens that show finished attempts in a prompt: each without its last token (the stop
+    token, unless the limit has cut it), then the separator.
+    """
     shown: list[int] = []
     for tokens in attempts:
         shown += [*tokens[:-1], *separator]

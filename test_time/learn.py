@@ -29,7 +29,7 @@ import json
 import math
 import random
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +49,7 @@ from parts.training import lora
 from parts.training.drafter_data import FeatureBuffer, TokenCounts
 from test_time.attempts import shown_in_prompt
 from test_time.config import Config, writable_folder
+from test_time.results import CHOICE_FILE
 from test_time.solver import VERIFIERS, Solver
 from test_time.strategies import EARLIER_ATTEMPTS, revise
 from test_time.verifier import auc, fit_verifier, step_features
@@ -56,7 +57,7 @@ from test_time.verifier import auc, fit_verifier, step_features
 MILLION = 10**6  # the parts of `learn` use different questions: each begins at another million
 PARTS = 4  # or, in a data set, at another quarter
 TRIES = 8  # attempts at each question, from which examples of revising are made; also to measure verifiers
-DONE = "learned.json"  # file with the parts that are finished, for --resume
+DONE = "learned.json"  # for --resume: the parts that are finished -> their settings
 RIGHT_SHARE = 0.6  # of the revision policy's prompts: any number of the attempts in them are right ones
 
 
@@ -74,14 +75,18 @@ def learn(config: Config) -> None:
     folder = writable_folder(config.model)
     solver = Solver(folder, task, speculate=False, verify=False, slots=config.slots, dtype=config.dtype)
     check_at_the_start(solver, config)
-    done = json.loads((folder / DONE).read_text()) if config.resume and (folder / DONE).exists() else []
+    done = parts_done(folder, config) if config.resume else {}
+    if "revisions" not in done:
+        for name in ("revise", "refit"):
+            shutil.rmtree(folder / name, ignore_errors=True)  # they were tuned from another policy, or otherwise
     write_atomically(folder / DONE, json.dumps(done))
 
     def finished(part: str) -> None:
-        done.append(part)
+        done[part] = settings_of(part, config)
         write_atomically(folder / DONE, json.dumps(done))
 
     if "helpers" not in done:
+        (folder / CHOICE_FILE).unlink(missing_ok=True)  # it goes by the scores of the verifiers that are replaced
         training = questions_of(solver, "train", 0, config.questions)
         held_out = questions_of(solver, "test", MILLION, config.held_out)
         train_helpers(solver, training, held_out, config, config.drafter_from)
@@ -94,6 +99,32 @@ def learn(config: Config) -> None:
         if "helpers of revisions" not in done:
             train_helpers_of_revisions(drafting, config)
             finished("helpers of revisions")
+
+
+def settings_of(part: str, config: Config) -> dict:
+    """Return the settings that a part depends on."""
+    names = ["task", "data", "max_new", "seed", "questions", "attempts", "continuations", "labelled", "held_out"]
+    names += ["lora_rank", "drafter_from", "drafter_seconds"]
+    if part != "helpers":
+        names.append("epochs")
+    return {name: value for name, value in asdict(config).items() if name in names}
+
+
+def parts_done(folder: Path, config: Config) -> dict[str, dict]:
+    """Return the parts that an interrupted `learn` has finished. Raises UserError if it had other settings."""
+    if not (folder / DONE).exists():
+        return {}
+    done = json.loads((folder / DONE).read_text())
+    for part, before in done.items():
+        if part == "helpers" or config.epochs:
+            for name, now in settings_of(part, config).items():
+                if before.get(name) != now:
+                    flag_name = f"--{name.replace('_', '-')}"
+                    raise UserError(
+                        f"--resume: the {part} in {folder} were made with {flag_name} {before.get(name)}, not {now}; "
+                        "without --resume all is made anew"
+                    )
+    return done
 
 
 def check_at_the_start(solver: Solver, config: Config) -> None:

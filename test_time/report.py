@@ -21,7 +21,7 @@ from parts.running.pictures import pyplot
 from test_time.config import Config, writable_folder
 from test_time.optimal import BINS, best_within
 from test_time.results import CHOICE_FILE, GREEDY, LARGE, Key, Results, write_choices
-from test_time.sweep import chain_lengths
+from test_time.sweep import SHARED_WITH_SPEED, chain_lengths
 
 
 def report(config: Config) -> None:
@@ -31,6 +31,9 @@ def report(config: Config) -> None:
     swept = results.settings["model"]
     if Path(swept) != Path(config.model):
         raise UserError(f"--model {config.model}: the rows in {config.json} are of --model {swept}")
+    if results.left_out:
+        names = ", ".join(f"{key.search} {key.n} {key.pick}" for key in results.left_out)
+        print(f"left out, since there are not rows of all questions: {names}")
     print_strategies(results)
     print_gains(results)
     for unit in ("tokens", "flops"):
@@ -66,7 +69,8 @@ def print_strategies(results: Results) -> None:
 
 def print_gains(results: Results) -> None:
     """Print the strategies that take half to all of the tokens of N samples: how much more often each is right than one
-    sample, and than the majority of N. The best of them was chosen on the other half of the questions.
+    sample, and than the majority of N. "best": of all strategies within the budget, chosen on the other half of the
+    questions.
     """
     n = results.compared
     tokens = {key: cost.mean() for key, cost in results.cost["tokens"].items()}
@@ -176,9 +180,9 @@ def draw(results: Results, path: Path) -> list[Path]:
     panels = {**accuracy, "best": draw_best}
     if results.has_noise:
         panels["noise"] = draw_noise
-    speed_rows = path.with_suffix(".speed.jsonl")
-    if speed_rows.exists():
-        panels["speed"] = partial(draw_speed, rows=[json.loads(line) for line in speed_rows.read_text().splitlines()])
+    speed_rows = speed_rows_of(results, path)
+    if speed_rows:
+        panels["speed"] = partial(draw_speed, rows=speed_rows)
     if results.has_revisions:
         panels["revisions"] = draw_revisions
     if results.times_larger:
@@ -194,6 +198,15 @@ def draw(results: Results, path: Path) -> list[Path]:
         figure.savefig(written[-1], dpi=100)
         pyplot().close(figure)
     return written
+
+
+def speed_rows_of(results: Results, path: Path) -> list[dict]:
+    """Return the rows of `speed`, if there are any of the same policy."""
+    speed_rows = path.with_suffix(".speed.jsonl")
+    if not speed_rows.exists():
+        return []
+    rows = [json.loads(line) for line in speed_rows.read_text().splitlines()]
+    return [row for row in rows if all(row.get(name) == results.settings[name] for name in SHARED_WITH_SPEED)]
 
 
 # name in the legend -> search, pick

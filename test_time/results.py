@@ -75,6 +75,10 @@ class Results:
         self.columns: dict[Key, list[dict]] = defaultdict(list)  # the rows of each strategy, by question
         for row in sorted(rows, key=in_any_order):
             self.columns[Key(row["search"], row["n"], row["pick"])].append(row)
+        self.left_out = self.remove_unfinished()
+        for key in (PROBE, ORACLE, GREEDY, Key("parallel", 1, "majority")):
+            if key not in self.columns:
+                raise UserError(f"--json {path}: {key.search} is not finished; `sweep --resume` goes on with it")
         self.right: dict[Key, np.ndarray] = {}
         self.cost: dict[str, dict[Key, np.ndarray]] = {"tokens": {}, "flops": {}}
         for key, column in self.columns.items():
@@ -87,7 +91,7 @@ class Results:
         self.compared = max(key.n for key in self.columns if key.search == "parallel" and key.n <= COMPARED)
         self.has_steps = Key("beam", self.compared, "weighted") in self.columns
         self.has_noise = Key("noisy beam", self.compared, "weighted") in self.columns
-        self.has_revisions = Key("revise 1", self.compared, "chains") in self.columns
+        self.has_revisions = Key("refit parallel", self.compared, "majority") in self.columns  # the last of them
         self.times_larger = 0.0  # how many times more weights the large model has; 0: there is none
         if LARGE in self.columns:
             self.times_larger = self.columns[LARGE][0]["weights"] / probes[0]["weights"]
@@ -96,7 +100,18 @@ class Results:
         known = self.attempts(ORACLE).mean(1)
         self.bins = {"predicted": optimal.quintiles(self.easiness), "known": optimal.quintiles(known)}
         self.folds = np.array([zlib.crc32(prompt.encode()) % 2 for prompt in prompts])
+        if len(set(self.folds)) == 1:
+            raise UserError(f"--json {path}: all questions fall into the same half; sweep more of them")
         self.question = np.unique(prompts, return_inverse=True)[1]
+
+    def remove_unfinished(self) -> list[Key]:
+        """Remove the columns that do not have a row of all questions -> their keys. There are some in the rows of an
+        unfinished sweep, and where a sweep was resumed without some of its strategies.
+        """
+        found = [key for key, column in self.columns.items() if len(column) != len(self.columns[PROBE])]
+        for key in found:
+            del self.columns[key]
+        return found
 
     def attempts(self, key: Key) -> np.ndarray:
         """Return 1 for each attempt that is right, (Q, N), of a strategy that always makes N attempts."""
@@ -179,6 +194,7 @@ class Choices(NamedTuple):
     aggregate: str  # how an attempt's score came from its steps' scores, in the sweep
     edges: list[float]  # 4: an attempt's score below edge b means that the question is harder than the b-th fifth
     choices: dict[str, list[Key]]  # budget in tokens, the probe attempt included -> a Key for each fifth
+    max_new: int = 0  # limit of an attempt in the sweep; 0: the task's
 
     def difficulty(self, easiness: float) -> int:
         """Return 0 (easiest) to 4, for a question whose probe attempt has that score."""
@@ -205,7 +221,7 @@ def write_choices(results: Results, folder: Path) -> None:
         if found:
             choices[str(float(budget))] = [found[0][b] for b in range(BINS)]
     edges = [float(results.easiness[bins == b].min()) for b in range(BINS - 1)]
-    contents = Choices(results.settings["aggregate"], edges, choices)
+    contents = Choices(results.settings["aggregate"], edges, choices, results.settings["max_new"])
     write_atomically(folder / CHOICE_FILE, json.dumps(contents._asdict()))
 
 

@@ -4,8 +4,9 @@
 rollout (a Request is a Group, since its attempts share a prefix), scores what was generated, adds it to the attempts
 and sends them back, until every search has returned.
 
-Whole attempts end at a stop token, steps also at a token that ends a step. Steps are decoded without speculation:
-they are shorter than what the drafter would have to read before its first draft token (0.6 times the speed with it).
+Whole attempts end at a stop token, steps also at a token that ends a step. Steps are decoded without speculation: they
+are shorter than the prompt that the drafter would have to read before its first draft token (0.6 times the speed with
+it).
 
 --verifier-noise inverts a share of the verifier's scores, s -> 1 - s. Which ones depends only on the attempt's seed and
 the step's number.

@@ -77,9 +77,12 @@ def scores_ahead(attempts: list[Attempt], steps: int) -> Generator[list[Request]
 
 def revise(seed: SeedFunction, n: int, length: int = CHAIN) -> Search:
     """Make n / length chains of attempts, each attempt with the last four of its chain in the prompt. n may be 0."""
+    if n == 0:
+        return []
     length = min(n, length)
-    chains: list[list[Attempt]] = [[] for _ in range(n // max(1, length))]
-    for i in range(length):
+    results = yield [Request([Attempt(seed((c, 0)), tree=c) for c in range(n // length)])]  # they share the prompt
+    chains = [[first] for first in results[0]]
+    for i in range(1, length):
         requests = []
         for c, chain in enumerate(chains):
             earlier = tuple(attempt.tokens for attempt in chain[-EARLIER_ATTEMPTS:])

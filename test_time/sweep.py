@@ -11,6 +11,7 @@ tokens must be the same. Its rows are written beside --json, to *.speed.jsonl.
 
 import json
 import time
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from tasks import Problem, Task
 from test_time.attempts import Ledger, SearchStrategy, pick, score
 from test_time.config import Config
 from test_time.results import COMPARED, read_rows
-from test_time.solver import Solution, Solver, check_verifiers
+from test_time.solver import VERIFIERS, Solution, Solver, check_verifiers
 from test_time.strategies import SEARCHES, parallel, revise
 
 
@@ -47,10 +48,10 @@ class Trial(NamedTuple):
         return (*self.smaller, self.n)
 
 
-def samples_of(solver: str, name: str, counts: Sequence[int], picks: tuple[str, ...]) -> list[Trial]:
+def samples_of(solver: str, name: str, counts: Sequence[int], picks: tuple[str, ...]) -> Trial:
     """Return a Trial of independent attempts. They are made once for all of these numbers of them, which increase."""
     *smaller, n = counts
-    return [Trial(solver, name, n, partial(parallel, n=n), picks, tuple(smaller))]
+    return Trial(solver, name, n, partial(parallel, n=n), picks, tuple(smaller))
 
 
 def trials_of(solver: str, name: str, search: Callable, counts: tuple[int, ...], picks: tuple[str, ...]) -> list[Trial]:
@@ -79,24 +80,24 @@ def trials(most: int, skip_steps: bool = False) -> list[Trial]:
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= most]
     found = [
         *trials_of("base", "greedy", SEARCHES["greedy"], (1,), MAJORITY),
-        *samples_of("base", "parallel", counts, ("max", "weighted", "majority", "outcome")),
+        samples_of("base", "parallel", counts, ("max", "weighted", "majority", "outcome")),
         *trials_of("base", "beam", SEARCHES["beam"], (4, 8, 16, 32), BY_SCORE),
         *trials_of("base", "lookahead", SEARCHES["lookahead"], (4, 16), BY_SCORE),
         *trials_of("base", "dvts", SEARCHES["dvts"], (compared,), BY_SCORE),
-        *samples_of("noisy", "noisy parallel", [compared], BY_SCORE),
+        samples_of("noisy", "noisy parallel", [compared], BY_SCORE),
         *trials_of("noisy", "noisy beam", SEARCHES["beam"], (compared,), BY_SCORE),
     ]
     for n, lengths in ((4, [1, 4]), (compared, chain_lengths(compared))):
         for length in lengths:
             found += trials_of("revise", f"revise {length}", partial(revise, length=length), (n,), CHAINS)
-    found += samples_of("refit", "refit parallel", [1, compared], MAJORITY)  # the control, see learn.py
+    found.append(samples_of("refit", "refit parallel", [1, compared], MAJORITY))  # the control, see learn.py
     found += trials_of("large", "large greedy", SEARCHES["greedy"], (1,), MAJORITY)
     if skip_steps:
         found = [trial for trial in found if trial.name not in BY_STEPS]
     by_name = {(trial.name, trial.n): trial for trial in found if trial.n <= most}  # each once
     difficulty = [
-        *samples_of("base", "probe", [1], ("weighted",)),  # predicts it
-        *samples_of("base", "oracle", [ORACLE_ATTEMPTS], ("weighted",)),  # determines it
+        samples_of("base", "probe", [1], ("weighted",)),  # predicts it
+        samples_of("base", "oracle", [ORACLE_ATTEMPTS], ("weighted",)),  # determines it
     ]
     return difficulty + list(by_name.values())
 
@@ -106,19 +107,21 @@ def trials(most: int, skip_steps: bool = False) -> list[Trial]:
 
 def sweep(config: Config) -> None:
     """Run all trials on parts of the questions, divided among --workers processes. Until all are done, the rows are in
-    *.unfinished.jsonl, written every minute and however the sweep ends; --resume goes on from there. Raises UserError.
+    *.unfinished.jsonl, written every minute and however the sweep ends; --resume goes on from there, or adds to a sweep
+    that is finished. Raises UserError.
     """
     path = rows_file(config.json)
     unfinished = path.with_suffix(".unfinished.jsonl")
     folders = folders_of(config)
-    rows = rows_before(unfinished if unfinished.exists() else path, config) if config.resume else []
-    jobs = jobs_of(config, folders, {(row["search"], row["n"], row["seed"], row["prompt"]) for row in rows})
+    rows = rows_before(path, unfinished, config) if config.resume else []
+    done = {what_row(row) for row in rows}
+    jobs = jobs_of(config, folders, done)
     spawn = torch.multiprocessing.get_context("spawn")
     written = time.time()
     try:
         with ProcessPoolExecutor(config.workers, mp_context=spawn, initializer=exit_with_the_parent) as pool:
             for found in tqdm(pool.map(run_trial, jobs), total=len(jobs), desc="sweep", unit="trial"):
-                rows += found
+                rows += [row for row in found if what_row(row) not in done]
                 if time.time() - written > SECONDS_BETWEEN_WRITES:
                     write_rows(unfinished, rows)
                     written = time.time()
@@ -158,24 +161,53 @@ def folders_of(config: Config) -> dict[str, Path]:
     return {name: folder for name, folder in folders.items() if (folder / "config.json").exists()}
 
 
+SHARED_WITH_SPEED = ("model", "learned", "task", "max_new")  # of the settings: those that `speed` depends on, too
+
+
+@cache
 def settings_of(config: Config) -> dict:
     """Return the settings that all rows of a file share."""
     return {
         "model": config.model,
+        "learned": learned_in(Path(find_folder(config.model))),
+        "large": config.large,
+        "task": config.task,
+        "data": config.data,
+        "dtype": config.dtype,
         "max_new": config.max_new,
         "aggregate": config.aggregate,
         "noise": config.verifier_noise,
     }
 
 
-def rows_before(path: Path, config: Config) -> list[dict]:
-    """Return the rows that an interrupted sweep has written. Raises UserError if it had other settings."""
-    if not path.exists():
-        return []
-    rows = read_rows(path)
+def learned_in(folder: Path) -> int:
+    """Return a checksum of what `learn` has made in a policy's folder: other verifiers choose other answers."""
+    parts = [part / name for part in (folder, folder / "revise") for name in VERIFIERS]
+    checksum = 0
+    for path in sorted(path for part in parts for path in part.glob("*.safetensors")):
+        checksum = zlib.crc32(path.read_bytes(), checksum)
+    return checksum
+
+
+def what_row(row: dict) -> tuple:
+    """Return what a row is of; rows that differ only in how the answer is picked are of the same."""
+    return row["search"], row["n"], row["seed"], row["prompt"]
+
+
+def rows_before(finished: Path, unfinished: Path, config: Config) -> list[dict]:
+    """Return the rows that there are. Those of a finished sweep with other settings do not count. Raises UserError if
+    an unfinished one had other settings.
+    """
+    path = unfinished if unfinished.exists() else finished
+    rows = read_rows(path) if path.exists() else []
     for name, now in settings_of(config).items():
-        if rows and rows[0][name] != now:
-            raise UserError(f"--resume: the rows in {path} were made with {name} {rows[0][name]}, not {now}")
+        before = rows[0].get(name) if rows else now
+        if before != now:
+            difference = f"the rows in {path} were made with {name} {before}, not {now}"
+            if path == unfinished:
+                raise UserError(f"--resume: {difference}; without --resume the sweep begins anew")
+            print(f"beginning anew: {difference}")
+            return []
     return rows
 
 
@@ -290,7 +322,7 @@ def timed(most: int) -> list[Trial]:
     compared = min(COMPARED, most)
     names = {("greedy", 1)} | {(f"revise {length}", compared) for length in (1, 4, compared)}
     found = [trial for trial in trials(most) if (trial.name, trial.n) in names]
-    return [*samples_of("base", "parallel", [min(8, most)], BY_SCORE), *found]
+    return [samples_of("base", "parallel", [min(8, most)], BY_SCORE), *found]
 
 
 def speed(config: Config) -> None:
@@ -316,6 +348,7 @@ def speed(config: Config) -> None:
                 f"{same:>3}/{len(problems)} {flops[0] / 1e6:18.1f} / {flops[1] / 1e6:.1f}"
             )
             row = {"search": trial.name, "n": trial.n, "plain": seconds[0], "speculative": seconds[1]}
+            row |= {name: settings_of(config)[name] for name in SHARED_WITH_SPEED}
             rows.append({**row, "same": same, "questions": len(problems), "flops": flops})
     write_rows(path.with_suffix(".speed.jsonl"), rows)
 

@@ -506,8 +506,8 @@ def change_state_when_asked(monkeypatch):
 def read_prompts_once_per_sample(monkeypatch):
     right = Engine.admit
 
-    def admit(self, batch):
-        right(self, [Group(group.key, group.prompt, [seed]) for group in batch for seed in group.seeds])
+    def admit(self, batch, read_by):
+        right(self, [Group(group.key, group.prompt, [seed]) for group in batch for seed in group.seeds], read_by)
 
     monkeypatch.setattr(Engine, "admit", admit)
 
@@ -530,6 +530,15 @@ def test_speculative_rounds_catch_up_with_at_most_k_plus_1_entries(k):
 def test_longer_catch_ups_and_repeated_reading_are_caught(harm, monkeypatch):
     harm(monkeypatch)
     caught(check_catch_ups)
+
+
+@pytest.mark.parametrize("strategy, read", [(None, False), (fixed("eagle", 2), True)])
+def test_without_a_strategy_the_drafter_reads_no_prompt(strategy, read):
+    model = tiny()
+    proposer = WatchedProposer(trained_drafter(model))
+    engine = Engine(model, {1}, 6, 100, proposers={"eagle": proposer})
+    list(engine.generate(groups_of(2, random.Random(1)), SAMPLINGS[0], strategy))
+    assert bool(proposer.prompts_read) == read
 
 
 class PlainStretches(Strategy):

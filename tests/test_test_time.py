@@ -28,12 +28,18 @@ from test_time.__main__ import main
 from test_time.attempts import Attempt, ModelSizes, pick, score, shown_in_prompt, vote
 from test_time.config import Config
 from test_time.learn import labelled_steps, questions_of
-from test_time.results import Choices, Key, read_rows
+from test_time.results import Choices, Key, Results, read_rows
 from test_time.solver import Solver
 from test_time.strategies import beam, parallel, revise
 
 FOLDER = Path(__file__).resolve().parent.parent / "base/chain"
-SOME_COLUMNS = [("probe", 1), ("oracle", 16), ("parallel", 16)]
+SOME_COLUMNS = [
+    ("probe", 1, "weighted"),
+    ("oracle", 16, "weighted"),
+    ("greedy", 1, "majority"),
+    ("parallel", 1, "majority"),
+    ("beam", 4, "max"),
+]
 PROBLEMS = [Chain().problem("test", i) for i in range(12)]
 
 
@@ -175,6 +181,7 @@ def test_revisions_see_the_last_four_attempts():
     first_chain = [shown_in_prompt(requests[0].attempts[0].earlier, (7,)) for requests in history]
     assert [len(shown) for shown in first_chain] == [0, 2, 4, 6, 8, 8]
     assert first_chain[5] == [2, 7, 4, 7, 6, 7, 8, 7]  # without their stop tokens, the newest last
+    assert [len(requests) for requests in history] == [1, 2, 2, 2, 2, 2]  # first attempts share a prompt, and its cost
 
 
 # ---------------------------------------------------------------- picking
@@ -490,7 +497,7 @@ def test_trials_of_a_sweep(most):
 
 def rows_of_samples(*counts):
     """Return the rows of independent attempts made at once, without what depends on time."""
-    (trial,) = sweep.samples_of("base", "parallel", counts, ("max", "majority"))
+    trial = sweep.samples_of("base", "parallel", counts, ("max", "majority"))
     rows = sweep.run_trial(sweep.Job(Config("sweep"), trial, FOLDER, [0, 1, 2], 0))
     for row in rows:
         row["ledger"] = {**row["ledger"], "seconds": 0.0}
@@ -538,8 +545,13 @@ def test_learning_sweeping_and_reporting(capsys, monkeypatch, tmp_path):
     run_command(monkeypatch, "learn", *where, *few, "--epochs", "1", "--lora-rank", "2", "--dtype", "bfloat16")
     assert "AUC" in capsys.readouterr().out
     made = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    (folder / "learned.json").write_text('["helpers", "revisions"]')  # as if it had been stopped in the last part
-    run_command(monkeypatch, "learn", *where, *few, "--epochs", "1", "--dtype", "bfloat16", "--resume")
+    done = json.loads((folder / "learned.json").read_text())
+    del done["helpers of revisions"]  # as if it had been stopped in the last part
+    (folder / "learned.json").write_text(json.dumps(done))
+    argv = ("learn", *where, *few, "--epochs", "1", "--dtype", "bfloat16", "--resume")
+    with pytest.raises(UserError, match="the helpers in .*policy were made with --lora-rank 2, not 0"):
+        run_command(monkeypatch, *argv)
+    run_command(monkeypatch, *argv, "--lora-rank", "2")
     again = {path.relative_to(folder).parts[:2] for path in made if path.stat().st_mtime_ns != made[path]}
     assert again == {("revise", "process"), ("revise", "outcome"), ("revise", "drafter")}
     run_command(monkeypatch, "sweep", *where, "--count", "10", "--chunk", "10", "--workers", "1", "--most", "4")
@@ -558,16 +570,32 @@ def test_learning_sweeping_and_reporting(capsys, monkeypatch, tmp_path):
     rows = read_rows(tmp_path / "rows.jsonl")
     tokens_of_one = {row["ledger"]["decode"] for row in rows if row["search"] == "probe"}
     assert max(tokens_of_one) == 12
+    with pytest.raises(UserError, match="--max-new 0: the choices in .*policy were made with --max-new 12"):
+        run_command(monkeypatch, "--prompt", "7:cfa=", "--model", str(folder))
+    learned = ("learn", *where, "--questions", "8", "--held-out", "1", "--drafter-seconds", "0", "--epochs", "0")
+    run_command(monkeypatch, *learned)
+    assert not (folder / "revise").exists() and not (folder / "choice.json").exists()
+    run_command(monkeypatch, "sweep", *where, *few, "--resume")
+    assert "made with learned" in capsys.readouterr().out  # rows of the verifiers before do not count
+    assert {row["learned"] for row in read_rows(tmp_path / "rows.jsonl")}.isdisjoint(row["learned"] for row in rows)
 
 
 def test_rows_of_another_policy_are_not_reported(monkeypatch, tmp_path):
     """choice.json of one policy must not be written into the folder of another."""
-    row = {"model": "another", "prompt": "", "seed": 0, "search": "probe", "n": 1, "pick": "weighted", "right": 1}
+    row = {"model": "another", "prompt": "", "seed": 0, "right": 1}
     row |= {"score": 1.0, "flops": 1.0, "ledger": {"decode": 1}, "attempts": [1], "weights": 1}
-    rows = [{**row, "prompt": str(i), "search": name, "n": n} for i in range(5) for name, n in SOME_COLUMNS]
+    rows = []
+    for i in range(8):
+        rows += [{**row, "prompt": str(i), "search": name, "n": n, "pick": how} for name, n, how in SOME_COLUMNS]
     sweep.write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError, match="--model base/chain: the rows in .* are of --model another"):
         run_command(monkeypatch, "report", "--json", str(tmp_path / "rows.jsonl"))
+    sweep.write_rows(tmp_path / "rows.jsonl", rows[:-1])  # the last question lacks its beam search
+    results = Results(tmp_path / "rows.jsonl")
+    assert results.left_out == [Key("beam", 4, "max")] and Key("beam", 4, "max") not in results.right
+    sweep.write_rows(tmp_path / "rows.jsonl", [row for row in rows if row["search"] != "oracle"])
+    with pytest.raises(UserError, match="oracle is not finished; `sweep --resume` goes on with it"):
+        Results(tmp_path / "rows.jsonl")
     sweep.write_rows(tmp_path / "rows.jsonl", rows[: 4 * len(SOME_COLUMNS)])
     with pytest.raises(UserError, match="4 questions, too few to divide them into 5 parts"):
         run_command(monkeypatch, "report", "--json", str(tmp_path / "rows.jsonl"))
@@ -598,6 +626,9 @@ def check_resumed_sweep(monkeypatch, path):
     run_command(monkeypatch, "sweep", *argv, "--resume")
     assert len(jobs) == len(set(jobs)) and not path.with_suffix(".unfinished.jsonl").exists()
     assert answers_of(path.read_text().splitlines()) == answers_of(whole)
+    run_command(monkeypatch, "sweep", *argv, "--resume", "--most", "8")  # what is there is not added again
+    rows = read_rows(path)
+    assert len(rows) > len(whole) and len(rows) == len({(*sweep.what_row(row), row["pick"]) for row in rows})
 
 
 def answers_of(lines):
