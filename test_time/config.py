@@ -41,7 +41,7 @@ class Config:
     count: int = flag(1000, "(sweep, speed) held-out questions")
     most: int = flag(64, "(sweep, speed) strategies with more attempts at a question are left out")
     seeds: int = flag(1, "(sweep) repetitions with other samples")
-    skip_steps: bool = flag(False, "(sweep) leave out the searches by steps: beam, lookahead, DVTS")
+    skip_steps: bool = flag(False, "(sweep) leave out beam, lookahead, DVTS and the noisy strategies")
     chunk: int = flag(100, "(sweep) questions in one part of the work")
     workers: int = flag(2, "(sweep) processes")
     aggregate: str = flag(
