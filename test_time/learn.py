@@ -132,8 +132,8 @@ def check_at_the_start(solver: Solver, config: Config) -> None:
     check_writable(solver.folder)
     if config.lora_rank:
         check_package("peft", "--lora-rank")
-    if config.drafter_from:
-        Drafter(solver.policy).load(config.drafter_from)
+    if start := start_of_drafter(solver.folder, config.drafter_from):
+        Drafter(solver.policy).load(start)
     if solver.engine.slots < TRIES:
         raise UserError(f"--slots {config.slots}: must be at least {TRIES}")
     count = solver.task.count("train")
@@ -169,7 +169,7 @@ def train_helpers_of_revisions(solver: Solver, config: Config) -> None:
     reviser = Solver(folder, solver.task, verify=False, slots=config.slots, dtype=config.dtype)
     training = with_attempts(reviser, questions_of(reviser, "train", 3 * MILLION, config.questions), config.seed)
     held_out = with_attempts(reviser, questions_of(reviser, "test", 2 * MILLION, config.held_out), config.seed)
-    train_helpers(reviser, training, held_out, config, str(start) if start.exists() else "")
+    train_helpers(reviser, training, held_out, config)
 
 
 # ---------------------------------------------------------------- questions: Groups that have no seeds yet
@@ -259,13 +259,13 @@ def labelled_steps(
 
 
 def train_helpers(
-    solver: Solver, training: list[Group], held_out: list[Group], config: Config, start: str = ""
+    solver: Solver, training: list[Group], held_out: list[Group], config: Config, drafter_from: str = ""
 ) -> None:
     """Train the drafter and both verifiers on a policy's own attempts, write them into its folder, and print how well
-    the verifiers tell good steps from bad ones. start: folder of the drafter to start from, "" for random weights.
+    the verifiers tell good steps from bad ones. drafter_from: see `start_of_drafter`.
     """
     steps = labelled_steps(solver, training, config.attempts, config.continuations, config.seed, config.labelled)
-    train_drafter(solver, steps.responses, config, start)
+    train_drafter(solver, steps.responses, config, drafter_from)
     labels = torch.where(steps.labels.isnan(), steps.outcomes, steps.labels)
     without_logp = steps.features.clone()
     without_logp[:, -2:] = 0
@@ -290,11 +290,22 @@ def train_helpers(
         print(f"{name:>50} {auc(s, labels):9.3f} {auc(s, labels, place):25.3f}")
 
 
-def train_drafter(solver: Solver, responses: list[Response], config: Config, start: str) -> None:
-    """Write a drafter into the policy's folder: the one in the folder `start` ("": random weights), trained on the
-    responses for --drafter-seconds. Raises UserError.
+def start_of_drafter(folder: Path, drafter_from: str) -> Path | None:
+    """Return the folder of the drafter to start from: drafter_from, or if that is empty the one that the policy in
+    `folder` has. None: random weights.
+    """
+    own = folder / "drafter"
+    if drafter_from:
+        return Path(drafter_from)
+    return own if own.exists() else None
+
+
+def train_drafter(solver: Solver, responses: list[Response], config: Config, drafter_from: str) -> None:
+    """Write a drafter into the policy's folder, trained on the responses for --drafter-seconds. drafter_from: see
+    `start_of_drafter`. Raises UserError.
     """
     torch.manual_seed(config.seed)
+    start = start_of_drafter(solver.folder, drafter_from)
     drafter = Drafter(solver.policy)
     if start:
         drafter.load(start)

@@ -581,6 +581,25 @@ def test_learning_sweeping_and_reporting(capsys, monkeypatch, tmp_path):
     assert {row["learned"] for row in read_rows(tmp_path / "rows.jsonl")}.isdisjoint(row["learned"] for row in rows)
 
 
+def check_own_drafter_is_kept(folder, start: str) -> None:
+    """What `learn` trains further is the drafter that the policy has, unless another is named."""
+    path = folder / "drafter" / "drafter.safetensors"
+    before = load_file(path)
+    solver = Solver(folder, Chain(), speculate=False, verify=False, slots=8)
+    learn.train_drafter(solver, [], Config(drafter_seconds=1.0), start)
+    assert all(torch.allclose(weights, before[name]) for name, weights in load_file(path).items())
+
+
+def test_learning_continues_with_the_policys_own_drafter(monkeypatch, tmp_path):
+    """Here without a step of training; a variant that starts from random weights is caught."""
+    monkeypatch.setattr(learn, "learn_from", lambda *args: None)
+    folder = shutil.copytree(FOLDER, tmp_path / "policy", ignore=shutil.ignore_patterns("revise", "refit"))
+    for start in ("", str(FOLDER / "drafter")):
+        check_own_drafter_is_kept(folder, start)
+    monkeypatch.setattr(learn, "start_of_drafter", lambda folder, drafter_from: None)
+    caught(check_own_drafter_is_kept, folder, "")
+
+
 def test_rows_of_another_policy_are_not_reported(monkeypatch, tmp_path):
     """choice.json of one policy must not be written into the folder of another."""
     row = {"model": "another", "prompt": "", "seed": 0, "right": 1}
