@@ -15,7 +15,7 @@ from tqdm import tqdm
 from parts.engine.model_loading import decode
 from parts.files import write_atomically
 from parts.running.metrics_log import MetricsLog
-from parts.running.pictures import draw_curves, draw_timeline, gantt, split_metrics, trace
+from parts.running.pictures import draw_curves, draw_timeline, gantt, score_names, split_metrics, trace
 from parts.running.timers import ROLLOUT, STATES, Span
 
 # ---------------------------------------------------------------- rows of metrics.jsonl
@@ -236,7 +236,8 @@ def summarise(metrics: list[dict], config) -> dict:
     if len(evals) > 1:
         first = evals[0]
         last = evals[-1]
-        for name, before in first["eval"].items():
+        for name in score_names(evals):
+            before = first["eval"][name]
             after = last["eval"][name]
             lines.append(f"held-out {name}: {before:.3f} -> {after:.3f} ({after - before:+.3f})")
         sizes = f"{first['problems']} problems x {first['samples']} samples, seed {config.seed}"
@@ -265,11 +266,11 @@ def model_card(metrics: list[dict], config) -> str:
         "",
     ]
     if evals:
-        names = list(evals[0]["eval"])
+        names = score_names(evals)
         lines.append(f"| RL step | {' | '.join(names)} | mean length |")
         lines.append("| --- " * (len(names) + 2) + "|")
         for e in evals:
-            scores = " | ".join(f"{value:.3f}" for value in e["eval"].values())
+            scores = " | ".join(f"{e['eval'][name]:.3f}" for name in names)
             lines.append(f"| {e['step']} | {scores} | {e['length']:.0f} |")
         lines.append("")
         lines.append(

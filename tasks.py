@@ -50,7 +50,7 @@ class TaskFlags:
     task: str = flag(
         "countdown", "countdown, countdown-3 (three numbers), countdown-hard (numbers to 99), chain, gsm8k, math"
     )
-    data: str = flag("", "gsm8k, math: a folder with train and test (.jsonl or .parquet), a file, or owner/name")
+    data: str = flag("", "gsm8k, math: a folder with train and test (.jsonl, .parquet), or owner/name; math: or a file")
     columns: str = flag(
         "", "math: the columns of problem and answer, e.g. prompt,reward_model.ground_truth; empty: found"
     )
@@ -484,6 +484,9 @@ def chat_text(problem: Problem, tokenizer, system: str, chat_args: str) -> str:
         raise UserError(f"the chat template of {tokenizer.name_or_path} fails: {reason(error)}") from error
 
 
+READ_DATA = ("gsm8k", "math")  # the tasks that --data is for
+
+
 def make_task(name: str, data: str = "", columns: str = "") -> Task:
     """Return the task of that name. data: "" for its default source; data and columns: see TaskFlags. A new task is one
     line here. Raises UserError.
@@ -498,4 +501,8 @@ def make_task(name: str, data: str = "", columns: str = "") -> Task:
     }
     if name not in makers:
         raise UserError(f"--task {name}: is none of {', '.join(makers)}")
+    if data and name not in READ_DATA:
+        raise UserError(f"--data {data}: --task {name} makes its own problems; {' and '.join(READ_DATA)} read data")
+    if columns and name != "math":
+        raise UserError(f"--columns {columns}: only --task math has columns to choose, not {name}")
     return makers[name]()

@@ -127,7 +127,7 @@ class Config(TaskFlags):
     bf16: bool = flag(False, "bfloat16 autocast in the update (always on for GPUs)")
 
     eval_every: int = flag(15, "steps between evaluations (also before the first step and after the last); 0: never")
-    eval_problems: int = flag(128, "held-out problems per evaluation")
+    eval_problems: int = flag(128, "held-out problems per evaluation, if there are so many")
     eval_samples: int = flag(4, "samples per held-out problem, k: pass@1 is their mean, pass@k needs one right of k")
     save_every: int = flag(10, "steps between checkpoints; the last two are kept")
     show_every: int = flag(10, "steps between printed samples; 0: never")
@@ -453,6 +453,9 @@ def check(config: Config) -> None:
     out = Path(config.out)
     if config.resume and not checkpoints.restarted() and not any(out.glob(checkpoints.PATTERN)):
         raise checkpoints.nothing_to_resume(out)
+    if not config.resume:
+        for name in ("model", "drafter_from"):
+            checkpoints.check_not_replaced(out, name, getattr(config, name, ""))
 
 
 def check_problems(task, split: str, tokenizer, config: Config, limit: int | None) -> None:
@@ -525,6 +528,7 @@ class Training:
         self.report = RunReport(config, metrics, self.first_step, self.writes)
         self.announce()
         self.bad_steps = 0  # in a row, with a gradient that was not finite
+        self.gap_checked = False  # since this process started, see `check_gap`
         self.context_limit = context_limit(self.model.config)
         self.skipped: set[str] = set()  # names of problems that cannot be used
         self.probe: torch.Tensor | None = None  # (1, T) ids that a policy must read without nan before it is saved
@@ -583,7 +587,8 @@ class Training:
         """Evaluate on held-out problems, with the same noise each time, so that evaluations are paired."""
         started = time.time()
         n = self.config.eval_samples
-        responses = self.generate("test", range(self.config.eval_problems), n, "eval")
+        problems = min(self.config.eval_problems, self.task.count("test") or self.config.eval_problems)
+        responses = self.generate("test", range(problems), n, "eval")
         self.report.add_evaluation(evaluation(step, responses, n, time.time() - started))
 
     def sample(self, step: int) -> tuple[list[Response], torch.Tensor, dict]:
@@ -637,9 +642,14 @@ class Training:
             self.save(step + 1)
 
     def check_gap(self, row: dict) -> None:
-        """After the first step of this process, warn if rollout and trainer do not compute the same probabilities."""
+        """After the first step of this process that trained on tokens, warn if rollout and trainer do not compute the
+        same probabilities.
+        """
+        if self.gap_checked or row["entropy"] is None:
+            return
+        self.gap_checked = True
         allowed = MEAN_GAP[self.worker.lowest_precision]
-        if row["step"] == self.first_step + 1 and row["gap_mean"] > allowed:
+        if row["gap_mean"] > allowed:
             self.report.say(
                 f"WARNING: log-probabilities of rollout and trainer differ by {row['gap_mean']:.2g} on average, "
                 f"expected at most {allowed:g}. They are not the same policy, so ratios, clipping and KL are wrong."

@@ -35,7 +35,7 @@ class Config:
     held_out: int = flag(200, "(learn) questions that the verifiers are measured on")
     epochs: int = flag(12, "(learn) epochs of tuning the revision policy; 0: there will be none")
     lora_rank: int = flag(0, "(learn) tune adapters of this rank, for language models; 0: all weights")
-    drafter_from: str = flag("", "(learn) folder of a drafter to start from; empty: the policy's own, or random weights")
+    drafter_from: str = flag("", "(learn) folder of a drafter to start from; empty: the policy's, or random weights")
     drafter_seconds: float = flag(60.0, "(learn) training time of each drafter; 0: none")
     resume: bool = flag(False, "(learn, sweep) keep what is there of an interrupted run with the same settings")
     count: int = flag(1000, "(sweep, speed) held-out questions")

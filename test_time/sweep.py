@@ -13,7 +13,6 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from parts.cli import UserError
 from parts.files import check_writable, find_folder, write_atomically
-from parts.running.launcher import exit_with_the_parent
+from parts.running.launcher import process_pool
 from tasks import Problem, Task
 from test_time.attempts import Ledger, SearchStrategy, pick, score
 from test_time.config import Config
@@ -116,10 +115,9 @@ def sweep(config: Config) -> None:
     rows = rows_before(path, unfinished, config) if config.resume else []
     done = {what_row(row) for row in rows}
     jobs = jobs_of(config, folders, done)
-    spawn = torch.multiprocessing.get_context("spawn")
     written = time.time()
     try:
-        with ProcessPoolExecutor(config.workers, mp_context=spawn, initializer=exit_with_the_parent) as pool:
+        with process_pool(config.workers) as pool:
             for found in tqdm(pool.map(run_trial, jobs), total=len(jobs), desc="sweep", unit="trial"):
                 rows += [row for row in found if what_row(row) not in done]
                 if time.time() - written > SECONDS_BETWEEN_WRITES:

@@ -467,3 +467,20 @@ def test_a_disk_that_is_full_at_the_end_is_one_line(model_folder, tmp_path, monk
     assert "disk is full" in capsys.readouterr().err
     assert not (tmp_path / "policy.part").exists()
     assert newest(tmp_path).name == "checkpoint-000001"
+
+
+@pytest.mark.parametrize("inside", ["checkpoint-000030", "checkpoint-000030/drafter", "policy", "earlier-run/x"])
+def test_a_run_cannot_start_from_what_it_replaces(inside, tmp_path):
+    """A new run moves the checkpoints in --out aside, and its first own one removes them."""
+    with pytest.raises(UserError, match=f"--drafter-from .*{inside}: lies in --out"):
+        checkpoints.check_not_replaced(tmp_path / "run", "drafter_from", str(tmp_path / "run" / inside))
+    for other in ("", str(tmp_path / "run"), str(tmp_path / "run/mine"), str(tmp_path / "other" / inside), "base"):
+        checkpoints.check_not_replaced(tmp_path / "run", "drafter_from", other)
+
+
+def test_training_from_its_own_checkpoint_is_refused_before_anything_moves(model_folder, tmp_path):
+    checkpoint = shutil.copytree(model_folder, tmp_path / "run" / "checkpoint-000030")
+    config = train_grpo.Config(model=str(checkpoint), out=str(tmp_path / "run"), device="cpu")
+    with pytest.raises(UserError, match="--model .*checkpoint-000030: lies in --out"):
+        train_grpo.check(config)
+    assert checkpoint.exists()

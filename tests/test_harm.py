@@ -3,12 +3,13 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import finish, launch, rows_of, run_in_process
+from conftest import ROOT, finish, launch, rows_of, run_in_process
 from safetensors.torch import load_file
 
 import tlt
@@ -123,3 +124,33 @@ def test_no_process_is_left_and_the_run_can_be_resumed(harm, harmed_runs, model_
     run_in_process(tlt.main, model_folder, out, "--steps", step + 1, "--workers", 1, "--eval-every", 0, "--resume")
     assert rows_of(out)[-1]["step"] == step + 1
     assert places == [checkpoint / "drafter"]
+
+
+POOL = """
+import time
+from parts.running.launcher import process_pool
+if __name__ == "__main__":
+    with process_pool(2) as pool:
+        results = pool.map(time.sleep, [0, 0, *[3600] * 8])
+        next(results), next(results)
+        print("ready", flush=True)
+        list(results)
+"""
+
+
+def test_ctrl_c_ends_a_pool_in_the_middle_of_its_tasks(tmp_path):
+    """As in a terminal, where all processes get the signal."""
+    (tmp_path / "pool.py").write_text(POOL)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "pool.py"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=300)  # the tasks take an hour
+    wait_for(lambda: not processes_left(process.pid))

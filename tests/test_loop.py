@@ -3,6 +3,7 @@
 import math
 import threading
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -239,3 +240,33 @@ def test_layers_that_cannot_be_fused_are_named(model_folder, tmp_path, monkeypat
     monkeypatch.setattr(rollout, "fuse_model", lambda model: None)
     run_in_process(train_grpo.main, model_folder, tmp_path / "own", *flags)
     assert "LlamaDecoderLayer: fused layers do not fit it" in capsys.readouterr().out
+
+
+def test_the_gap_is_checked_in_the_first_step_that_trained():
+    said = []
+    training = SimpleNamespace(
+        gap_checked=False,
+        worker=SimpleNamespace(lowest_precision=torch.float32),
+        report=SimpleNamespace(say=said.append),
+    )
+    check = partial(train_grpo.Training.check_gap, training)
+    check({"step": 1, "entropy": None, "gap_mean": 0.0})  # all groups have zero variance
+    assert not training.gap_checked
+    check({"step": 2, "entropy": 0.5, "gap_mean": 1.0})
+    assert len(said) == 1
+    check({"step": 3, "entropy": 0.5, "gap_mean": 1.0})
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(("count", "expected"), [(None, 128), (5, 5), (500, 128)])
+def test_no_held_out_problem_is_evaluated_twice(count, expected, monkeypatch):
+    monkeypatch.setattr(train_grpo, "evaluation", lambda *args: {})
+    asked = []
+    training = SimpleNamespace(
+        config=train_grpo.Config(device="cpu"),
+        task=SimpleNamespace(count=lambda split: count),
+        generate=lambda split, problems, *args: asked.extend(problems),
+        report=SimpleNamespace(add_evaluation=lambda row: None),
+    )
+    train_grpo.Training.evaluate(training, 0)
+    assert asked == list(range(expected))

@@ -192,3 +192,11 @@ def test_a_run_of_two_workers_is_tracked_once(chain_policy, tmp_path):
     finish(launch(chain_policy, tmp_path, *flags))
     check_events(tmp_path, events(tmp_path))
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
+
+
+def test_a_row_that_cannot_be_written_is_one_line(tmp_path):
+    """As on a full disk."""
+    log = MetricsLog(Config(device="cpu", out=str(tmp_path)), [], 0)
+    log.path = tmp_path  # a folder
+    with pytest.raises(UserError, match="cannot write"):
+        log.write({"step": 1})

@@ -11,6 +11,8 @@ from conftest import caught
 from hypothesis import given
 from hypothesis import strategies as st
 
+import report
+from parts.cli import UserError
 from parts.engine.interfaces import Response, Stats
 from parts.running import timers
 from parts.running.pictures import draw_curves, draw_timeline, gantt, trace
@@ -237,3 +239,29 @@ def test_pictures_are_drawn(metrics, tmp_path):
     draw_timeline({"one": WORKERS, "two": counted}, tmp_path / "timeline.png")
     assert (tmp_path / "curves.png").exists()
     assert (tmp_path / "timeline.png").exists()
+
+
+def test_a_resume_with_other_eval_samples_can_be_reported(monkeypatch, tmp_path):
+    """pass@2 before, pass@4 after: only pass@1 is in all rows. A variant that goes by the first row fails."""
+    right = [True, True, False, True]
+    metrics = [evaluation(0, responses(False, True), 2, 1.0), evaluation(2, responses(*right), 4, 1.0)]
+    config = Config(device="cpu")
+
+    def check() -> None:
+        try:
+            text = summarise(metrics, config)["text"]
+            assert "held-out pass@1: 0.500 -> 0.750" in text and "pass@2" not in text
+            assert "| 2 | 0.750 | 2 |" in model_card(metrics, config)
+            draw_curves(metrics, tmp_path / "curves.png", config)
+        except KeyError as error:
+            raise AssertionError(error) from error
+
+    check()
+    monkeypatch.setattr(report, "score_names", lambda evals: list(evals[0]["eval"]))
+    caught(check)
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "curves.png").mkdir()
+    with pytest.raises(UserError, match="cannot write .*curves.png"):
+        draw_curves([], tmp_path / "curves.png", Config(device="cpu"))

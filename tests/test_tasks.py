@@ -555,3 +555,10 @@ def test_rewards_may_be_any_numbers(model_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Grade, "__post_init__", right_or_wrong)
     caught(check_rewards, model_folder, tmp_path / "broken", monkeypatch)
+
+
+@pytest.mark.parametrize("argv", [("countdown", "problems.jsonl"), ("chain", "", "a,b"), ("gsm8k", "folder", "a,b")])
+def test_data_that_a_task_does_not_read_is_refused(argv):
+    """Else a run with a forgotten --task would train on Countdown for hours."""
+    with pytest.raises(UserError, match=f"--task .*{argv[0]}|not {argv[0]}"):
+        make_task(*argv)

@@ -525,7 +525,7 @@ def test_fewer_samples_are_the_first_of_more(monkeypatch):
 class ThisProcess(contextlib.nullcontext):
     """Stands for a pool of processes."""
 
-    def __init__(self, workers, mp_context, initializer):
+    def __init__(self, count):
         super().__init__(self)
 
     def map(self, function, *iterables):
@@ -541,7 +541,7 @@ def test_learning_sweeping_and_reporting(capsys, monkeypatch, tmp_path):
     shutil.copytree(FOLDER, folder, ignore=lambda path, names: [name for name in names if name in parts_of_it])
     where = ("--model", str(folder), "--json", str(tmp_path / "rows.jsonl"))
     monkeypatch.setattr(learn, "fit_verifier", partial(verifier.fit_verifier, steps=20))
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", ThisProcess)
+    monkeypatch.setattr(sweep, "process_pool", ThisProcess)
     few = ("--questions", "12", "--held-out", "2", "--continuations", "1", "--drafter-seconds", "0.2")
     run_command(monkeypatch, "learn", *where, *few, "--epochs", "1", "--lora-rank", "2", "--dtype", "bfloat16")
     assert "AUC" in capsys.readouterr().out
@@ -658,10 +658,10 @@ def answers_of(lines):
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(monkeypatch, tmp_path):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", ThisProcess)
+    monkeypatch.setattr(sweep, "process_pool", ThisProcess)
     check_resumed_sweep(monkeypatch, tmp_path / "rows.jsonl")
     monkeypatch.undo()
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", ThisProcess)
+    monkeypatch.setattr(sweep, "process_pool", ThisProcess)
     right = sweep.jobs_of
     monkeypatch.setattr(sweep, "jobs_of", lambda config, folders, done: right(config, folders, set()))
     caught(check_resumed_sweep, monkeypatch, tmp_path / "rows.jsonl")

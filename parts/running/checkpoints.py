@@ -137,6 +137,19 @@ def nothing_to_resume(out: Path) -> UserError:
     return UserError(f"--resume: no checkpoint in {out}{hint}; start without it")
 
 
+def check_not_replaced(out: Path, name: str, value: str) -> None:
+    """Raise UserError if a new run in `out` would move or replace the folder that it starts from."""
+    path = Path(value).expanduser().resolve()
+    if not value or not path.is_relative_to(out.resolve()):
+        return
+    top = path.relative_to(out.resolve()).parts[:1]
+    if top and (top[0] in ("policy", "earlier-run") or Path(top[0]).match(PATTERN)):
+        raise UserError(
+            f"{flag_name(name)} {value}: lies in --out {out}, where a new run replaces checkpoints and policy/; choose "
+            "another --out"
+        )
+
+
 def prepare(out: Path, config, start: Path | None) -> None:
     """Write config.json and .launch. A new run moves the checkpoints of an earlier one aside, so that --resume cannot
     continue from them.

@@ -4,13 +4,15 @@ When one dies or hangs, the others are stopped, and the user is told which one i
 is left behind, however it ends.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.multiprocessing as mp
@@ -54,7 +56,10 @@ class Heartbeat:
 
 
 def exit_with_the_parent() -> None:
-    """Let this child process end as soon as its parent has ended, even if the parent was killed."""
+    """Let this child process end as soon as its parent has ended, even if the parent was killed; Ctrl-C is for the
+    parent alone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         mp.parent_process().join()
@@ -63,9 +68,24 @@ def exit_with_the_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@contextlib.contextmanager
+def process_pool(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of so many processes. Where the block ends by Ctrl-C or an error, they end in the middle of their tasks;
+    by itself a pool would wait until these are done.
+    """
+    spawn = mp.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=spawn, initializer=exit_with_the_parent) as pool:
+        try:
+            yield pool
+        except BaseException:
+            processes = list((pool._processes or {}).values())  # from Python 3.14 on: pool.terminate_workers()
+            pool.shutdown(wait=False, cancel_futures=True)
+            end(processes)
+            raise
+
+
 def child(rank: int, work: Callable, config, count: int, port: int, threads: int, errors, heartbeat: Heartbeat) -> None:
     """Run a worker process: set what torchrun would set, and never outlive the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     exit_with_the_parent()
     os.environ.update(
         RANK=str(rank),

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from parts.cli import UserError, reason
-from parts.files import write_atomically
+from parts.files import cannot_write, write_atomically
 
 
 def to_json(value) -> str:
@@ -42,9 +42,14 @@ class MetricsLog:
         write_atomically(self.path, "".join(to_json(row) + "\n" for row in metrics))
 
     def write(self, row: dict) -> None:
-        """Write a row, of a step or of an evaluation (which has the key "eval"). Add here what else should get it."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(to_json(row) + "\n")
+        """Write a row, of a step or of an evaluation (which has the key "eval"). Add here what else should get it.
+        Raises UserError.
+        """
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(to_json(row) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
         if self.tracker:
             self.tracker.log(scalars(row), step=row["step"])
 

@@ -1,11 +1,13 @@
 """A run in pictures: timelines of the workers as text, as PNG and in Chrome's trace format, and the learning curves.
 
-timeline.png shows the last step; trace.json holds every step, for https://ui.perfetto.dev (microseconds, one row per
-worker).
+timeline.png shows the last step; trace.json holds every step since the last start, for https://ui.perfetto.dev
+(microseconds, one row per worker).
 """
 
 import json
+from pathlib import Path
 
+from parts.files import replacing
 from parts.running.timers import LABELS, ROLLOUT, STATES, Span
 
 
@@ -29,6 +31,12 @@ def gantt(spans: list[Span], started: float, seconds: float, width: int = 96) ->
 def split_metrics(metrics: list[dict]) -> tuple[list[dict], list[dict]]:
     """Return (rows of steps, rows of evaluations)."""
     return [m for m in metrics if "eval" not in m], [m for m in metrics if "eval" in m]
+
+
+def score_names(evals: list[dict]) -> list[str]:
+    """Return the scores that all evaluations have: after a resume with another --eval-samples, k of pass@k differs."""
+    names = list(evals[0]["eval"]) if evals else []
+    return [name for name in names if all(name in row["eval"] for row in evals)]
 
 
 def trace(history: list[tuple[int, list[float], list[list[Span]]]]) -> str:
@@ -62,6 +70,13 @@ def pyplot():
     return plt
 
 
+def save_picture(figure, path, dpi: int) -> None:
+    """Write a figure as PNG, whole or not at all, and close it. Raises UserError."""
+    with replacing(Path(path)) as part:
+        figure.savefig(part, dpi=dpi, format="png")
+    pyplot().close(figure)
+
+
 def draw_timeline(panels: dict[str, list[list[Span]]], path) -> None:
     """Draw the workers' timelines. panels: title -> each worker's spans, all on one scale. The height of a rollout
     shows how many sequences still run.
@@ -86,8 +101,7 @@ def draw_timeline(panels: dict[str, list[list[Span]]], path) -> None:
     axes[-1, 0].set_xlabel("seconds" + heights)
     figure.legend(loc="lower center", ncols=4)
     figure.tight_layout(rect=(0, 0.55 / size[1], 1, 1))  # room for the legend
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_picture(figure, path, 110)
 
 
 def draw_curves(metrics: list[dict], path, config) -> None:
@@ -98,7 +112,7 @@ def draw_curves(metrics: list[dict], path, config) -> None:
     x = [m["step"] for m in steps]
     rewards = [m["reward"] for m in steps]
     scores.plot(x, rewards, lw=1, color="0.6", label="reward (training)")
-    for name in evals[0]["eval"] if evals else []:
+    for name in score_names(evals):
         scores.plot([m["step"] for m in evals], [m["eval"][name] for m in evals], "o-", label=f"held-out {name}")
     scores.set(title=f"{config.task}, {config.loss}, seed {config.seed}", xlabel="RL step")
     scores.set_ylim(min([0, *rewards]), max([1, *rewards]))
@@ -114,5 +128,4 @@ def draw_curves(metrics: list[dict], path, config) -> None:
         seconds.legend(loc="upper left")
     seconds.set(title="seconds per step", xlabel="RL step")
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_picture(figure, path, 100)
