@@ -480,7 +480,7 @@ def test_a_run_cannot_start_from_what_it_replaces(inside, tmp_path):
 
 def test_training_from_its_own_checkpoint_is_refused_before_anything_moves(model_folder, tmp_path):
     checkpoint = shutil.copytree(model_folder, tmp_path / "run" / "checkpoint-000030")
-    config = train_grpo.Config(model=str(checkpoint), out=str(tmp_path / "run"), device="cpu")
+    config = train_grpo.Config(model=str(checkpoint), out=str(tmp_path / "run"), device="cpu", max_new=8)
     with pytest.raises(UserError, match="--model .*checkpoint-000030: lies in --out"):
         train_grpo.check(config)
     assert checkpoint.exists()
