@@ -103,9 +103,10 @@ def test_a_noisy_policy_keeps_its_gap_and_says_that_noise_is_off(tmp_path, capsy
     folder = tmp_path / "noisy"
     noisy_model("llama").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    run_in_process(train_grpo.main, folder, tmp_path / "out", "--steps", 1, "--eval-every", 0)
+    run_in_process(train_grpo.main, folder, tmp_path / "out", "--steps", 1, "--eval-every", 0, "--kl", 0.1)
     (row,) = rows_of(tmp_path / "out")
-    assert row["gap_max"] < 1e-3
+    assert row["entropy"] is not None  # it trained, because of the KL term: it solves nothing
+    assert 0 < row["gap_max"] < 1e-3
     text = capsys.readouterr()
     assert "attention_dropout 0.1: off in training" in text.out + text.err
     assert "WARNING" not in text.out + text.err
@@ -114,7 +115,7 @@ def test_a_noisy_policy_keeps_its_gap_and_says_that_noise_is_off(tmp_path, capsy
 def test_a_gap_between_rollout_and_trainer_is_a_warning(model_folder, tmp_path, monkeypatch, capsys):
     """The broken variant of the test above: a trainer that is not the policy that samples."""
     monkeypatch.setattr(train_grpo, "MEAN_GAP", {torch.float32: -1.0})
-    run_in_process(train_grpo.main, model_folder, tmp_path / "out", "--steps", 2, "--eval-every", 0)
+    run_in_process(train_grpo.main, model_folder, tmp_path / "out", "--steps", 2, "--eval-every", 0, "--kl", 0.1)
     text = capsys.readouterr()
     assert (text.out + text.err).count("WARNING: log-probabilities of rollout and trainer differ") == 1
 
