@@ -91,6 +91,8 @@ class TLTConfig(Config):
         if self.drafter_from and not (Path(self.drafter_from) / "drafter.safetensors").exists():
             folder = f"--drafter-from {self.drafter_from}"
             raise UserError(f"{folder}: no drafter.safetensors there; `make drafter` writes one")
+        if not self.resume:
+            checkpoints.check_not_replaced(Path(self.out), "drafter_from", self.drafter_from)
         if self.shard and self.lora_rank:
             raise UserError("--shard with --lora-rank: adapters are not spread over the workers; leave one of them out")
         check_at_least(self, 0, "warm_start", "workers", "draft_vocab")

@@ -454,8 +454,7 @@ def check(config: Config) -> None:
     if config.resume and not checkpoints.restarted() and not any(out.glob(checkpoints.PATTERN)):
         raise checkpoints.nothing_to_resume(out)
     if not config.resume:
-        for name in ("model", "drafter_from"):
-            checkpoints.check_not_replaced(out, name, getattr(config, name, ""))
+        checkpoints.check_not_replaced(out, "model", config.model)
 
 
 def check_problems(task, split: str, tokenizer, config: Config, limit: int | None) -> None:

@@ -30,7 +30,6 @@ not. So some mistakes are corrected by more samples, some by majority, and some 
 import functools
 import random
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parts.cli import UserError, check_above, check_at_least, flag, parse_flags, run
 from parts.files import check_writable
-from parts.running.launcher import exit_with_the_parent
+from parts.running.launcher import process_pool
 from tasks import Chain, Countdown, combine
 
 SYMBOLS = {
@@ -340,7 +339,7 @@ def jobs_of(command: Command) -> list[Job]:
 def plan_of(command: Command) -> list[list]:
     """Make the traces in parallel processes -> batches in the order in which they are learned."""
     jobs = jobs_of(command)
-    with ProcessPoolExecutor(initializer=exit_with_the_parent) as pool:
+    with process_pool() as pool:
         parts = list(tqdm(pool.map(make_traces, jobs), total=len(jobs), desc="traces", unit="part"))
     lengths = sorted(len(completion) for part in parts for _, completion in part)
     quantiles = ", ".join(f"p{q} {lengths[len(lengths) * q // 100]}" for q in (50, 90, 99))

@@ -25,7 +25,7 @@ from parts.engine.model_loading import ACTOR_DTYPES, load_actor, stop_tokens
 from parts.engine.ngram import NgramProposer
 from parts.engine.sampling import Sampling, sequence_seed
 from parts.files import ROOT, find_folder
-from parts.running.pictures import pyplot
+from parts.running.pictures import pyplot, save_picture
 from rollout import Engine
 from tasks import Countdown, encode_prompt
 
@@ -141,9 +141,7 @@ def picture(path: Path, titles: list[str]) -> Iterator[list]:
         axis.set(title=title)
         axis.legend(fontsize=7)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    pyplot().close(figure)
+    save_picture(figure, path)
 
 
 # ---------------------------------------------------------------- time

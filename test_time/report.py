@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from parts.cli import UserError
-from parts.running.pictures import pyplot
+from parts.running.pictures import pyplot, save_picture
 from test_time.config import Config, writable_folder
 from test_time.optimal import BINS, best_within
 from test_time.results import CHOICE_FILE, GREEDY, LARGE, Key, Results, write_choices
@@ -195,8 +195,7 @@ def draw(results: Results, path: Path) -> list[Path]:
             axis.legend(fontsize=9 if name in accuracy else None)
         figure.tight_layout()
         written.append(path.with_name(f"{path.stem}-{name}.png"))
-        figure.savefig(written[-1], dpi=100)
-        pyplot().close(figure)
+        save_picture(figure, written[-1])
     return written
 
 

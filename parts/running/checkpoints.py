@@ -139,15 +139,13 @@ def nothing_to_resume(out: Path) -> UserError:
 
 def check_not_replaced(out: Path, name: str, value: str) -> None:
     """Raise UserError if a new run in `out` would move or replace the folder that it starts from."""
-    path = Path(value).expanduser().resolve()
-    if not value or not path.is_relative_to(out.resolve()):
-        return
-    top = path.relative_to(out.resolve()).parts[:1]
-    if top and (top[0] in ("policy", "earlier-run") or Path(top[0]).match(PATTERN)):
-        raise UserError(
-            f"{flag_name(name)} {value}: lies in --out {out}, where a new run replaces checkpoints and policy/; choose "
-            "another --out"
-        )
+    folder = Path(value).expanduser().resolve()
+    for path in (folder, *folder.parents) if value else ():
+        if path.parent == out.resolve() and (path.name in ("policy", "earlier-run") or path.match(PATTERN)):
+            raise UserError(
+                f"{flag_name(name)} {value}: lies in --out {out}, where a new run replaces checkpoints and policy/; "
+                "choose another --out"
+            )
 
 
 def prepare(out: Path, config, start: Path | None) -> None:

@@ -69,9 +69,9 @@ def exit_with_the_parent() -> None:
 
 
 @contextlib.contextmanager
-def process_pool(count: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of so many processes. Where the block ends by Ctrl-C or an error, they end in the middle of their tasks;
-    by itself a pool would wait until these are done.
+def process_pool(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    """A pool of so many processes; None: one per core. Where the block ends by Ctrl-C or an error, they end in the
+    middle of their tasks; by itself a pool would wait until these are done.
     """
     spawn = mp.get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=spawn, initializer=exit_with_the_parent) as pool:

@@ -70,7 +70,7 @@ def pyplot():
     return plt
 
 
-def save_picture(figure, path, dpi: int) -> None:
+def save_picture(figure, path, dpi: int = 100) -> None:
     """Write a figure as PNG, whole or not at all, and close it. Raises UserError."""
     with replacing(Path(path)) as part:
         figure.savefig(part, dpi=dpi, format="png")
@@ -101,7 +101,7 @@ def draw_timeline(panels: dict[str, list[list[Span]]], path) -> None:
     axes[-1, 0].set_xlabel("seconds" + heights)
     figure.legend(loc="lower center", ncols=4)
     figure.tight_layout(rect=(0, 0.55 / size[1], 1, 1))  # room for the legend
-    save_picture(figure, path, 110)
+    save_picture(figure, path, dpi=110)
 
 
 def draw_curves(metrics: list[dict], path, config) -> None:
@@ -128,4 +128,4 @@ def draw_curves(metrics: list[dict], path, config) -> None:
         seconds.legend(loc="upper left")
     seconds.set(title="seconds per step", xlabel="RL step")
     figure.tight_layout()
-    save_picture(figure, path, 100)
+    save_picture(figure, path)
